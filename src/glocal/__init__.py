@@ -1,0 +1,1 @@
+"""Attention that is local where it can be and global where it must be."""
