@@ -1,0 +1,52 @@
+"""Peak memory of one call, as the tensor allocator sees it.
+
+On a GPU: `torch.cuda.max_memory_allocated` around the call. On a CPU: the running sum of the allocator's events recorded by
+the torch profiler, which is exact for tensors (it does not see memory that numpy or C libraries take for themselves).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class PeakMemory:
+    """extra: bytes at the peak of the call above what was held when it began. method: how it was counted."""
+
+    extra: int
+    method: str
+    unit: str = "B"
+
+
+def peak_memory(fn: Callable[[], object], *, device: torch.device | str) -> PeakMemory:
+    """Peak bytes that `fn()` holds above the start, on `device` (cpu or cuda). Includes what it returns."""
+    where = torch.device(device)
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+        torch.cuda.reset_peak_memory_stats(where)
+        before = torch.cuda.memory_allocated(where)
+        fn()
+        torch.cuda.synchronize(where)
+        return PeakMemory(torch.cuda.max_memory_allocated(where) - before, "torch.cuda.max_memory_allocated")
+    if where.type == "cpu":
+        return PeakMemory(_cpu_peak(fn), "torch.profiler allocator events")
+    raise ValueError(f"device is {str(device)!r}; peak_memory knows 'cpu' and 'cuda'")
+
+
+def _cpu_peak(fn: Callable[[], object]) -> int:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        fn()
+    results = profile.profiler.kineto_results if profile.profiler is not None else None
+    if results is None:
+        raise RuntimeError("the torch profiler returned no records; peak memory on the CPU cannot be counted")
+    events = [
+        e for e in results.events() if e.name() == "[memory]" and e.device_type() == torch.profiler.DeviceType.CPU
+    ]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
