@@ -110,6 +110,6 @@ def test_acceptance_holds_and_breaks_on_each_condition():
     worst = accept([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.21], [1.5] * 8, [1.0] * 8)
     assert worst.failures == ("worst drift 0.210 exceeds twice the limit 0.200",)
     slow = accept(drifts, dense, sparse, target=1.6)
-    assert slow.failures[0].startswith("lower 90% bound of the speed-up 1.5")
+    assert slow.failures[0].startswith("lower 90% bound of the speed-up 1.49x is below")
     with pytest.raises(ValueError, match="must be of one length, got 4, 4, 3"):
         accept(drifts, dense, sparse[:3])

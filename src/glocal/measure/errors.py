@@ -60,7 +60,7 @@ def rms(reference: Tensor, other: Tensor, dims: int | None = None) -> Tensor:
 
 
 def cosine(reference: Tensor, other: Tensor, dims: int | None = None) -> Tensor:
-    """Cosine similarity over the last `dims` dimensions (all if None). Range [-1, 1]; NaN where one side is all zero."""
+    """Cosine similarity over the last `dims` dimensions (all if None). Range [-1, 1]; NaN where one is zero."""
     a, b = _both(reference, other, dims, "cosine")
     return ((a * b).sum(dim=-1) / (a.norm(dim=-1) * b.norm(dim=-1))).clamp(-1.0, 1.0)
 
@@ -108,7 +108,7 @@ def ssim(reference: Tensor, other: Tensor, data_range: float) -> Tensor:
 
 
 def flicker(video: Tensor) -> Tensor:
-    """Mean absolute difference of consecutive frames of [..., T, C, H, W] -> [...]. Range [0, inf), unit of the input."""
+    """Mean absolute difference of consecutive frames, [..., T, C, H, W] -> [...]. Range [0, inf), unit of the input."""
     if video.ndim < 4 or video.shape[-4] < 2:
         raise ValueError(f"flicker needs [..., T, C, H, W] with T >= 2, got shape {tuple(video.shape)}")
     frames = video if video.dtype == torch.float64 else video.float()

@@ -1,13 +1,14 @@
 """Peak memory of one call, as the tensor allocator sees it.
 
-On a GPU: `torch.cuda.max_memory_allocated` around the call. On a CPU: the running sum of the allocator's events recorded by
-the torch profiler, which is exact for tensors (it does not see memory that numpy or C libraries take for themselves).
+On a GPU: `torch.cuda.max_memory_allocated` around the call. On a CPU: the running sum of the allocator's events that
+the torch profiler records, exact for tensors (memory that numpy or C libraries take for themselves is not seen).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -42,11 +43,12 @@ def _cpu_peak(fn: Callable[[], object]) -> int:
     results = profile.profiler.kineto_results if profile.profiler is not None else None
     if results is None:
         raise RuntimeError("the torch profiler returned no records; peak memory on the CPU cannot be counted")
-    events = [
-        e for e in results.events() if e.name() == "[memory]" and e.device_type() == torch.profiler.DeviceType.CPU
-    ]
+    cpu = torch.profiler.DeviceType.CPU
+    # The type stubs of torch leave out `nbytes`, which every record of the allocator has.
+    events: list[Any] = [event for event in results.events() if event.name() == "[memory]"]
+    events = sorted((event for event in events if event.device_type() == cpu), key=lambda event: event.start_ns())
     held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
+    for event in events:
         held += event.nbytes()
         peak = max(peak, held)
     return peak

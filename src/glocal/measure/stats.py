@@ -1,7 +1,7 @@
 """Paired statistics: t intervals over pairs, log-ratio intervals, drift, and the acceptance rule for a sparse recipe.
 
 A comparison is always made on the same samples; what is averaged is the difference (or the log of the ratio) of a pair,
-because the spread between samples is far larger than the gap between methods. All functions are pure and take plain floats.
+because the spread between samples is far larger than the gap between methods. All functions are pure and take floats.
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ def accept(
 ) -> Acceptance:
     """Accept a recipe when all three hold over the same pairs:
 
-    upper bound of mean drift <= limit, worst drift <= 2 x limit, lower bound of the speed-up >= target. The bounds are the
-    ends of two-sided intervals of `level` (drift: t over pairs; speed-up: t on logs of dense time / sparse time).
+    upper bound of mean drift <= limit, worst drift <= 2 x limit, lower bound of the speed-up >= target. The bounds are
+    the ends of two-sided intervals of `level` (drift: t over pairs; speed-up: t on logs of dense time / sparse time).
     """
     if not (len(drifts) == len(dense_times) == len(sparse_times)):
         raise ValueError(

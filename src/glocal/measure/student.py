@@ -1,7 +1,7 @@
-"""Student's t distribution in float64 without scipy: CDF by the regularized incomplete beta function, quantile by bisection.
+"""Student's t distribution in plain floats: CDF by the regularized incomplete beta function, quantile by bisection.
 
-The incomplete beta uses its continued fraction (Abramowitz and Stegun 26.5.8), evaluated by the modified Lentz method, on
-the side of x where the fraction converges fast.
+The incomplete beta uses its continued fraction (Abramowitz and Stegun 26.5.8), evaluated by the modified Lentz method,
+on the side of x where the fraction converges fast.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def time_call(
     repeats: int = 20,
     flush: bool = False,
 ) -> Timing:
-    """Time `fn()` `repeats` times after `warmup` untimed calls. flush (cuda): empty the level-2 cache before each call."""
+    """Time `fn()` `repeats` times after `warmup` untimed calls. flush (cuda): empty the level-2 cache before each."""
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be >= 1 and warmup >= 0, got repeats={repeats!r}, warmup={warmup!r}")
     watch = _Stopwatch(device, flush)
