@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def golden() -> Callable[[str], Path]:
-    """`golden("gna")` is a folder of golden cases, `golden("gna/simulator.json")` one file; skips where it is absent."""
+    """`golden("gna")` is a folder of golden cases, `golden("gna/simulator.json")` a file; skips where it is absent."""
 
     def find(name: str) -> Path:
         roots = golden_roots()
