@@ -1,0 +1,60 @@
+"""Puts tables made from the code into pages: `<!-- table: systems -->` and `<!-- table: parity -->`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
+
+from glocal import systems as table
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Called by mkdocs for each page."""
+    for name, make in (("systems", systems_table), ("parity", parity_table)):
+        mark = f"<!-- table: {name} -->"
+        if mark in markdown:
+            markdown = markdown.replace(mark, make())
+    return markdown
+
+
+def systems_table() -> str:
+    """One row a system, its status computed."""
+    cases = table.evidence()
+    head = ("system", "kind", "local", "global", "merge", "host", "status")
+    rows = [
+        (
+            f"[{row.slug}]({row.url} '{row.title}')",
+            row.kind,
+            *(", ".join(part) for part in (row.local, row.global_, row.merge, row.host)),
+            table.status(row.slug, cases).state,
+        )
+        for row in table.systems()
+    ]
+    return _markdown(head, rows)
+
+
+def parity_table() -> str:
+    """One row a golden case; a line in words where nothing was measured."""
+    cases = table.evidence()
+    if not cases:
+        return "No parity file is present: run `make parity`."
+    rows = [
+        (case.system, case.case, "", "", f"skipped: {case.skipped}")
+        if case.skipped
+        else (
+            case.system,
+            case.case,
+            f"{case.max_error:.2e}",
+            f"{case.tolerance:.0e}",
+            "passed" if case.passed else "FAILED",
+        )
+        for case in cases
+    ]
+    return _markdown(("system", "case", "largest error", "tolerance", "result"), rows)
+
+
+def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
