@@ -22,13 +22,13 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def systems_table() -> str:
     """One row a system, its status computed."""
     cases = table.evidence()
-    head = ("system", "kind", "local", "global", "merge", "host", "status")
+    head = ("system", "status", "kind", "local", "global", "merge", "host")
     rows = [
         (
             f"[{row.slug}]({row.url} '{row.title}')",
+            table.status(row.slug, cases).state,
             row.kind,
             *(", ".join(part) for part in (row.local, row.global_, row.merge, row.host)),
-            table.status(row.slug, cases).state,
         )
         for row in table.systems()
     ]
@@ -40,19 +40,14 @@ def parity_table() -> str:
     cases = table.evidence()
     if not cases:
         return "No parity file is present: run `make parity`."
-    rows = [
-        (case.system, case.case, "", "", f"skipped: {case.skipped}")
-        if case.skipped
-        else (
-            case.system,
-            case.case,
-            f"{case.max_error:.2e}",
-            f"{case.tolerance:.0e}",
-            "passed" if case.passed else "FAILED",
-        )
-        for case in cases
-    ]
+    rows = [(case.system, case.case, *_numbers(case)) for case in cases]
     return _markdown(("system", "case", "largest error", "tolerance", "result"), rows)
+
+
+def _numbers(case: table.Evidence) -> tuple[str, str, str]:
+    if case.skipped:
+        return "", "", f"skipped: {case.skipped}"
+    return f"{case.max_error:.2e}", f"{case.tolerance:.0e}", "passed" if case.passed else "FAILED"
 
 
 def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
