@@ -21,6 +21,7 @@ from glocal.plan.cost import (
     load_table,
     user_tables,
 )
+from glocal.plan.devices.table import Kind
 from glocal.plan.simulate import simulate
 
 VIDEO = (30, 48, 80)
@@ -60,7 +61,8 @@ def toy(**changes):
 
 def test_rates_follow_from_measured_seconds():
     table = toy()
-    for kind, expected in (("dense", 1e12), ("full", 0.5e12), ("masked", 0.25e12)):
+    expected_rates: dict[Kind, float] = {"dense": 1e12, "full": 0.5e12, "masked": 0.25e12}
+    for kind, expected in expected_rates.items():
         (rate,) = table.rates(kind, "forward", 64, 1024, "float32")
         assert rate.flops_per_second == pytest.approx(expected)
     assert table.rates("dense", "backward", 64, 1024, "float32") == ()

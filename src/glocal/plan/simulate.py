@@ -351,7 +351,7 @@ def check_axes(canvas_shape: Sequence[int], axes: Sequence[AxisWindow]) -> None:
                 f"window={rule.window} is larger than axis {axis} of the canvas {size_text(canvas_shape)} "
                 f"({length} tokens); legal: 1 to {length}; nearest: {length}"
             )
-        if rule.border == "shift" and rule.window * rule.dilation > length:
+        if rule.border == "shift" and rule.window > math.ceil(length / rule.dilation):
             raise ValueError(
                 f"dilation={rule.dilation} does not fit: window={rule.window} then spans "
                 f"{rule.window * rule.dilation} tokens and axis {axis} of the canvas {size_text(canvas_shape)} has "

@@ -149,11 +149,10 @@ def _parse(text: str, origin: str) -> DeviceTable:
         raise ValueError(f"device table {origin}: schema={schema!r}; legal: {SCHEMA!r}")
     lists = ("canvas", "window", "stride", "q_tile", "kv_tile")
     try:
-        rows = tuple(
-            Measurement(**{key: tuple(value) if key in lists else value for key, value in row.items()})
-            for row in record.pop("measurements")
-        )
-        return DeviceTable(measurements=rows, **record)
+        rows: list[dict[str, Any]] = record.pop("measurements")
+        for row in rows:
+            row.update({key: tuple(row[key]) for key in lists if key in row})
+        return DeviceTable(measurements=tuple(Measurement(**row) for row in rows), **record)
     except (TypeError, KeyError) as error:
         raise ValueError(f"device table {origin}: {error}") from error
 
@@ -167,7 +166,7 @@ def user_tables() -> Path:
 
 def device_names() -> tuple[str, ...]:
     """Names `device_table` knows: shipped tables and those measured on this machine."""
-    shipped = [Path(f.name).stem for f in resources.files(__package__).iterdir() if f.name.endswith(".json")]
+    shipped = [Path(f.name).stem for f in resources.files("glocal.plan.devices").iterdir() if f.name.endswith(".json")]
     folder = user_tables()
     measured = [f.stem for f in folder.glob("*.json")] if folder.is_dir() else []
     return tuple(sorted({*shipped, *measured}))
@@ -197,5 +196,5 @@ def device_table(name: str) -> DeviceTable:
 
 @lru_cache
 def _shipped(name: str) -> DeviceTable:
-    file = resources.files(__package__).joinpath(f"{name}.json")
+    file = resources.files("glocal.plan.devices").joinpath(f"{name}.json")
     return _parse(file.read_text(encoding="utf-8"), f"{name}.json")
