@@ -1,1 +1,19 @@
-"""data."""
+"""Data that is made on the spot: procedural moving scenes with everything known about them."""
+
+from glocal.data.objects import Layouts, SceneSpec, draw_layouts
+from glocal.data.render import Rendered, render
+from glocal.data.scenes import Scene, make_scene, make_scenes
+from glocal.data.words import ObjectAttributes, Question
+
+__all__ = [
+    "Layouts",
+    "ObjectAttributes",
+    "Question",
+    "Rendered",
+    "Scene",
+    "SceneSpec",
+    "draw_layouts",
+    "make_scene",
+    "make_scenes",
+    "render",
+]
