@@ -34,7 +34,7 @@ class Environment:
     cores: int
     threads: int
     gpus: tuple[Gpu, ...]
-    driver_cuda: str | None
+    torch_cuda: str | None
 
 
 def environment() -> Environment:
@@ -50,7 +50,7 @@ def environment() -> Environment:
         cores=_cores(),
         threads=torch.get_num_threads(),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())),
-        driver_cuda=torch.version.cuda,
+        torch_cuda=torch.version.cuda,
     )
 
 
@@ -66,7 +66,7 @@ def command(json: Json = False) -> None:
     for index, gpu in enumerate(found.gpus):
         print_fields({f"gpu {index}": f"{gpu.name}, sm {gpu.capability}, {gpu.memory / 2**30:.1f} GiB"})
     if not found.gpus:
-        print_fields({"gpu": "none" if found.driver_cuda is None else "none visible"})
+        print_fields({"gpu": "none" if found.torch_cuda is None else "none visible"})
 
 
 def _version(name: str) -> str | None:
