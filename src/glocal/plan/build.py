@@ -189,9 +189,9 @@ def _settle(
         mine, theirs = q.index[a[sample[part]]], k.index[b[sample[part]]]
         here = _evaluate(pattern, layout, mine, theirs, head)  # [n, q, k]
         free = here | (mine < 0)[:, :, None]  # padded queries do not matter
-        kind_state = torch.where(
-            here.flatten(1).any(1), torch.where(free.flatten(1).all(1), FULL, PART), NONE
-        ).to(torch.int8)
+        kind_state = torch.where(here.flatten(1).any(1), torch.where(free.flatten(1).all(1), FULL, PART), NONE).to(
+            torch.int8
+        )
         final[part] = kind_state
         partial = (kind_state == PART).nonzero().flatten()
         rows[begin + partial] = table.add(here[partial]).int()
@@ -209,4 +209,3 @@ def _evaluate(pattern: Pattern, layout: Layout, q: Tensor, k: Tensor, head: int 
     coords = layout.q.coords(q.clamp(min=0)).unsqueeze(2), layout.kv.coords(k.clamp(min=0)).unsqueeze(1)
     seen = pattern.allows(*coords, layout, head)
     return seen & (q >= 0)[:, :, None] & (k >= 0)[:, None, :]
-

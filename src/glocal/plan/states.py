@@ -160,9 +160,7 @@ def _leaf(pattern: Pattern, layout: Layout, q: Side, k: Side, head: int | None) 
     return out
 
 
-def _union(
-    terms: object, shape: tuple[int, ...], q: tuple[Region, Tensor], k: tuple[Region, Tensor]
-) -> States | None:
+def _union(terms: object, shape: tuple[int, ...], q: tuple[Region, Tensor], k: tuple[Region, Tensor]) -> States | None:
     total: States | None = None
     for term in terms:  # type: ignore[attr-defined]
         state = _product(term, shape, q, k)

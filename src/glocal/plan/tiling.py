@@ -25,14 +25,14 @@ def best_tiles(pattern: Pattern, shape: tuple[int, ...], q_block: int, kv_block:
     if not terms or max(shape) > TABLE_LIMIT:
         return None
     steps = tuple(min(getattr(t[axis], "dilation", 1) for t in terms) for axis in range(len(shape)))
-    cuts = {
-        side: [t for t in _factors(block, shape, steps)] for side, block in (("q", q_block), ("k", kv_block))
-    }
+    cuts = {side: [t for t in _factors(block, shape, steps)] for side, block in (("q", q_block), ("k", kv_block))}
     best: tuple[float, ...] | None = None
     found: tuple[Boxes, Boxes] | None = None
     for q_tile, k_tile in product(cuts["q"], cuts["k"]):
         visits = sum(
-            prod(_visits(r, n, q_tile[a], k_tile[a], steps[a]) for a, (r, n) in enumerate(zip(term, shape, strict=True)))
+            prod(
+                _visits(r, n, q_tile[a], k_tile[a], steps[a]) for a, (r, n) in enumerate(zip(term, shape, strict=True))
+            )
             for term in terms
         )
         padding = prod(-(-n // (t * d)) * t * d for n, t, d in zip(shape, q_tile, steps, strict=True))
@@ -75,9 +75,7 @@ def _factors(block: int, shape: tuple[int, ...], steps: tuple[int, ...]) -> list
 
 @lru_cache(maxsize=4096)
 def _visits(relation: AxisRelation, length: int, q_tile: int, k_tile: int, step: int) -> int:
-    regions = [
-        Region(0, 0, (t,), (step,), (-(-length // (t * step)),)) for t in (q_tile, k_tile)
-    ]
+    regions = [Region(0, 0, (t,), (step,), (-(-length // (t * step)),)) for t in (q_tile, k_tile)]
     table = axis_states(relation, length, regions[0], regions[1], 0, torch.device("cpu"))
     assert table is not None
     return int(table[0].sum())

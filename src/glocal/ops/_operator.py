@@ -1,0 +1,102 @@
+"""The one dispatcher boundary: ``glocal::attend`` and its backward, with fake, autograd and FLOP formula."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from glocal.kernels import registry
+from glocal.kernels.call import Call, bias_places, parse
+
+
+@torch.library.custom_op("glocal::attend", mutates_args=())
+def attend(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Nq, Dv] and natural-log LSE [B, Hq, Nq]; `data` and `spec` are an encoded `Call`."""
+    call = Call.decode(data, spec)
+    out, lse = registry.implementation(call.backend).forward(q, k, v, call)
+    return out.contiguous(), lse.contiguous()
+
+
+@attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
+    b, h, n, _ = q.shape
+    return q.new_empty(b, h, n, v.shape[-1]), q.new_empty(b, h, n, dtype=lse_dtype(q.dtype))
+
+
+@torch.library.custom_op("glocal::attend_backward", mutates_args=())
+def attend_backward(
+    grads: list[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, data: list[Tensor], spec: str
+) -> list[Tensor]:
+    """Gradients of q, k, v and of every bias, given those of (out, lse)."""
+    call = Call.decode(data, spec)
+    found = registry.implementation(call.backend).backward(grads[0], grads[1], q, k, v, out, lse, call)
+    return [g.contiguous() for g in (found.q, found.k, found.v, *found.bias)]
+
+
+@attend_backward.register_fake
+def _(
+    grads: list[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, data: list[Tensor], spec: str
+) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v)] + [
+        torch.empty_like(data[i], memory_format=torch.contiguous_format) for i in bias_places(spec)
+    ]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, data, spec = inputs
+    ctx.save_for_backward(q, k, v, *output, *data)
+    ctx.spec = spec
+    ctx.set_materialize_grads(True)
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+    q, k, v, out, lse, *data = ctx.saved_tensors
+    grads = attend_backward([grad_out, grad_lse], q, k, v, out, lse, data, ctx.spec)
+    to_data: list[Tensor | None] = [None] * len(data)
+    for place, grad in zip(bias_places(ctx.spec), grads[3:], strict=True):
+        to_data[place] = grad
+    return grads[0], grads[1], grads[2], to_data, None
+
+
+attend.register_autograd(_backward, setup_context=_setup)
+
+
+def lse_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _pairs(q: Tensor, k: Tensor, data: list[Tensor], spec: str) -> float:
+    """Visited query-key pairs over all samples and heads."""
+    s = parse(spec)
+    rows = q.shape[0] * q.shape[1]
+    if not s.plan:
+        return float(rows * q.shape[2] * k.shape[2])
+    full, part, owner = (data[s.plan[i]] for i in (2, 4, 8))
+    blocks = (full.sum(-1) + part.sum(-1)).double()[owner.long()].mean()
+    return float(blocks) * s.blocks[0] * s.blocks[1] * rows
+
+
+@register_flop_formula(torch.ops.glocal.attend, get_raw=True)
+def _flops(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str, *, out_val: Any = None, **_: Any) -> int:
+    return int(2 * _pairs(q, k, data, spec) * (q.shape[-1] + v.shape[-1]))
+
+
+@register_flop_formula(torch.ops.glocal.attend_backward, get_raw=True)
+def _flops_backward(
+    grads: list[Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    data: list[Tensor],
+    spec: str,
+    *,
+    out_val: Any = None,
+    **_: Any,
+) -> int:
+    return int(_pairs(q, k, data, spec) * (6 * q.shape[-1] + 4 * v.shape[-1]))

@@ -1,0 +1,290 @@
+"""Attention over a pattern, a selection or a plan: one call, one dispatcher boundary, gradients through out and LSE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glocal.canvas import Canvas, Layout, Part
+from glocal.kernels import registry
+from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors, TableBias
+from glocal.kernels.registry import Picked, Request
+from glocal.ops import _operator
+from glocal.ops.score import Score
+from glocal.patterns.base import Pattern
+from glocal.plan.blockplan import BlockPlan
+from glocal.plan.build import PlanSpec, plan
+from glocal.plan.selection import plan_selection
+from glocal.routing.selection import Selection
+
+
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """out: [..., Hq, Nq, Dv]. lse: natural-log normaliser [..., Hq, Nq], float32 (float64 for float64), differentiable.
+    picked: which backend ran and why. plan: the plan it ran on, None for a dense or reference call."""
+
+    out: Tensor
+    lse: Tensor
+    picked: Picked
+    plan: BlockPlan | None
+    counts: Tensor | None
+
+    @property
+    def kept(self) -> float:
+        """Visible pairs as a share of all pairs, before run-time lengths and documents."""
+        if self.plan is not None:
+            return self.plan.kept
+        if self.counts is None:
+            return 1.0
+        return float((self.counts > 0).double().mean()) if self.counts.numel() else 0.0
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Selection | BlockPlan | None = None,
+    *,
+    canvas: Canvas | Layout | None = None,
+    score: Score | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention restricted to `pattern`.
+
+    q: [..., Hq, Nq, D]; k: [..., Hkv, Nk, D]; v: [..., Hkv, Nk, Dv], as in scaled_dot_product_attention: leading
+        dimensions broadcast, Hq is a multiple of Hkv, any strides; float32, bfloat16, float16 or float64.
+    pattern: a Pattern, a Selection of a router, or a BlockPlan; None is dense.
+    canvas: where the tokens lie (a Canvas, or a Layout where the two sides differ); needed by a Pattern.
+    score: scale, soft-cap and biases; default scale D ** -0.5.
+    backend: "auto" or a name of `glocal.kernels.registry.names()`; a named backend runs or raises.
+
+    Returns [..., Hq, Nq, Dv]. A row that sees nothing is 0. Raises ValueError for shapes, head counts, token counts
+    or a backend that do not fit. Under torch.compile, make pattern and canvas outside the compiled function.
+    """
+    return _run(q, k, v, pattern, canvas, score, backend)[0]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Selection | BlockPlan | None = None,
+    *,
+    canvas: Canvas | Layout | None = None,
+    score: Score | None = None,
+    backend: str = "auto",
+) -> Attended:
+    """`attention` that also returns the log-sum-exp of the logits, the backend picked and the share of pairs kept."""
+    out, lse, (picked, plan_, counts) = _run(q, k, v, pattern, canvas, score, backend)
+    return Attended(out, lse, picked, plan_, counts)
+
+
+Prepared = tuple[Picked, BlockPlan | None, Tensor | None]  # the backend, and its plan or counts
+
+
+def _run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern | Selection | BlockPlan | None,
+    canvas: Canvas | Layout | None,
+    score: Score | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Prepared]:
+    _check(q, k, v)
+    score = Score() if score is None else score
+    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
+    layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
+    layout_size_check(layout, q4.shape[2], k4.shape[2])
+    segments = layout.segments(q4.shape[0], q.device)
+    bias = _lower(score, layout, q4.shape[1])
+    facts = _facts(q4, k4, v4, pattern, bias, segments, score)
+    if isinstance(pattern, BlockPlan):
+        pattern.check(layout.nq, layout.nk)
+        picked, compiled, counts = _ready(pattern, facts, backend)
+    elif isinstance(pattern, Selection):
+        picked, compiled, counts = _ready(plan_selection(pattern, device=q.device), facts, backend)
+    else:
+        picked, compiled, counts = _prepare(pattern, canvas, facts, backend)
+    q4, scale = _scaled(q4, score)
+    call = Call(
+        backend=picked.name,
+        scale=scale,
+        softcap=score.softcap,
+        q_block=0 if compiled is None else compiled.q_block,
+        kv_block=0 if compiled is None else compiled.kv_block,
+        plan=None if compiled is None else PlanTensors(*compiled.tensors().values()),
+        counts=counts,
+        bias=bias,
+        segments=segments,
+        dropout=score.dropout,
+        seed=_seed(score),
+    )
+    tensors, spec = call.encode()
+    out, lse = _operator.attend(q4, k4, v4, tensors, spec)
+    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:]), (picked, compiled, counts)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.dim() < 3:
+            raise ValueError(f"attention: {name} of shape {tuple(t.shape)} needs at least [heads, tokens, head size].")
+        if t.dtype != q.dtype or t.device != q.device:
+            raise ValueError(
+                f"attention: {name} is {t.dtype} on {t.device}, but q is {q.dtype} on {q.device}; they must agree."
+            )
+    if q.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise ValueError(f"attention: q is {q.dtype}; legal: float32, bfloat16, float16, float64.")
+    if q.shape[-1] != k.shape[-1]:
+        raise ValueError(f"attention: head size of q is {q.shape[-1]}, of k {k.shape[-1]}; they must agree.")
+    if k.shape[-2] != v.shape[-2] or k.shape[-3] != v.shape[-3]:
+        raise ValueError(
+            f"attention: k has (heads, tokens) {tuple(k.shape[-3:-1])}, v has {tuple(v.shape[-3:-1])}; they must agree."
+        )
+    if k.shape[-3] == 0 or q.shape[-3] % k.shape[-3] != 0:
+        raise ValueError(
+            f"attention: {q.shape[-3]} query heads do not divide over {k.shape[-3]} key heads; "
+            "the query heads must be a multiple of the key heads."
+        )
+
+
+def _layout(
+    nq: int, nk: int, pattern: Pattern | Selection | BlockPlan | None, canvas: Canvas | Layout | None
+) -> Layout:
+    if isinstance(pattern, (Selection, BlockPlan)):
+        return pattern.layout if canvas is None else Layout.of(canvas)
+    if canvas is not None:
+        return Layout.of(canvas)
+    if pattern is not None:
+        raise ValueError(
+            f"attention: pattern={type(pattern).__name__} needs canvas=, for example Canvas((30, 48, 80)); "
+            f"q has {nq} tokens."
+        )
+    return Layout(Canvas([Part("tokens", (nq,))]), Canvas([Part("tokens", (nk,))]))
+
+
+def layout_size_check(layout: Layout, nq: int, nk: int) -> None:
+    """Raise ValueError if the layout holds other numbers of tokens than q and k."""
+    for side, have, want, canvas in (("q", nq, layout.nq, layout.q), ("k", nk, layout.nk, layout.kv)):
+        if have != want:
+            raise ValueError(
+                f"attention: {side} has {have} tokens, but {canvas!r} has {want}; give the canvas of these tokens "
+                "(before= and after= count text tokens)."
+            )
+
+
+def _lower(score: Score, layout: Layout, heads: int) -> tuple[Bias, ...]:
+    out = []
+    for term in score.bias:
+        bias = term.lower(layout)
+        have = bias.values.shape[1] if isinstance(bias, DenseBias) else bias.table.shape[0]
+        if have not in (1, heads):
+            raise ValueError(f"attention: {type(term).__name__} bias has {have} heads; legal: 1 or {heads}.")
+        out.append(bias)
+    return tuple(out)
+
+
+def _facts(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Any,
+    bias: tuple[Bias, ...],
+    segments: tuple[Tensor, Tensor] | None,
+    score: Score,
+) -> tuple[Any, ...]:
+    """The fields of a `Request`, as constants that a compiled graph can carry."""
+    kinds = {"table" if isinstance(b, TableBias) else "dense" for b in bias}
+    tensors = [q, k, v, *(b.values if isinstance(b, DenseBias) else b.table for b in bias)]
+    return (
+        q.device.type,
+        q.dtype,
+        q.shape[0],
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        k.shape[2],
+        q.shape[3],
+        v.shape[3],
+        tuple(sorted(kinds)),
+        torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        score.softcap is not None,
+        segments is not None,
+        score.dropout > 0,
+        pattern is not None,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tuple[Any, ...], backend: str) -> Prepared:
+    """Pick a backend and build what it reads; a constant for a compiled graph."""
+    request = Request(*facts)
+    layout = _layout(request.nq, request.nk, pattern, canvas)
+    if pattern is None:
+        picked = registry.pick(request, backend, blocks=None, kept=1.0)
+        return picked, None, _ones(layout, request) if picked.needs == "counts" else None
+    pattern.check(layout)
+    _heads_fit(pattern, request)
+
+    def compiled(blocks: tuple[int, int]) -> BlockPlan:
+        return plan(pattern, layout, PlanSpec(*blocks), device=request.device)
+
+    picked = registry.pick(request, backend, blocks=None, kept=lambda blocks: compiled(blocks).visited)
+    if picked.needs == "counts":
+        return picked, None, pattern.mask(layout, request.device).int()[None]
+    if picked.blocks is None:
+        raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
+    return picked, compiled(picked.blocks), None
+
+
+def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepared:
+    """The same for a plan that exists."""
+    q_heads, kv_heads = facts[3:5]
+    if compiled.heads not in (1, kv_heads, q_heads):
+        raise ValueError(
+            f"attention: the plan has {compiled.heads} heads; legal: 1, {kv_heads} (key heads) or "
+            f"{q_heads} (query heads)."
+        )
+    picked = _pick_for(compiled.q_block, compiled.kv_block, facts, backend)
+    if picked.needs == "counts":
+        return picked, None, compiled.dense_counts()
+    return picked, compiled, None
+
+
+@torch.compiler.assume_constant_result
+def _pick_for(q_block: int, kv_block: int, facts: tuple[Any, ...], backend: str) -> Picked:
+    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=0.0)
+
+
+def _heads_fit(pattern: Pattern, request: Request) -> None:
+    if pattern.heads not in (None, 1, request.kv_heads, request.q_heads):
+        raise ValueError(
+            f"attention: {type(pattern).__name__} has {pattern.heads} heads; legal: 1, {request.kv_heads} (key heads) "
+            f"or {request.q_heads} (query heads)."
+        )
+
+
+def _ones(layout: Layout, request: Request) -> Tensor:
+    return torch.ones(1, 1, layout.nq, layout.nk, dtype=torch.int32, device=request.device)
+
+
+def _scaled(q: Tensor, score: Score) -> tuple[Tensor, float]:
+    """The scale of the call; a scale for every head is folded into q."""
+    if isinstance(score.scale, Tensor):
+        if score.scale.shape != (q.shape[1],):
+            raise ValueError(
+                f"attention: scale of shape {tuple(score.scale.shape)} needs one entry for each of "
+                f"{q.shape[1]} query heads."
+            )
+        return q * score.scale.to(q.dtype)[:, None, None], 1.0
+    return q, q.shape[-1] ** -0.5 if score.scale is None else float(score.scale)
+
+
+def _seed(score: Score) -> Tensor | None:
+    if score.dropout == 0:
+        return None
+    return torch.randint(0, 2**62, (1,), generator=score.generator)
