@@ -1,4 +1,4 @@
-"""The two sides of one attention call: which canvas the queries and the keys lie on, and what is decided at run time."""
+"""The two sides of one attention call: the canvases of queries and keys, and what is decided at run time."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ class Layout:
         ):
             if not 0 <= start <= canvas.size or (tokens is not None and start + tokens > canvas.size):
                 raise ValueError(
-                    f"Layout: {side}_start={start} with {side}_tokens={tokens} leaves {canvas!r} of {canvas.size} tokens."
+                    f"Layout: {side}_start={start} with {side}_tokens={tokens} leaves {canvas!r} of "
+                    f"{canvas.size} tokens."
                 )
 
     @staticmethod
@@ -134,7 +135,8 @@ class Layout:
                 ids = documents.to(device=device, dtype=torch.int32)
                 if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != canvas.size:
                     raise ValueError(
-                        f"Layout: documents of shape {tuple(ids.shape)} must be [{batch}, {canvas.size}] for {canvas!r}."
+                        f"Layout: documents of shape {tuple(ids.shape)} must be [{batch}, {canvas.size}] for "
+                        f"{canvas!r}."
                     )
                 ids = ids.expand(batch, -1).clone()
             for name, lengths in self.lengths.items():

@@ -81,12 +81,10 @@ class Canvas:
     def __init__(
         self, parts: Sequence[int] | Sequence[Part], *, before: int = 0, after: int = 0, arrives: str = "raster"
     ) -> None:
-        parts = tuple(parts)
+        parts = tuple(parts)  # type: ignore[assignment]
         if parts and all(isinstance(p, int) for p in parts):
             grid = Part("grid", parts)  # type: ignore[arg-type]
-            parts = tuple(
-                p for p in (Part("before", before), grid, Part("after", after)) if p is grid or p.tokens > 0
-            )
+            parts = tuple(p for p in (Part("before", before), grid, Part("after", after)) if p is grid or p.tokens > 0)
         elif before or after:
             raise ValueError("Canvas: before= and after= go with one grid shape; with parts, add a flat Part instead.")
         if not parts or not all(isinstance(p, Part) for p in parts):
