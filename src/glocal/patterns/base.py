@@ -1,7 +1,7 @@
 """What a pattern is: who may see whom, decided by position alone.
 
-A pattern has one definition, `within`, for pairs inside one grid. Pairs that are not inside one grid follow the layout's
-policy table; ``|``, ``&`` and ``~`` never touch them. Patterns that speak about the whole sequence (such as
+A pattern has one definition, `within`, for pairs inside one grid. All other pairs follow the layout's policy table;
+``|``, ``&`` and ``~`` never touch them. Patterns that speak about the whole sequence (such as
 `Blocks`) also define `across`, and then answer for every pair. `terms` is the closed form that spares planning the
 N x N mask: a union of products of one-axis relations.
 """
@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from glocal.canvas import Coords, Layout
+from glocal.canvas import Canvas, Coords, Layout
 
 
 class AxisRelation(Protocol):
@@ -31,6 +31,7 @@ class AxisRelation(Protocol):
 
 
 Term = tuple[AxisRelation, ...]
+Query = int | tuple[int, ...]
 
 
 class Pattern:
@@ -83,6 +84,24 @@ class Pattern:
         shape = (layout.nq, layout.nk)
         return torch.stack([self.allows(q, k, layout, head).expand(shape) for head in heads])
 
+    def draw(
+        self,
+        canvas: Canvas | Layout,
+        query: Query | Sequence[Query] | None = None,
+        *,
+        head: int | None = None,
+        scale: int | None = None,
+    ) -> Tensor:
+        """A picture, uint8 [height, width, 3]: the whole mask of a sequence, or what chosen queries of a grid see.
+
+        query: linear index or grid coordinates, or a list of these; None draws the mask where the grid has one axis
+            and the token in the middle of it otherwise. Frames of a 3-D grid stand side by side.
+        scale: pixels a token; None fits the picture to about 512 pixels.
+        """
+        from glocal.patterns.draw import draw  # pictures are made on request only
+
+        return draw(self, canvas, query, head=head, scale=scale)
+
     def __or__(self, other: Pattern) -> Pattern:
         return Or(self, other)
 
@@ -91,6 +110,12 @@ class Pattern:
 
     def __invert__(self) -> Pattern:
         return Not(self)
+
+
+def _order_name(pattern: Pattern) -> str | None:
+    """Name of the order a pattern lives on; None if it speaks about tokens."""
+    order = getattr(pattern, "order", None)
+    return getattr(order, "name", order)
 
 
 def same_heads(patterns: Sequence[Pattern]) -> int | None:
@@ -132,15 +157,15 @@ class _Join(Pattern):
 
     def __post_init__(self) -> None:
         same_heads((self.a, self.b))
-        orders = [o for o in (getattr(self.a, "order", None), getattr(self.b, "order", None)) if o is not None]
+        orders = [name for name in map(_order_name, (self.a, self.b)) if name is not None]
         if len(set(orders)) > 1:
             raise ValueError(f"Patterns that live on different orders cannot be joined: {orders[0]!r}, {orders[1]!r}.")
 
     @property
     def order(self) -> str | None:
         """The order both sides live on, if any."""
-        mine = getattr(self.a, "order", None)
-        return getattr(self.b, "order", None) if mine is None else mine
+        mine = _order_name(self.a)
+        return _order_name(self.b) if mine is None else mine
 
     @property
     def heads(self) -> int | None:
@@ -201,7 +226,7 @@ class Not(Pattern):
     @property
     def order(self) -> str | None:
         """The order the pattern lives on, if any."""
-        return getattr(self.a, "order", None)
+        return _order_name(self.a)
 
     def check(self, layout: Layout) -> None:
         self.a.check(layout)

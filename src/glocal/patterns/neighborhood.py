@@ -1,4 +1,4 @@
-"""Neighbourhood attention with stride, dilation and causal axes (arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922)."""
+"""Neighbourhood attention with stride, dilation, causal axes (arXiv 2204.07143, 2209.15001, 2403.04690, 2504.16922)."""
 
 from __future__ import annotations
 
