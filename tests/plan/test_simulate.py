@@ -7,7 +7,10 @@ import random
 
 import pytest
 
+from glocal.canvas import Canvas, tile
+from glocal.patterns import Neighborhood
 from glocal.patterns.axis import AxisWindow
+from glocal.plan.build import PlanSpec, plan
 from glocal.plan.raster import simulate_raster
 from glocal.plan.simulate import end_to_end, simulate
 from glocal.plan.tiles import legal_tiles, search_strides, search_tiles
@@ -83,13 +86,14 @@ def test_counts_equal_a_count_of_every_pair(seed):
     assert result.q_tiles == len(q_sizes)
     assert result.worst == max(rows.values())
     assert result.visited_blocks == len(pairs)
-    assert result.full_blocks == sum(n == q_sizes[a] * kv_sizes[b] for (a, b), n in pairs.items())
+    whole = [(a, b) for (a, b), n in pairs.items() if n == q_sizes[a] * kv_sizes[b]]
+    assert result.full_blocks == sum(kv_sizes[b] == math.prod(kv_tile) for _, b in whole)
+    assert result.perfectly_block_sparse == (len(whole) == len(pairs))
     assert result.visible_pairs == sum(pairs.values())
     assert result.backward.kv_tiles == len(kv_sizes)
     assert result.backward.worst == max(columns.values())
     assert result.backward.mean == pytest.approx(len(pairs) / len(kv_sizes))
     assert result.kept == pytest.approx(sum(pairs.values()) / math.prod(canvas) ** 2)
-    assert result.perfectly_block_sparse == (result.partial_blocks == 0)
     assert result.effective_speedup <= result.flop_bound + 1e-9
 
 
@@ -111,7 +115,7 @@ def test_dynamic_tiles_start_where_the_window_starts(seed):
                     for b in range(min(union), max(union) + 1, axis.kv_tile)
                 ]
                 visits.append(len(tiles))
-                full.append(sum(tile <= common for tile in tiles))
+                full.append(sum(t <= common and len(t) == axis.kv_tile for t in tiles))
         assert axis.visits == tuple(visits)
         assert axis.full == tuple(full)
 
@@ -317,3 +321,31 @@ def test_raster_order_visits_more_than_tiles():
     assert raster.waste > 1.5 * tiles.waste
     with pytest.raises(ValueError, match="kv_block=0; legal: at least 1 token; nearest: 1"):
         simulate_raster((16, 32), rules([8, 8]), 32, 0)
+
+
+@pytest.mark.parametrize("tiling_shape", [((8, 12), (4, 4), (2, 6)), ((6, 8, 8), (2, 4, 4), (3, 2, 4))])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_a_plan_in_tile_order_has_the_simulated_blocks(tiling_shape, stride, dilation):
+    """The planner classifies blocks by its own means; both must count the same."""
+    shape, q_tile, kv_tile = tiling_shape
+    if dilation == 2:
+        q_tile = kv_tile = (2,) * len(shape)
+    canvas = Canvas(shape)
+    steps = (dilation,) * len(shape)
+    built = plan(
+        Neighborhood(3, stride, dilation),
+        canvas,
+        PlanSpec(
+            q_block=math.prod(q_tile),
+            kv_block=math.prod(kv_tile),
+            q_order=tile(canvas, q_tile, steps),
+            kv_order=tile(canvas, kv_tile, steps),
+        ),
+    )
+    rank = len(shape)
+    result = simulate(shape, rules([3] * rank, [stride] * rank, [dilation] * rank), q_tile, kv_tile)
+    assert built.visible_pairs == result.visible_pairs
+    assert built.visited_pairs == result.visited_blocks * math.prod(q_tile) * math.prod(kv_tile)
+    assert int(built.full.count.sum()) == result.full_blocks
+    assert int(built.partial.count.sum()) == result.partial_blocks

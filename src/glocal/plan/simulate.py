@@ -37,9 +37,10 @@ class AxisVisits:
     q_tile: int
     kv_tile: int
     visits: tuple[int, ...]  # key tiles with a visible pair, per query tile
-    full: tuple[int, ...]  # key tiles seen whole by every query of the tile, per query tile
+    full: tuple[int, ...]  # unpadded key tiles seen whole by every query of the tile, per query tile
     inverse: tuple[int, ...]  # query tiles with a visible pair, per key tile (static grid)
     visible: int  # visible (query, key) pairs along the axis
+    perfect: bool  # every visited tile is seen whole, as far as it holds tokens
 
     @property
     def dense_kv_tiles(self) -> int:
@@ -50,11 +51,6 @@ class AxisVisits:
     def dense_q_tiles(self) -> int:
         """Query tiles of the undilated axis."""
         return math.ceil(self.length / self.q_tile)
-
-    @property
-    def perfect(self) -> bool:
-        """Whether every visited tile is seen whole."""
-        return self.visits == self.full
 
 
 @dataclass(frozen=True)
@@ -113,7 +109,7 @@ class Simulation:
 
     @cached_property
     def full_blocks(self) -> int:
-        """Visited blocks whose pairs are all visible: they need no mask (padding of a ragged last tile aside)."""
+        """Visited blocks that need no mask: all pairs are visible and the key tile holds no padding."""
         return math.prod(sum(a.full) for a in self.axes)
 
     @property
@@ -177,7 +173,7 @@ class Simulation:
 
     @property
     def perfectly_block_sparse(self) -> bool:
-        """Whether no visited block needs a mask; then the op speed-up reaches the FLOP bound."""
+        """Whether visited blocks hold visible pairs alone (padding aside): then op_speedup is flop_bound, if tiles divide."""
         return all(a.perfect for a in self.axes)
 
     @cached_property
@@ -272,17 +268,18 @@ def visit_axis(length: int, window: AxisWindow, q_tile: int, kv_tile: int, tilin
     visits: list[Tensor] = []
     full: list[Tensor] = []
     inverse: list[Tensor] = []
-    visible = 0
-    by_places: dict[int, tuple[Tensor, Tensor, Tensor, int]] = {}
+    visible, perfect = 0, True
+    by_places: dict[int, tuple[Tensor, Tensor, Tensor, int, bool]] = {}
     for group in range(window.dilation):
         places = math.ceil((length - group) / window.dilation)  # groups differ by at most one token
         if places not in by_places:
             by_places[places] = _visit_group(places, window, q_tile, kv_tile, tiling)
-        tiles, whole, back, pairs = by_places[places]
+        tiles, whole, back, pairs, tight = by_places[places]
         visits.append(tiles)
         full.append(whole)
         inverse.append(back)
         visible += pairs
+        perfect &= tight
     return AxisVisits(
         length=length,
         window=window,
@@ -292,13 +289,14 @@ def visit_axis(length: int, window: AxisWindow, q_tile: int, kv_tile: int, tilin
         full=tuple(torch.cat(full).tolist()),
         inverse=tuple(torch.cat(inverse).tolist()),
         visible=visible,
+        perfect=perfect,
     )
 
 
 def _visit_group(
     places: int, window: AxisWindow, q_tile: int, kv_tile: int, tiling: Tiling
-) -> tuple[Tensor, Tensor, Tensor, int]:
-    """One dilation group: visits and full tiles per query tile, query tiles per key tile, visible pairs."""
+) -> tuple[Tensor, Tensor, Tensor, int, bool]:
+    """One dilation group: visits and full tiles per query tile, query tiles per key tile, visible pairs, perfect."""
     place = torch.arange(places)
     start, end = window.span(place, places)  # [places]
     first = place[::q_tile]  # first query of each tile, [tiles]
@@ -306,16 +304,17 @@ def _visit_group(
     low, high = start[first], end[last]  # spans are monotone and strides stay within windows: no holes
     base = torch.zeros_like(low) if tiling == "static" else low
     visits = _ceil_div(high - base, kv_tile) - (low - base) // kv_tile
-    # Whole tiles lie between the last start and the first end; a ragged last tile counts when the span reaches it.
-    reach = torch.where(
-        end[first] == places, _ceil_div(places - base, kv_tile), (end[first] - base).div(kv_tile, rounding_mode="floor")
-    )
-    full = (reach - _ceil_div(start[last] - base, kv_tile)).clamp(min=0)
+    # Whole tiles lie between the last start and the first end.
+    begin, reach = _ceil_div(start[last] - base, kv_tile), end[first] - base
+    full = (reach // kv_tile - begin).clamp(min=0)
+    whole = (
+        torch.where(end[first] == places, _ceil_div(reach, kv_tile), reach // kv_tile) - begin
+    )  # ragged tile included
     steps = torch.zeros(math.ceil(places / kv_tile) + 1, dtype=torch.int64)
     ones = torch.ones_like(low)
     steps.index_add_(0, low // kv_tile, ones)
     steps.index_add_(0, _ceil_div(high, kv_tile), -ones)
-    return visits, full, steps.cumsum(0)[:-1], int((end - start).sum())
+    return visits, full, steps.cumsum(0)[:-1], int((end - start).sum()), bool((whole == visits).all())
 
 
 def _ceil_div(a: Tensor, b: int) -> Tensor:
