@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -68,6 +69,13 @@ def test_rates_follow_from_measured_seconds():
     assert table.rates("dense", "backward", 64, 1024, "float32") == ()
     with pytest.raises(ValueError, match="dtype='bfloat16' was not measured on toy; legal: float32; nearest: float32"):
         table.rates("dense", "forward", 64, 1024)
+
+
+def test_noise_never_makes_a_mask_cheaper_than_none():
+    table = toy()
+    dense, full, masked = table.measurements
+    quick = toy(measurements=(dense, full, replace(masked, milliseconds=1e-6)))
+    assert quick.rates("masked", "forward", 64, 1024, "float32")[0].flops_per_second == pytest.approx(0.5e12)
 
 
 def test_h200_table_gives_the_published_rates():

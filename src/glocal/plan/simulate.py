@@ -173,7 +173,7 @@ class Simulation:
 
     @property
     def perfectly_block_sparse(self) -> bool:
-        """Whether visited blocks hold visible pairs alone (padding aside): then op_speedup is flop_bound, if tiles divide."""
+        """Whether visited blocks hold visible pairs alone, padding aside; `op_speedup` then is `flop_bound`."""
         return all(a.perfect for a in self.axes)
 
     @cached_property

@@ -90,7 +90,8 @@ class DeviceTable:
         """Rates of all kernels measured for this use, fastest first, at the nearest head size and token count.
 
         "masked" is the rate of the partial blocks alone: their time is what a masked call takes beyond its full
-        blocks at the kernel's own full-block rate. Raises ValueError when the table has no row of this dtype.
+        blocks at the kernel's own full-block rate, and at least what as many full blocks would take.
+        Raises ValueError when the table has no row of this dtype.
         """
         dtypes = sorted({m.dtype for m in self.measurements})
         if dtype not in dtypes:
@@ -124,10 +125,10 @@ class DeviceTable:
             raise ValueError(
                 f"device table {self.name!r}: {row.kernel} has masked rows but no full rows to set them off"
             )
-        rest = seconds - row.flops(counts.full_blocks * block) / full[row.kernel].flops_per_second
-        if rest <= 0:
-            raise ValueError(f"device table {self.name!r}: {row.kernel} ran masked blocks in no time; measure again")
-        return row.flops(counts.partial_blocks * block) / rest
+        whole = full[row.kernel].flops_per_second
+        rest = seconds - row.flops(counts.full_blocks * block) / whole
+        flops = row.flops(counts.partial_blocks * block)
+        return flops / max(rest, flops / whole)  # timing noise must not make a mask cheaper than none
 
     def to_json(self) -> str:
         """The table as a JSON file, readable back by `load_table`."""
