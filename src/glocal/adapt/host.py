@@ -1,0 +1,85 @@
+"""Hosts: how to find the attention sites of a model and put something in their place. One adapter a family of models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any, Literal, Protocol
+
+from torch import nn
+
+from glocal.adapt.records import Core, RunState, Site
+
+Point = Literal["core", "module", "layer", "forward", "step"]
+Undo = Callable[[], None]
+Wrapper = Callable[..., Any]
+
+
+class HostAdapter(Protocol):
+    """What a host file offers. Every wrap keeps the original and returns the call that puts it back."""
+
+    points: frozenset[Point]
+
+    def sites(self, model: Any) -> Sequence[Site]:
+        """The attention sites in the order they run."""
+        ...
+
+    def watch(self, model: Any, state: RunState) -> Undo:
+        """Keep `state` up to date while the model runs."""
+        ...
+
+    def wrap_core(self, model: Any, site: Site, state: RunState, core: CoreFactory) -> Undo:
+        """Put ``core(inner)`` where the site computes attention; `inner` is what stood there, as a Core."""
+        ...
+
+    def wrap(self, model: Any, point: Point, name: str, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
+        """Replace a forward by ``wrapper(original)``: of the attention module `name` (point "module"), of the layer
+        that holds it ("layer") or of the whole model ("forward", name "")."""
+        ...
+
+
+CoreFactory = Callable[[Core], Core]
+
+_BUILT_IN = {
+    "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+}
+_REGISTERED: dict[str, HostAdapter] = {}
+
+
+def register_host(model_class: str, adapter: HostAdapter) -> None:
+    """Teach glocal a model: `model_class` is its full dotted name, also of a base class."""
+    _REGISTERED[model_class] = adapter
+
+
+def host_of(model: Any) -> HostAdapter:
+    """The adapter of a model, found along its base classes; ValueError names the nearest known class."""
+    names = [f"{c.__module__}.{c.__qualname__}" for c in type(model).__mro__]
+    for name in names:
+        if name in _REGISTERED:
+            return _REGISTERED[name]
+        if name in _BUILT_IN:
+            return import_module(_BUILT_IN[name]).ADAPTER
+    known = sorted({*_REGISTERED, *_BUILT_IN})
+    near = get_close_matches(names[0], known, n=1, cutoff=0.3)
+    raise ValueError(
+        f"No host adapter for {names[0]}. Known: {', '.join(known)}."
+        + (f" Nearest: {near[0]}." if near else "")
+        + " Write one with glocal.adapt.register_host, or put glocal.adapt.site() where the model computes attention."
+    )
+
+
+def replace_forward(module: nn.Module, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
+    """Put ``wrapper(module.forward)`` in place; the undo leaves the module's attributes as they were."""
+    had = "forward" in module.__dict__
+    original = module.forward
+    module.forward = wrapper(original)  # type: ignore[method-assign]
+
+    def undo() -> None:
+        if had:
+            module.forward = original  # type: ignore[method-assign]
+        else:
+            del module.__dict__["forward"]
+
+    return undo
+

@@ -1,0 +1,90 @@
+"""What a method learns about the model it sits in: attention sites, the running state, and one call of one site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from glocal.canvas import Layout
+
+Branch = Literal["both", "cond", "uncond"]
+Kind = Literal["self", "cross", "joint"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention of a model, known before it is called.
+
+    name: unique within its component (the module path). component: which model of a pipeline ("transformer").
+    layer: position in the stack. kind: "self", "cross" or "joint" (text and media in one sequence).
+    heads, kv_heads, head_dim: sizes. causal, scale (None: head_dim ** -0.5), softcap, sliding_window: of the host.
+    rotary: how positions enter, in the host's words; q and k arrive rotated.
+    """
+
+    name: str
+    layer: int
+    heads: int
+    head_dim: int
+    component: str = "transformer"
+    kind: Kind = "self"
+    kv_heads: int | None = None
+    causal: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+    sliding_window: int | None = None
+    rotary: str = "none"
+
+
+@dataclass
+class RunState:
+    """Where the model is in its run; the host keeps it up to date.
+
+    step counts executed steps (several forwards of guidance are one step); total: steps of the run, None if unknown.
+    timestep: the noise level in [0, 1] (1 is pure noise) of a generator, else the host's own number.
+    rows: (sample, guidance branch) of every row of the batch. expert: name of the active sub-model.
+    store: whatever methods remember, keyed (site name, own name); it is cleared when a run starts.
+    """
+
+    step: int = -1
+    total: int | None = None
+    timestep: float | None = None
+    phase: Literal["denoise", "prefill", "decode"] = "denoise"
+    rows: tuple[tuple[int, Branch], ...] = ()
+    expert: str | None = None
+    call: int = 0
+    store: dict[tuple[str, Hashable], Any] = field(default_factory=dict)
+
+    @property
+    def branch(self) -> Branch:
+        """The guidance branch that all rows share, else "both"."""
+        branches = {branch for _, branch in self.rows}
+        return branches.pop() if len(branches) == 1 else "both"
+
+    def begin(self, total: int | None = None) -> None:
+        """A run starts: forget what the last one left."""
+        self.step, self.timestep, self.total = -1, None, total
+        self.store.clear()
+
+
+@dataclass(frozen=True, eq=False)
+class SiteCall:
+    """One call of one site.
+
+    layout: where the tokens lie in this call. state: the running state. residual [B, N, C]: the stream before the
+    attention is added, if the host shows it. contribution: maps per-head outputs [B, H, M, D] (M rows of the call, any
+    choice) to what each adds to the residual stream [B, H, M, C]; None if the host cannot say. native: the host's own
+    record of the call.
+    """
+
+    site: Site
+    layout: Layout
+    state: RunState
+    residual: Tensor | None = None
+    contribution: Callable[[Tensor], Tensor] | None = None
+    native: Any = None
+
+
+Core = Callable[[Tensor, Tensor, Tensor, SiteCall], Tensor]  # q, k, v [B, H, N, D] -> out [B, H, N, D]
