@@ -53,6 +53,8 @@ def test_a_backend_that_is_wrong_is_not_timed(monkeypatch) -> None:
 def test_other_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="device='meta' cannot be calibrated; legal: cpu, cuda; nearest: cpu"):
         measure_device("meta")
+    with pytest.raises(ValueError, match="dtype=torch.float64 cannot be calibrated; legal: float32, float16, bfloat16"):
+        measure_device("cpu", Calibration(dtype=torch.float64))
 
 
 def test_a_shape_without_whole_blocks_is_refused() -> None:

@@ -131,7 +131,8 @@ def test_forecast_says_when_a_head_size_is_borrowed():
     [
         ({"device": "h20"}, r"device='h20' has no table; legal: h200, or a \.json file .*; nearest: h200"),
         ({"device": "nowhere.json"}, r"device='nowhere\.json': no such file; write one with `glocal env --measure`"),
-        ({"dtype": "float64"}, r"dtype='float64' was not measured on h200; legal: bfloat16; nearest: bfloat16"),
+        ({"dtype": "float64"}, r"dtype='float64' has no forecast; legal: float16, bfloat16, float32; nearest: float32"),
+        ({"dtype": "float32"}, r"dtype='float32' was not measured on h200; legal: bfloat16; nearest: bfloat16"),
         ({"heads": 0}, r"heads=0; legal: at least 1; nearest: 1"),
         ({"head_dim": 0}, r"head_dim=0; legal: at least 1; nearest: 1"),
     ],

@@ -1,4 +1,4 @@
-"""Measure a device table on this machine: dense attention, whole and masked blocks of each backend, copies, launches."""
+"""Measure a device table on this machine: dense attention, whole and masked blocks of each backend, copies."""
 
 from __future__ import annotations
 
@@ -81,6 +81,8 @@ def measure_device(
         raise ValueError(f"device={str(device)!r} cannot be calibrated; legal: {', '.join(SHAPES)}; nearest: cpu")
     default = torch.float32 if where.type == "cpu" else torch.bfloat16
     dtype = default if spec.dtype is None else spec.dtype
+    if str(dtype).removeprefix("torch.") not in TOLERANCE:
+        raise ValueError(f"dtype={dtype} cannot be calibrated; legal: {', '.join(TOLERANCE)}; nearest: float32")
     backends = BACKENDS[where.type] if spec.backends is None else spec.backends
     shapes = SHAPES[where.type] if spec.shapes is None else spec.shapes
     bar = NoProgress() if progress is None else progress

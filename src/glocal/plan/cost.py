@@ -127,6 +127,8 @@ def forecast(
     for name, value in (("heads", heads), ("head_dim", head_dim)):
         if value < 1:
             raise ValueError(f"{name}={value}; legal: at least 1; nearest: 1")
+    if dtype not in _ITEM_BYTES:
+        raise ValueError(f"dtype={dtype!r} has no forecast; legal: {', '.join(_ITEM_BYTES)}; nearest: float32")
     table = device_table(device) if isinstance(device, str) else device
     blocks = BlockWork.of(work) if isinstance(work, Simulation) else work
     flops_per_pair = FLOPS_PER_PAIR[direction] * head_dim * heads
