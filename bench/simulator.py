@@ -15,7 +15,8 @@ from pathlib import Path
 
 from glocal._files import write_atomic
 from glocal.patterns.axis import AxisWindow
-from glocal.plan.simulate import simulate, size_text
+from glocal.plan.checks import size_text
+from glocal.plan.simulate import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "results" / "simulator.csv"

@@ -44,7 +44,7 @@ def window_rules(
     """
     from glocal.patterns import Neighborhood
     from glocal.patterns.axis import AxisWindow
-    from glocal.plan.simulate import check_axes
+    from glocal.plan.checks import check_axes
 
     name = pattern_name(pattern)
     legal = {

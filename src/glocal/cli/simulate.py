@@ -39,7 +39,8 @@ def command(
     json: Json = False,
 ) -> None:
     """Forecast the kept work, tile waste and speed-up bound of a pattern; no GPU needed."""
-    from glocal.plan.simulate import check_choice, simulate
+    from glocal.plan.checks import check_choice
+    from glocal.plan.simulate import simulate
     from glocal.plan.tiles import search_tiles
 
     shape = extents(canvas, "--canvas")
@@ -120,7 +121,7 @@ def _stride_rows(result: Simulation, share: float | None) -> dict[str, Any]:
 
 
 def _print(record: dict[str, Any], result: Simulation, note: str) -> None:
-    from glocal.plan.simulate import size_text
+    from glocal.plan.checks import size_text
 
     rule = [f"window {size_text(record['window'])}", f"stride {size_text(record['stride'])}"]
     if max(record["dilation"]) > 1:
@@ -182,7 +183,7 @@ def _print_forecast(row: dict[str, Any]) -> None:
 
 
 def _print_rows(rows: list[dict[str, Any]], title: str, *keys: str) -> None:
-    from glocal.plan.simulate import size_text
+    from glocal.plan.checks import size_text
 
     shown = ["op_speedup", "effective_speedup", "mean_speedup", "waste"]
     if rows and "end_to_end" in rows[0]:

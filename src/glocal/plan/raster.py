@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glocal.patterns.axis import AxisWindow
-from glocal.plan.simulate import check_axes
+from glocal.plan.checks import check_axes
 
 Box = tuple[tuple[int, int], ...]  # per axis: first coordinate, one past the last
 

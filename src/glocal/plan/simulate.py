@@ -1,7 +1,7 @@
 """Count the key tiles each query tile visits, without a GPU: the tile simulator of GNA (NATTENSim, arXiv 2504.16922).
 
-A neighbourhood is a product of per-axis windows, so every count is a product of per-axis counts, and one axis needs
-only the first and the last query of each tile. Nothing grows with the square of the tokens.
+A neighbourhood is a product of per-axis windows, so every count is a product of per-axis counts. Nothing grows with the
+square of the tokens.
 """
 
 from __future__ import annotations
@@ -12,45 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from glocal.patterns.axis import AxisWindow
+from glocal.plan.axis_visits import AxisVisits, Tiling, visit_axis
+from glocal.plan.checks import check_axes, check_choice, check_tile
 
-Tiling = Literal["static", "dynamic"]
 Schedule = Literal["worst", "mean"]
 _TILINGS: tuple[Tiling, ...] = ("static", "dynamic")
 _SCHEDULES: tuple[Schedule, ...] = ("worst", "mean")
-
-
-def size_text(numbers: Sequence[int]) -> str:
-    """Write (30, 48, 80) as 30x48x80."""
-    return "x".join(str(n) for n in numbers)
-
-
-@dataclass(frozen=True)
-class AxisVisits:
-    """Tile counts of one axis. Tiles are listed dilation group by dilation group (no tile crosses groups)."""
-
-    length: int
-    window: AxisWindow
-    q_tile: int
-    kv_tile: int
-    visits: tuple[int, ...]  # key tiles with a visible pair, per query tile
-    full: tuple[int, ...]  # unpadded key tiles seen whole by every query of the tile, per query tile
-    inverse: tuple[int, ...]  # query tiles with a visible pair, per key tile (static grid)
-    visible: int  # visible (query, key) pairs along the axis
-    perfect: bool  # every visited tile is seen whole, as far as it holds tokens
-
-    @property
-    def dense_kv_tiles(self) -> int:
-        """Key tiles a dense query tile visits."""
-        return math.ceil(self.length / self.kv_tile)
-
-    @property
-    def dense_q_tiles(self) -> int:
-        """Query tiles of the undilated axis."""
-        return math.ceil(self.length / self.q_tile)
 
 
 @dataclass(frozen=True)
@@ -261,117 +229,3 @@ def simulate(
         for length, window, tq, tk in zip(canvas_shape, axes, q_tile, kv_tile, strict=True)
     ]
     return Simulation(axes=tuple(counted), tiling=tiling, schedule=schedule)
-
-
-def visit_axis(length: int, window: AxisWindow, q_tile: int, kv_tile: int, tiling: Tiling = "static") -> AxisVisits:
-    """Tile counts of one axis of `length` tokens (arguments already checked)."""
-    visits: list[Tensor] = []
-    full: list[Tensor] = []
-    inverse: list[Tensor] = []
-    visible, perfect = 0, True
-    by_places: dict[int, tuple[Tensor, Tensor, Tensor, int, bool]] = {}
-    for group in range(window.dilation):
-        places = math.ceil((length - group) / window.dilation)  # groups differ by at most one token
-        if places not in by_places:
-            by_places[places] = _visit_group(places, window, q_tile, kv_tile, tiling)
-        tiles, whole, back, pairs, tight = by_places[places]
-        visits.append(tiles)
-        full.append(whole)
-        inverse.append(back)
-        visible += pairs
-        perfect &= tight
-    return AxisVisits(
-        length=length,
-        window=window,
-        q_tile=q_tile,
-        kv_tile=kv_tile,
-        visits=tuple(torch.cat(visits).tolist()),
-        full=tuple(torch.cat(full).tolist()),
-        inverse=tuple(torch.cat(inverse).tolist()),
-        visible=visible,
-        perfect=perfect,
-    )
-
-
-def _visit_group(
-    places: int, window: AxisWindow, q_tile: int, kv_tile: int, tiling: Tiling
-) -> tuple[Tensor, Tensor, Tensor, int, bool]:
-    """One dilation group: visits and full tiles per query tile, query tiles per key tile, visible pairs, perfect."""
-    place = torch.arange(places)
-    start, end = window.span(place, places)  # [places]
-    first = place[::q_tile]  # first query of each tile, [tiles]
-    last = (first + q_tile - 1).clamp(max=places - 1)
-    low, high = start[first], end[last]  # spans are monotone and strides stay within windows: no holes
-    base = torch.zeros_like(low) if tiling == "static" else low
-    visits = _ceil_div(high - base, kv_tile) - (low - base) // kv_tile
-    # Whole tiles lie between the last start and the first end.
-    begin, reach = _ceil_div(start[last] - base, kv_tile), end[first] - base
-    full = (reach // kv_tile - begin).clamp(min=0)
-    whole = (
-        torch.where(end[first] == places, _ceil_div(reach, kv_tile), reach // kv_tile) - begin
-    )  # ragged tile included
-    steps = torch.zeros(math.ceil(places / kv_tile) + 1, dtype=torch.int64)
-    ones = torch.ones_like(low)
-    steps.index_add_(0, low // kv_tile, ones)
-    steps.index_add_(0, _ceil_div(high, kv_tile), -ones)
-    return visits, full, steps.cumsum(0)[:-1], int((end - start).sum()), bool((whole == visits).all())
-
-
-def _ceil_div(a: Tensor, b: int) -> Tensor:
-    return -((-a) // b)
-
-
-def check_choice(name: str, value: str, legal: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of `legal`."""
-    if value not in legal:
-        raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(legal)}")
-
-
-def check_axes(canvas_shape: Sequence[int], axes: Sequence[AxisWindow]) -> None:
-    """Raise ValueError unless every axis can hold its window; the message names the nearest legal value."""
-    if not canvas_shape or min(canvas_shape) < 1:
-        raise ValueError(f"canvas={size_text(canvas_shape)!r} needs at least one axis, each of at least 1 token")
-    if len(axes) != len(canvas_shape):
-        raise ValueError(
-            f"{len(axes)} window axes for the canvas {size_text(canvas_shape)} of {len(canvas_shape)} axes; "
-            f"give one window per axis"
-        )
-    for axis, (length, rule) in enumerate(zip(canvas_shape, axes, strict=True)):
-        for name, value in (("window", rule.window), ("stride", rule.stride), ("dilation", rule.dilation)):
-            if value < 1:
-                raise ValueError(f"{name}={value} on axis {axis}; legal: at least 1; nearest: 1")
-        if rule.stride > rule.window:
-            raise ValueError(
-                f"stride={rule.stride} is larger than window={rule.window} on axis {axis}; "
-                f"legal: 1 to {rule.window}; nearest: {rule.window}"
-            )
-        if rule.border == "shift" and rule.window > length:
-            raise ValueError(
-                f"window={rule.window} is larger than axis {axis} of the canvas {size_text(canvas_shape)} "
-                f"({length} tokens); legal: 1 to {length}; nearest: {length}"
-            )
-        if rule.border == "shift" and rule.window > math.ceil(length / rule.dilation):
-            raise ValueError(
-                f"dilation={rule.dilation} does not fit: window={rule.window} then spans "
-                f"{rule.window * rule.dilation} tokens and axis {axis} of the canvas {size_text(canvas_shape)} has "
-                f"{length}; legal: 1 to {length // rule.window}; nearest: {length // rule.window}"
-            )
-        if rule.dilation > length:
-            raise ValueError(
-                f"dilation={rule.dilation} is larger than axis {axis} of the canvas {size_text(canvas_shape)}; "
-                f"legal: 1 to {length}; nearest: {length}"
-            )
-
-
-def check_tile(name: str, tile: Sequence[int], canvas_shape: Sequence[int]) -> None:
-    """Raise ValueError unless the tile has one positive number per axis of the canvas."""
-    rank = len(canvas_shape)
-    if len(tile) != rank:
-        nearest = ((1,) * rank + tuple(tile))[-rank:]
-        raise ValueError(
-            f"{name}={size_text(tile)} has {len(tile)} axes, the canvas {size_text(canvas_shape)} has {rank}; "
-            f"legal: {rank} numbers; nearest: {size_text(nearest)}"
-        )
-    if min(tile) < 1:
-        nearest = tuple(max(t, 1) for t in tile)
-        raise ValueError(f"{name}={size_text(tile)}; legal: at least 1 per axis; nearest: {size_text(nearest)}")

@@ -7,16 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from glocal.patterns.axis import AxisWindow
-from glocal.plan.simulate import (
-    AxisVisits,
-    Schedule,
-    Simulation,
-    Tiling,
-    check_axes,
-    simulate,
-    size_text,
-    visit_axis,
-)
+from glocal.plan.axis_visits import AxisVisits, Tiling, visit_axis
+from glocal.plan.checks import check_axes, size_text
+from glocal.plan.simulate import Schedule, Simulation, simulate
 
 TILE_SIZES = (64, 128, 256)
 
