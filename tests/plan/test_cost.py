@@ -126,6 +126,13 @@ def test_forecast_says_when_a_head_size_is_borrowed():
     assert "head_dim=96 was not measured; rates are those of 128" in result.notes
 
 
+def test_forecast_says_when_blocks_are_smaller_than_measured():
+    small = simulate((64, 64), [AxisWindow(24, 8)] * 2, (8, 8), (8, 8))
+    notes = forecast(small, 8, 128, "h200").notes
+    assert any(note.startswith("blocks of 4,096 pairs are smaller than any measured (16,384)") for note in notes)
+    assert not any("smaller than any measured" in note for note in forecast(video((18, 8, 8)), 8, 128, "h200").notes)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

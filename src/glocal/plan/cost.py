@@ -202,6 +202,12 @@ def _notes(
         notes.append(f"head_dim={head_dim} was not measured; rates are those of {', '.join(map(str, used))}")
     if table.launch_seconds is None:
         notes.append("launch overhead was not measured and counts as 0: small shapes take longer")
+    measured = [math.prod(m.q_tile) * math.prod(m.kv_tile) for m in table.measurements if m.kind == "masked"]
+    if measured and blocks.block_pairs < min(measured):
+        notes.append(
+            f"blocks of {blocks.block_pairs:,} pairs are smaller than any measured ({min(measured):,}): kernels run "
+            "slower on them than forecast"
+        )
     if not blocks.rows:
         notes.append("row lengths unknown: imbalance counts as 0")
     return tuple(notes)
