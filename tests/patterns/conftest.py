@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glocal.canvas import Canvas, Coords, Layout
+from glocal.canvas import Canvas, Layout, Policy
 from glocal.patterns import Pattern
 
 Place = tuple[int, ...]
@@ -63,7 +63,8 @@ def check(pattern: Pattern, shape: Place, rule: Rule, head: int | None = None) -
     if closed is not None:
         torch.testing.assert_close(closed, want)
     n = want.shape[0]
-    for policy in ({}, {("before", "grid"): "none", ("grid", "after"): "causal"}):
+    hidden: dict[tuple[str, str], Policy] = {("before", "grid"): "none", ("grid", "after"): "causal"}
+    for policy in ({}, hidden):
         canvas = Canvas(shape, before=2, after=3)
         inside = Layout(canvas, canvas, policy)
         got = pattern.mask(inside)[index]
@@ -82,9 +83,3 @@ def check(pattern: Pattern, shape: Place, rule: Rule, head: int | None = None) -
 def agrees() -> Callable[..., Tensor]:
     """`agrees(pattern, shape, rule, head=None)` checks a pattern against a rule between two places."""
     return check
-
-
-@pytest.fixture
-def coords_of() -> Callable[[Canvas], tuple[Coords, Coords]]:
-    """Coordinates of all tokens as queries [n, 1] and keys [1, n]."""
-    return lambda canvas: (canvas.coords().unsqueeze(1), canvas.coords().unsqueeze(0))

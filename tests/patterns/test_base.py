@@ -82,7 +82,7 @@ def test_patterns_are_hashable_and_equal_by_value(pattern):
 
 def test_heads_must_agree():
     with pytest.raises(ValueError, match=r"different head counts \[2, 3\] cannot be joined"):
-        per_head([Dense()] * 2) | per_head([Dense()] * 3)
+        _ = per_head([Dense()] * 2) | per_head([Dense()] * 3)
     with pytest.raises(ValueError, match="needs at least one pattern, none of which is per head"):
         per_head([per_head([Dense()])])
     with pytest.raises(ValueError, match="differs by head; give head="):
@@ -93,11 +93,11 @@ def test_patterns_on_different_orders_cannot_be_joined():
     kept = torch.ones(5, 5)
     a, b = (Blocks(kept, 4, 4, order) for order in ("gilbert", "snake"))
     with pytest.raises(ValueError, match="different orders cannot be joined: 'gilbert', 'snake'"):
-        a & b
+        _ = a & b
     c = Blocks(kept, 4, 4, named(Canvas((4, 5)), "hw"))
     with pytest.raises(ValueError, match="different orders cannot be joined: 'gilbert', 'hw/1@grid'"):
-        (a | Causal()) & ~c
+        _ = (a | Causal()) & ~c
     with pytest.raises(ValueError, match="different orders cannot be joined: 'raster', 'gilbert'"):
-        RadialBlocks(4) | a
+        _ = RadialBlocks(4) | a
     assert (a | a).order == "gilbert"
     assert (a & Neighborhood(3)).order == "gilbert"

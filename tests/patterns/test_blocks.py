@@ -53,7 +53,7 @@ def test_position_in_the_order_decides_the_block(generator, order):
 
 def test_rule_instead_of_a_mask():
     layout = Layout.of(Canvas((11,)))
-    pattern = Blocks(lambda i, j, head: (j + head) % 3 <= i, 4, 4, rule_heads=2)
+    pattern = Blocks(lambda i, j, head: (j + (head or 0)) % 3 <= i, 4, 4, rule_heads=2)
     assert pattern.heads == 2
     for head in range(2):
         i, j = torch.arange(3)[:, None], torch.arange(3)[None]

@@ -102,13 +102,13 @@ class Pattern:
 
         return draw(self, canvas, query, head=head, scale=scale)
 
-    def __or__(self, other: Pattern) -> Pattern:
+    def __or__(self, other: Pattern) -> Or:
         return Or(self, other)
 
-    def __and__(self, other: Pattern) -> Pattern:
+    def __and__(self, other: Pattern) -> And:
         return And(self, other)
 
-    def __invert__(self) -> Pattern:
+    def __invert__(self) -> Not:
         return Not(self)
 
 
@@ -277,6 +277,6 @@ class PerHead(Pattern):
         return self.of(head).terms(shape, None)
 
 
-def per_head(patterns: Sequence[Pattern]) -> Pattern:
+def per_head(patterns: Sequence[Pattern]) -> PerHead:
     """One pattern for each (key or query) head, in order."""
     return PerHead(tuple(patterns))

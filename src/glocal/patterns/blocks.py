@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class Blocks(BlockPattern):
                 f"(less than a block)."
             )
         if isinstance(self.kept, Tensor):
-            mask = self.kept.bool()
+            mask = self.kept.detach().bool().clone()  # what the caller does to its tensor later changes nothing
             mask = mask[None] if mask.dim() == 2 else mask
             if mask.dim() != 3:
                 raise ValueError(
@@ -113,6 +113,10 @@ class Blocks(BlockPattern):
 
     @property
     def key(self) -> Hashable:
+        return self._key
+
+    @cached_property
+    def _key(self) -> Hashable:
         content = digest(self.kept) if isinstance(self.kept, Tensor) else self.kept
         order = self.order if isinstance(self.order, str) else (self.order.name, digest(self.order.gather))
         return ("Blocks", content, self.q_block, self.kv_block, order, self.offset, self.rule_heads)
