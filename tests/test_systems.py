@@ -11,11 +11,11 @@ import pytest
 from glocal import systems as table
 from glocal.systems import Evidence, System
 
-HEAD = "system,case,max_error,tolerance,passed,skipped\n"
+HEAD = "system,case,backend,device,max_error,tolerance,passed,skipped,versions\n"
 
 
-def case(system: str, passed: bool = True, error: float = 5e-5, skipped: str = "") -> Evidence:
-    return Evidence(system, "a", error, 1e-4, passed, skipped)
+def case(system: str, name: str = "a", passed: bool = True, error: float = 5e-5, skipped: str = "") -> Evidence:
+    return Evidence(system, name, "reference", "cpu", error, 1e-4, passed, skipped)
 
 
 def test_there_are_51_rows_with_one_name_each() -> None:
@@ -54,16 +54,16 @@ def test_unknown_system_names_the_closest() -> None:
 
 def test_evidence_reads_a_table_of_cases(tmp_path: Path) -> None:
     file = tmp_path / "parity.csv"
-    file.write_text(HEAD + "gna,na1d,1e-6,1e-4,true,\nfna,rpb,,,false,needs CUDA\n")
+    file.write_text(HEAD + "gna,na1d,flex,cpu,1e-6,1e-4,true,,torch 2\nfna,rpb,,cpu,,,false,needs CUDA,torch 2\n")
     ran, skipped = table.evidence(file)
-    assert ran == Evidence("gna", "na1d", 1e-6, 1e-4, True, "")
+    assert ran == Evidence("gna", "na1d", "flex", "cpu", 1e-6, 1e-4, True, "")
     assert skipped.skipped == "needs CUDA"
     assert math.isnan(skipped.max_error)
 
 
 def test_broken_evidence_is_named(tmp_path: Path) -> None:
     file = tmp_path / "parity.csv"
-    file.write_text(HEAD + "gna,na1d,much,1e-4,true,\n")
+    file.write_text(HEAD + "gna,na1d,flex,cpu,much,1e-4,true,,torch 2\n")
     with pytest.raises(ValueError, match=r"parity\.csv: row .* is no parity case"):
         table.evidence(file)
 
@@ -87,6 +87,9 @@ def test_status_follows_from_code_and_cases(monkeypatch: pytest.MonkeyPatch, tmp
     assert table.status("dinat", (case("dinat", skipped="no CUDA"),)).state == "built"
     assert table.status("dinat", (case("gna"),)).state == "built"
     assert table.status("dinat", (case("dinat"), case("dinat", passed=False, error=1.0))).state == "failing"
-    found = table.status("dinat", (case("dinat"), case("dinat", skipped="no CUDA")))
+    found = table.status("dinat", (case("dinat"), case("dinat"), case("dinat", "b", skipped="no CUDA")))
     assert (found.state, found.passed, found.failed, found.skipped) == ("parity", 1, 0, 1)
+    found = table.status("dinat", (case("dinat"), case("dinat", passed=False), case("dinat", "b")))
+    assert (found.state, found.passed, found.failed) == ("failing", 1, 1)
+    found = table.status("dinat", (case("dinat"), case("dinat", "b", skipped="no CUDA")))
     assert found.worst == pytest.approx(0.5)

@@ -40,8 +40,8 @@ def parity_table() -> str:
     cases = table.evidence()
     if not cases:
         return "No parity file is present: run `make parity`."
-    rows = [(case.system, case.case, *_numbers(case)) for case in cases]
-    return _markdown(("system", "case", "largest error", "tolerance", "result"), rows)
+    rows = [(case.system, case.case, case.backend, case.device, *_numbers(case)) for case in cases]
+    return _markdown(("system", "case", "backend", "device", "largest error", "tolerance", "result"), rows)
 
 
 def _numbers(case: table.Evidence) -> tuple[str, str, str]:

@@ -62,10 +62,15 @@ class System:
 
 @dataclass(frozen=True)
 class Evidence:
-    """One parity case as `results/parity.csv` has it; `skipped` is the reason, "" for a case that ran."""
+    """One parity case on one backend and device, as `results/parity.csv` has it.
+
+    skipped: the reason, "" for a case that ran. backend: "" where a case runs no attention.
+    """
 
     system: str
     case: str
+    backend: str
+    device: str
     max_error: float
     tolerance: float
     passed: bool
@@ -78,6 +83,7 @@ class Status:
 
     planned: no code yet. failing: a parity case failed. partial: some code is missing. built: the code is there, no
     case ran. parity: the code is there and every case that ran equals the authors' numbers.
+    passed, failed, skipped: cases, each counted once; one passes if it does on every backend and device it ran on.
     worst: the largest error divided by its tolerance, NaN where none ran.
     """
 
@@ -109,7 +115,8 @@ def system(slug: str) -> System:
 def evidence(path: Path | None = None) -> tuple[Evidence, ...]:
     """The parity cases of `path`, or of `results/parity.csv` beside the package; none where the file is absent.
 
-    Columns: system, case, max_error and tolerance (one unit), passed (true|false), skipped (a reason, or empty).
+    Columns: system, case, backend, device, max_error and tolerance (one unit), passed (true|false), skipped (a reason,
+    or empty); others are ignored.
     """
     file = _evidence_file() if path is None else path
     if path is None and not file.exists():
@@ -124,13 +131,14 @@ def status(slug: str, rows: tuple[Evidence, ...] | None = None) -> Status:
     cases = [case for case in (evidence() if rows is None else rows) if case.system == slug]
     missing = tuple(name for name in row.code if not _exists(name))
     ran = [case for case in cases if not case.skipped]
-    failed = sum(not case.passed for case in ran)
+    names = {case.case for case in ran}
+    failed = {case.case for case in ran if not case.passed}
     return Status(
-        state=_state(absent=len(missing), files=len(row.code), failed=failed, ran=len(ran)),
+        state=_state(absent=len(missing), files=len(row.code), failed=len(failed), ran=len(names)),
         missing=missing,
-        passed=len(ran) - failed,
-        failed=failed,
-        skipped=len(cases) - len(ran),
+        passed=len(names - failed),
+        failed=len(failed),
+        skipped=len({case.case for case in cases} - names),
         worst=max((case.max_error / case.tolerance for case in ran if case.tolerance > 0), default=math.nan),
     )
 
@@ -168,6 +176,8 @@ def _read(row: dict[str, str], file: Path) -> Evidence:
         return Evidence(
             system=row["system"],
             case=row["case"],
+            backend=row["backend"],
+            device=row["device"],
             max_error=math.nan if skipped else float(row["max_error"]),
             tolerance=math.nan if skipped else float(row["tolerance"]),
             passed=row["passed"].lower() == "true",
@@ -176,7 +186,7 @@ def _read(row: dict[str, str], file: Path) -> Evidence:
     except (KeyError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{file}: row {row} is no parity case ({error}); `glocal parity` writes the columns "
-            "system, case, max_error, tolerance, passed, skipped"
+            "system, case, backend, device, max_error, tolerance, passed, skipped"
         ) from error
 
 
@@ -193,7 +203,7 @@ ROWS: tuple[System, ...] = (
            "2209.15001", "", "code", "backbone", ("patterns/neighborhood", "nn/neighborhood", "models/vision/dinat"),
            ("neighborhood",), ("dilated",), ("sequence",), ("backbone",)),
     System("s2_attention", "S2-Attention: Hardware-Aware Context Sharding Among Attention Heads",
-           "2407.17678", "", "code", "language", ("patterns/shards", "models/language/s2"),
+           "2407.17678", "", "code", "language", ("patterns/strided", "models/language/s2"),
            ("window", "shard"), ("dense",), ("heads",), ("layer", "language model")),
     System("radial", "Radial Attention: O(n log n) Sparse Attention with Energy Decay for Long Video Generation",
            "2506.19852", "NeurIPS 2025", "code", "acceleration", ("patterns/radial", "adapt/radial"),

@@ -45,8 +45,8 @@ def command(
     if cases:
         print()
         print_table(
-            ("case", "max error", "tolerance", "result"),
-            [(case.case, case.max_error, case.tolerance, _result(case)) for case in cases],
+            ("case", "backend", "device", "max error", "tolerance", "result"),
+            [(case.case, case.backend, case.device, case.max_error, case.tolerance, _result(case)) for case in cases],
         )
 
 
