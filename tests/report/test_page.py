@@ -51,6 +51,11 @@ def test_worst_sample_comes_first(advice_page):
     assert '<h2 id="h-strip">Worst held-out sample</h2>' in page
 
 
+def test_a_page_that_would_hide_the_worst_is_refused(advice_page):
+    with pytest.raises(ValueError, match="strips come as 'floor pair', 'best', 'median', 'worst'; the first must be"):
+        replace(advice_page, strips=advice_page.strips[::-1])
+
+
 def test_dense_verdict_gives_its_reason_first(dense_page):
     page = render_advice(dense_page)
     reason = page.index("Attention is 21 % of the step")

@@ -9,11 +9,16 @@ import pytest
 
 from glocal.report import (
     Column,
+    Curve,
+    CurvePoint,
+    Estimate,
+    ForecastPoint,
     Headline,
     KeptMap,
     Picture,
     Table,
     TableReport,
+    TimeBar,
     png_bytes,
     render_table,
     table_csv,
@@ -65,5 +70,13 @@ def test_records_refuse_what_does_not_fit():
         KeptMap(("0", "1"), ("all",), ((0.5,),))
     with pytest.raises(ValueError, match="status is 'great'; legal: validated, candidate, demonstration, dense"):
         Headline("great", 8)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="points is empty; a curve needs at least the dense point"):
+        Curve(())
+    with pytest.raises(ValueError, match="parts of bar 'dense' must be times >= 0 with a positive sum"):
+        TimeBar("dense", ())
+    with pytest.raises(ValueError, match="forecast 'a' is 0, measured 1.0; both must be positive"):
+        ForecastPoint("a", 0, 1.0)
+    with pytest.raises(ValueError, match="kind of point 'a' is 'x'; legal: chosen, allocation"):
+        CurvePoint("a", "x", Estimate(1.0), Estimate(1.0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="status is 'dense' but reason is None"):
         Headline("dense", 0)

@@ -111,6 +111,12 @@ class Curve:
     band: tuple[BandPoint, ...] = ()
     error_name: str = "relative error of the output"
 
+    def __post_init__(self) -> None:
+        if not self.points:
+            raise ValueError(
+                "points is empty; a curve needs at least the dense point (leave curve=None where none is known)"
+            )
+
 
 @dataclass(frozen=True)
 class Strip:
@@ -155,6 +161,10 @@ class TimeBar:
     name: str
     parts: tuple[tuple[str, float], ...]
 
+    def __post_init__(self) -> None:
+        if sum(seconds for _, seconds in self.parts) <= 0 or any(seconds < 0 for _, seconds in self.parts):
+            raise ValueError(f"parts of bar {self.name!r} must be times >= 0 with a positive sum, got {self.parts!r}")
+
 
 @dataclass(frozen=True)
 class ForecastPoint:
@@ -163,6 +173,13 @@ class ForecastPoint:
     label: str
     predicted: float
     measured: float
+
+    def __post_init__(self) -> None:
+        if self.predicted <= 0 or self.measured <= 0:
+            raise ValueError(
+                f"forecast {self.label!r} is {self.predicted!r}, measured {self.measured!r}; both must be positive, "
+                "because they are drawn on logarithmic axes"
+            )
 
 
 @dataclass(frozen=True)
@@ -242,7 +259,11 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class AdvicePage:
-    """Everything on the advice page. Only model, workload, created and headline are required."""
+    """Everything on the advice page. Only model, workload, created and headline are required.
+
+    strips: the worst pair first, so that it is the one shown. rows: every record behind the page, embedded as JSON.
+    left_dense, refuted_by: short sentences. valid_for: (what, range) pairs. notice: printed above everything.
+    """
 
     model: str
     workload: str
@@ -267,3 +288,8 @@ class AdvicePage:
     versions: Mapping[str, str] = field(default_factory=dict)
     hashes: Mapping[str, str] = field(default_factory=dict)
     rows: tuple[Mapping[str, object], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.strips and self.strips[0].role != "worst":
+            roles = ", ".join(repr(strip.role) for strip in self.strips)
+            raise ValueError(f"strips come as {roles}; the first must be 'worst', because it is the one shown first")

@@ -128,19 +128,21 @@ def _charts(page: AdvicePage) -> dict[str, str]:
         return svg.both_sizes(lambda width, height: draw(what, width, height), wide, narrow)
 
     head, made = page.headline, {"legend": _legend(page)}
+    # A dense verdict spends a line on its reason; shorter charts keep the first screen whole.
+    less = 50 if head.status == "dense" else 0
     if head.drift is not None:
         estimate, worst, limit = head.drift, head.worst, head.limit
         made["ruler"] = svg.both_sizes(
             lambda width, height: drift.ruler(estimate, worst, limit, width, height), (310, 42), (236, 42)
         )
     if page.curve is not None:
-        made["curve"] = sized(error_time.draw, page.curve, (704, 284), (358, 330))
+        made["curve"] = sized(error_time.draw, page.curve, (704, 284 - less), (358, 330))
     if page.kept is not None:
-        made["kept"] = sized(kept_map.draw, page.kept, (426, 196), (358, 230))
+        made["kept"] = sized(kept_map.draw, page.kept, (426, 196 - less), (358, 230))
     if page.times:
-        made["times"] = sized(time_bars.draw, page.times, (426, 196), (358, 214))
+        made["times"] = sized(time_bars.draw, page.times, (426, 196 - less), (358, 214))
     if page.forecast is not None:
-        made["forecast"] = sized(forecast.draw, page.forecast, (426, 196), (358, 196))
+        made["forecast"] = sized(forecast.draw, page.forecast, (426, 196 - less), (358, 196))
     if page.pairs:
         size = 54 + 24 * len(page.pairs)
         made["pairs_chart"] = svg.both_sizes(

@@ -41,7 +41,8 @@ def ruler(drift: Estimate, worst: float | None, limit: float, width: float, heig
 def pairs(rows: Sequence[Pair], limit: float, width: float, height: float) -> str:
     """One row a pair, largest drift on top, with the limit of the mean and of the worst."""
     ranked = sorted(rows, key=lambda pair: -pair.drift)
-    left, top, right, bottom = 64.0, 20.0, width - 44.0, height - 34.0
+    longest = max(svg.text_width(pair.sample) for pair in ranked)
+    left, top, right, bottom = min(longest + 14, 0.3 * width), 20.0, width - 44.0, height - 34.0
     low = min(0.0, ranked[-1].drift)
     x = Scale(low, max(2.1 * limit, 1.05 * ranked[0].drift), left, right)
     pitch = (bottom - top) / len(ranked)
@@ -54,7 +55,7 @@ def pairs(rows: Sequence[Pair], limit: float, width: float, height: float) -> st
     parts.append(svg.line(left, bottom, right, bottom, "axis"))
     for index, pair in enumerate(ranked):
         y = top + (index + 0.5) * pitch
-        parts.append(svg.text(left - 8, y + 4, pair.sample, "tick", "end"))
+        parts.append(svg.text(left - 8, y + 4, svg.shorten(pair.sample, left - 8), "tick", "end"))
         parts.append(svg.line(x(min(max(0.0, low), pair.drift)), y, x(pair.drift), y, "stem"))
         parts.append(svg.tag("circle", cx=x(pair.drift), cy=y, r=4.0, klass="dot"))
         parts.append(svg.text(x(pair.drift) + 9, y + 4, fixed(pair.drift), "label"))

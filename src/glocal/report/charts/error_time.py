@@ -57,7 +57,7 @@ def _scales(curve: Curve, box: tuple[float, float, float, float]) -> tuple[Scale
     if curve.floor is not None and curve.floor > low / 30:
         low = min(low, curve.floor)
     span = max(max(moments) - min(moments), 0.05 * max(moments))
-    x = Scale(max(0.0, min(moments) - 0.10 * span), max(moments) + 0.10 * span, left, right)
+    x = Scale(max(0.0, min(moments) - 0.16 * span), max(moments) + 0.10 * span, left, right)
     y = Scale(low / 1.45, high * 1.75, bottom, top, log=True)
     return x, y
 
@@ -153,7 +153,7 @@ def draw(curve: Curve, width: float, height: float) -> str:
         parts += _point(point, x, y)
     waiting = []
     for point in ranked:
-        words = point.label if len(point.label) <= 30 else point.label[:29] + "…"
+        words = svg.shorten(point.label, 200)
         klass = "label label-strong" if point.kind == "chosen" else "label"
         px = x(point.time.value)
         reach = max(x(_ends(point.time)[1]) - px, px - x(_ends(point.time)[0]), 6.0) + 4

@@ -13,7 +13,7 @@ from glocal.report.records import Forecast, ForecastPoint
 def _square(
     points: Sequence[ForecastPoint], name: str, left: float, top: float, side: float, band: float | None
 ) -> list[str]:
-    values = [value for point in points for value in (point.predicted, point.measured) if value > 0]
+    values = [value for point in points for value in (point.predicted, point.measured)]
     low, high = min(values) / 1.25, max(values) * 1.25
     x = Scale(low, high, left, left + side, log=True)
     y = Scale(low, high, top + side, top, log=True)
@@ -32,8 +32,7 @@ def _square(
         parts.append(svg.text(left - 5, y(value) + 4, tick(value), "tick", "end"))
     for point in points:
         words = svg.title(f"{point.label}: forecast {number(point.predicted)}, measured {number(point.measured)}")
-        if point.predicted > 0 and point.measured > 0:
-            parts.append(svg.tag("circle", words, cx=x(point.predicted), cy=y(point.measured), r=3.6, klass="dot"))
+        parts.append(svg.tag("circle", words, cx=x(point.predicted), cy=y(point.measured), r=3.6, klass="dot"))
     parts.append(svg.text(left, top - 8, name, "label label-strong"))
     return parts
 

@@ -26,7 +26,7 @@ def draw(kept: KeptMap, width: float, height: float) -> str:
     parts = [svg.rect(0, 2, 13, 10, "on-purpose"), svg.text(18, 11, "dense on purpose", "tick"), *_legend(right)]
     for row, bucket in enumerate(kept.buckets):
         y = top + row * down
-        parts.append(svg.text(left - 8, y + down / 2 + 4, bucket, "tick", "end"))
+        parts.append(svg.text(left - 8, y + down / 2 + 4, svg.shorten(bucket, left - 8), "tick", "end"))
         for column, layer in enumerate(kept.layers):
             x = left + column * across
             share = kept.values[column][row]

@@ -54,6 +54,12 @@ def text_width(words: str, size: float = FONT) -> float:
     return GLYPH * size * len(words)
 
 
+def shorten(words: str, room: float, size: float = FONT) -> str:
+    """`words`, cut with an ellipsis where they need more than `room` px."""
+    fits = max(int(room / (GLYPH * size)), 1)
+    return words if len(words) <= fits else words[: fits - 1] + "…"
+
+
 @dataclass(frozen=True)
 class Scale:
     """Maps values in [low, high] to pixels [start, stop], linearly or by logarithm."""

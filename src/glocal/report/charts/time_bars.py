@@ -22,7 +22,7 @@ def tone(name: str, names: Sequence[str]) -> str:
 
 
 def draw(bars: Sequence[TimeBar], width: float, height: float) -> str:
-    """The bars at the given width and at most the given height in px. The first bar is the baseline."""
+    """The bars at the given width and about the given height in px. The first bar is the baseline."""
     names = part_names(bars)
     totals = [sum(value for _, value in bar.parts) for bar in bars]
     room = max(svg.text_width(seconds(total), 13) for total in totals) + 12
@@ -44,7 +44,7 @@ def draw(bars: Sequence[TimeBar], width: float, height: float) -> str:
             x += length
         parts.append(svg.text(x + 6, y + 17 + thick / 2 + 4.5, seconds(total), "label label-strong"))
     top = len(bars) * row + 12
-    pitch = min(19.0, (height - top) / (len(names) + 1))
+    pitch = min(19.0, max(15.0, (height - top) / (len(names) + 1)))
     parts += _numbers(bars, names, top, width, pitch)
     label = "; ".join(f"{bar.name} {seconds(total)}" for bar, total in zip(bars, totals, strict=True))
     return svg.document(width, top + pitch * len(names) + 12, parts, f"Where the time went: {label}", "chart")
@@ -61,7 +61,7 @@ def _numbers(bars: Sequence[TimeBar], names: list[str], top: float, width: float
     for row, name in enumerate(names):
         y = top + pitch * (row + 1) + 4
         parts.append(svg.rect(0, y - 9, 10, 10, tone(name, names)))
-        parts.append(svg.text(16, y, name, "label"))
+        parts.append(svg.text(16, y, svg.shorten(name, width - 16 - column * len(bars)), "label"))
         for index, bar in enumerate(bars):
             found = [value for part, value in bar.parts if part == name]
             words = number(sum(found) * factor) if found else MISSING
