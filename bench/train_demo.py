@@ -27,17 +27,18 @@ from glocal.models.generation.weights import SHIPPED
 from glocal.train import SCENE_FIELDS, ClipStage, FlowSpec, Loop, LoopSpec, build_optimizers, draw_clips, flow_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-SCENES = SceneSpec(objects=(1, 3), radius=(0.14, 0.23))
+SCENES = SceneSpec(objects=(1, 3), radius=(0.16, 0.25))
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A budget: stages of the curriculum, cool-down at the end, learning rate, average."""
+    """A budget: stages of the curriculum, cool-down at the end, learning rates (trunk, rest), average."""
 
     stages: tuple[ClipStage, ...]
     cooldown: int
+    trunk_lr: float = 4e-3
     lr: float = 2e-3
-    ema: float = 0.998
+    ema: float = 0.996
 
     @property
     def steps(self) -> int:
@@ -57,15 +58,15 @@ PRESETS = {
     "tiny": Preset((ClipStage(1, 4, 4, 1.5), ClipStage(2, 2, 4, 2.0)), cooldown=2),
     "core": Preset(
         (
-            ClipStage(1, 32, 1500, 1.5),
-            ClipStage(4, 8, 1200, 2.0),
-            ClipStage(8, 3, 350, 2.5),
-            ClipStage(16, 1, 400, 3.0),
+            ClipStage(1, 32, 1400, 2.5),
+            ClipStage(4, 8, 1000, 3.0),
+            ClipStage(8, 3, 300, 3.0),
+            ClipStage(16, 1, 350, 3.0),
         ),
-        cooldown=1000,
+        cooldown=900,
     ),
     "full": Preset(
-        (ClipStage(1, 256, 2500, 1.5), ClipStage(4, 64, 2500, 2.0), ClipStage(16, 32, 900, 3.0)),
+        (ClipStage(1, 256, 2500, 2.5), ClipStage(4, 64, 2500, 3.0), ClipStage(16, 32, 900, 3.0)),
         cooldown=1800,
         ema=0.999,
     ),
@@ -144,7 +145,7 @@ def main() -> None:
         print(f"{time.strftime('%H:%M:%S')} step {loop.step}/{preset.steps} {row}", flush=True)
 
     spec = LoopSpec(steps=preset.steps, cooldown=preset.cooldown, ema=preset.ema, warmup=min(60, preset.steps // 4))
-    optimizers = build_optimizers(model, lr=preset.lr)
+    optimizers = build_optimizers(model, trunk_lr=preset.trunk_lr, lr=preset.lr)
     Loop(model, optimizers, loss, spec, options.folder).run(after=publish)
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 
 def build_optimizers(
-    model: nn.Module, trunk: str = "blocks.", lr: float = 2e-3, decay: float = 0.01
+    model: nn.Module, trunk: str = "blocks.", trunk_lr: float = 4e-3, lr: float = 2e-3, decay: float = 0.01
 ) -> list[torch.optim.Optimizer]:
-    """Muon over the matrices of linear layers whose name starts with `trunk`, AdamW over the rest."""
+    """Muon at `trunk_lr` over matrices of linear layers whose name starts with `trunk`, AdamW at `lr` over the rest."""
     matrices = {
         f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear) and name.startswith(trunk)
     }
@@ -22,6 +22,6 @@ def build_optimizers(
     inside = [value for name, value in model.named_parameters() if name in matrices]
     outside = [value for name, value in model.named_parameters() if name not in matrices]
     return [
-        torch.optim.Muon(inside, lr=lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(inside, lr=trunk_lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(outside, lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
     ]
