@@ -1,6 +1,7 @@
 "use strict";
 (() => {
   const root = document.documentElement;
+  root.classList.remove("no-script");
   const find = (selector, from = document) => from.querySelector(selector);
   const all = (selector, from = document) => [...from.querySelectorAll(selector)];
   const wish = new Map(location.hash.slice(1).split("&").filter(Boolean).map((part) => part.split("=")));
