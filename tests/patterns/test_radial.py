@@ -118,7 +118,7 @@ def slow_mask(frames, tokens, block, decay, sink):
 @pytest.mark.parametrize(("frames", "tokens", "block"), [(7, 48, 16), (9, 44, 16), (6, 75, 32), (12, 21, 8)])
 @pytest.mark.parametrize("sink", [True, False])
 def test_counting_equals_pooling_of_token_masks(frames, tokens, block, sink):
-    pattern = RadialBlocks(block, 0.6, "wan" if sink else "hunyuan")
+    pattern = RadialBlocks(block, 0.6, "wan" if sink else "hunyuan", own_block=False)
     mask = pattern.block_mask(Layout.of(Canvas((frames, tokens))))[0]
     assert torch.equal(mask, slow_mask(frames, tokens, block, 0.6, sink))
 
@@ -131,6 +131,16 @@ def test_block_form_is_its_expansion_and_covers_text():
     block = torch.arange(canvas.size) // 8
     assert torch.equal(pattern.mask(layout)[0], kept[block[:, None], block])
     assert bool(pattern.mask(layout)[0][:, 60:].all())
+
+
+@pytest.mark.parametrize("tokens", [48, 62, 100, 125, 200])
+def test_every_token_sees_itself_even_with_ragged_frames(tokens):
+    layout = Layout.of(Canvas((24, tokens)))
+    mine, published = (RadialBlocks(64, 0.5, "hunyuan", own_block=own).block_mask(layout)[0] for own in (True, False))
+    assert bool(mine.diagonal().all())
+    assert torch.equal(mine, published | torch.eye(mine.shape[0], dtype=torch.bool))
+    if tokens in (62, 125):
+        assert not bool(published.diagonal().all())
 
 
 def test_another_size_gets_another_mask():

@@ -75,6 +75,8 @@ class RadialBlocks(BlockPattern):
     block: tokens of a query and of a key block, 128 or 64 in the published configurations.
     decay: factor on the width of bands between frames that are not neighbours; smaller is sparser.
     model: "wan" lets everybody see the first frame, "hunyuan" does not.
+    own_block: every block sees itself. False is the published rule to the letter, by which frames that are not whole
+        blocks can leave tokens that do not see themselves, or see nothing at all.
 
     Tokens of a frame need not be whole blocks: blocks then take the union of what their frames ask for. Blocks from
     the first that holds text or is not full on see, and are seen by, everybody. No token mask is ever built: a block
@@ -84,6 +86,7 @@ class RadialBlocks(BlockPattern):
     block: int = _UNIT
     decay: float = 1.0
     model: Literal["wan", "hunyuan"] = "wan"
+    own_block: bool = True
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -154,6 +157,8 @@ def _mask(spec: RadialBlocks, frames: int, tokens: int, total: int) -> Tensor:
     text = frames * tokens // block
     mask[text:] = True
     mask[:, text:] = True
+    if spec.own_block:
+        mask.fill_diagonal_(True)
     return mask
 
 
