@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import os
+import io
 import platform
 import time
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glocal._files import write_atomic
 from glocal.data import SceneSpec
 from glocal.models.generation import AttentionSite, VideoDiT, VideoDiTConfig, save_weights
 from glocal.models.generation.weights import SHIPPED
@@ -55,7 +56,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset((ClipStage(1, 4, 4, 1.5), ClipStage(2, 2, 4, 2.0)), cooldown=2),
+    "tiny": Preset((ClipStage(1, 2, 2, 2.5), ClipStage(2, 1, 2, 3.0)), cooldown=2),
     "core": Preset(
         (
             ClipStage(1, 32, 1400, 2.5),
@@ -90,15 +91,14 @@ def write_curve(loop: Loop, preset: Preset, path: Path, device: str) -> None:
     """One row for every `every` updates, with hardware and versions, whole or not at all."""
     columns = ["step", "frames", "batch", "loss", "gradient_norm", "lr_factor", "seconds", "device", "torch", "python"]
     tail = [device_name(device), torch.__version__, platform.python_version()]
-    partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        for row in loop.curve:
-            stage = preset.stage(row.step - 1)
-            shown = [f"{row.loss:.5f}", f"{row.norm:.4f}", f"{row.factor:.4f}", f"{row.seconds:.1f}"]
-            writer.writerow([row.step, stage.frames, stage.batch, *shown, *tail])
-    os.replace(partial, path)
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    writer.writerow(columns)
+    for row in loop.curve:
+        stage = preset.stage(row.step - 1)
+        shown = [f"{row.loss:.5f}", f"{row.norm:.4f}", f"{row.factor:.4f}", f"{row.seconds:.1f}"]
+        writer.writerow([row.step, stage.frames, stage.batch, *shown, *tail])
+    write_atomic(path, table.getvalue())
 
 
 def main() -> None:

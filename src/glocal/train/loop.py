@@ -6,7 +6,7 @@ loss curve are saved together. So a run that was cut and resumed ends with the s
 
 from __future__ import annotations
 
-import os
+import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from glocal._files import write_atomic
 from glocal.train.average import Average
 from glocal.train.schedule import trapezoid
 
@@ -118,7 +119,7 @@ class Loop:
         self._sums = [0.0, 0.0, 0.0]
 
     def save(self) -> None:
-        """Write the whole state beside its file and rename it."""
+        """Write the whole state in one step."""
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state(),
@@ -128,9 +129,9 @@ class Loop:
             "sums": self._sums,
             "curve": [asdict(row) for row in self.curve],
         }
-        partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self.path)
+        content = io.BytesIO()
+        torch.save(state, content)
+        write_atomic(self.path, content.getvalue())
 
     def _load(self) -> None:
         state = torch.load(self.path, map_location="cpu", weights_only=True)

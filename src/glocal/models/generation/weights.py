@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from glocal._files import write_atomic
 from glocal.models.generation.video_dit import VideoDiT, VideoDiTConfig
 
 SHIPPED = Path(__file__).parent.parent / "weights" / "video_dit.safetensors"
@@ -18,13 +18,11 @@ FORMAT = "glocal.video_dit/1"
 
 
 def save_weights(model: VideoDiT, path: Path, notes: dict[str, str] | None = None) -> None:
-    """Write all parameters as float16 beside `path` and rename, so that a reader never meets half a file."""
+    """Write all parameters as float16, with the model's sizes and `notes`; a reader never meets half a file."""
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
     metadata.update({} if notes is None else notes)
     tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=metadata)
-    os.replace(partial, path)
+    write_atomic(path, save(tensors, metadata=metadata))
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoDiT:
