@@ -1,0 +1,130 @@
+"""How many groups a query group keeps: a number, a share, or a mass of the softmax over groups.
+
+Ties go to the lowest index (a stable sort), so results do not depend on the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """index: int32 [B, H, query groups, most] key groups, best score first; the first `count` entries count.
+    count: int32 [B, H, query groups]. competing: which competing columns won a place, bool [B, H, query groups, X].
+    """
+
+    index: Tensor
+    count: Tensor
+    competing: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Keep:
+    """Exactly one of `top`, `ratio`, `mass`.
+
+    top: groups; an int, or an int tensor that broadcasts to [B, H, query groups] (budgets for each head).
+    ratio: share of all key groups, rounded down.
+    mass: as many of the best groups as hold this share of softmax(scores).
+    crossing: whether the group that crosses `mass` is taken: "in" keeps 1 + #(cumulative share <= mass) (Rectified
+        SpaAttn, arXiv 2511.19835), "out" keeps #(cumulative share <= mass), possibly none (HeSS, arXiv 2603.25336).
+    at_least: lower limit of the number kept by ratio or mass.
+    forced: how forced groups count: "inside" (they use up the budget first), "outside" (they neither compete nor use
+        it), "union" (all groups compete as if none were forced; forced ones are added afterwards).
+    tolerance: added to `mass` in the comparison.
+    """
+
+    top: int | Tensor | None = None
+    ratio: float | None = None
+    mass: float | None = None
+    crossing: Literal["in", "out"] = "in"
+    at_least: int = 0
+    forced: Literal["inside", "outside", "union"] = "outside"
+    tolerance: float = 0.0
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("top", "ratio", "mass") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"Keep: exactly one of top, ratio, mass is needed; given: {', '.join(given) or 'none'}.")
+        if isinstance(self.top, int) and self.top < 0:
+            raise ValueError(f"Keep: top={self.top} must not be negative.")
+        for name in ("ratio", "mass"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"Keep: {name}={value} must lie between 0 and 1.")
+        if self.crossing not in ("in", "out"):
+            raise ValueError(f"Keep: crossing={self.crossing!r}; legal: 'in', 'out'.")
+        if self.forced not in ("inside", "outside", "union"):
+            raise ValueError(f"Keep: forced={self.forced!r}; legal: 'inside', 'outside', 'union'.")
+        if self.at_least < 0:
+            raise ValueError(f"Keep: at_least={self.at_least} must not be negative.")
+
+    def select(
+        self,
+        scores: Tensor,
+        allowed: Tensor | None = None,
+        forced: Tensor | None = None,
+        competing: Tensor | None = None,
+    ) -> Kept:
+        """Choose key groups for every row of scores [B, H, query groups, key groups].
+
+        allowed: bool, broadcasts to scores; hidden groups are never kept, forced or not. A score of -inf or NaN hides.
+        forced: bool, broadcasts to scores.
+        competing: scores [B, H, query groups, X] of further columns (text) that take part in the ranking, the
+            softmax and the budget, but are reported apart.
+        """
+        groups = scores.shape[-1]
+        fixed = forced is None and competing is None and self.mass is None and not isinstance(self.top, Tensor)
+        scores = scores.detach()
+        visible = scores > -torch.inf  # false for NaN too
+        if allowed is not None:
+            visible = visible & allowed.to(scores.device)
+        must = torch.zeros_like(visible) if forced is None else forced.to(scores.device).expand(scores.shape) & visible
+        if competing is not None:
+            scores = torch.cat([scores, competing.detach().to(scores)], -1)
+            visible = torch.cat([visible, competing > -torch.inf], -1)
+            must = torch.cat([must, torch.zeros_like(competing, dtype=torch.bool)], -1)
+        scores = torch.where(visible, scores, -torch.inf)
+        picked = self._ranked(scores, visible, must, groups) | must
+        mine = picked[..., :groups]
+        best = scores[..., :groups].argsort(dim=-1, descending=True, stable=True)
+        best = best.gather(-1, (~mine.gather(-1, best)).long().argsort(dim=-1, stable=True))  # the picked ones first
+        count = mine.sum(-1, dtype=torch.int32)
+        most = min(self._limit(groups), groups) if fixed else (int(count.max()) if count.numel() else 0)
+        live = torch.arange(most, device=count.device) < count[..., None]
+        index = torch.where(live, best[..., :most], 0).int()
+        return Kept(index, count, None if competing is None else picked[..., groups:])
+
+    def _limit(self, groups: int) -> int:
+        """The fixed number of groups that `top` or `ratio` keeps."""
+        if isinstance(self.top, int):
+            return max(self.top, self.at_least)
+        assert self.ratio is not None
+        return max(int(self.ratio * groups), self.at_least)
+
+    def _ranked(self, scores: Tensor, visible: Tensor, must: Tensor, groups: int) -> Tensor:
+        """Which columns the budget buys, bool like scores."""
+        candidates = visible & ~must if self.forced == "outside" else visible
+        ranking = torch.where(candidates, scores, -torch.inf)
+        if self.forced == "inside":
+            ranking = torch.where(must, torch.inf, ranking)
+        best = ranking.argsort(dim=-1, descending=True, stable=True)
+        if self.mass is not None:
+            share = torch.where(candidates, scores, -torch.inf).softmax(-1).nan_to_num()  # a row of -inf has no mass
+            total = share.gather(-1, best).cumsum(-1)
+            budget = (total <= self.mass + self.tolerance).sum(-1, keepdim=True)
+            if self.crossing == "in":
+                budget = budget + 1
+            budget = budget.clamp(min=self.at_least)
+        elif isinstance(self.top, Tensor):
+            budget = self.top.to(scores.device)
+            budget = budget.expand(scores.shape[:-1])[..., None].clamp(min=self.at_least)
+        else:
+            budget = self._limit(groups)
+        place = torch.arange(scores.shape[-1], device=scores.device)
+        won = place.expand_as(best) < budget
+        return torch.zeros_like(visible).scatter_(-1, best, won) & candidates
