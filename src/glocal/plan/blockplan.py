@@ -1,4 +1,4 @@
-"""BlockPlan: what every kernel consumes. Token orders, lists of full and partial key blocks, and a table of bit masks."""
+"""BlockPlan, what every kernel consumes: token orders, lists of full and partial key blocks, a table of bit masks."""
 
 from __future__ import annotations
 
@@ -39,6 +39,25 @@ class BlockLists:
         rows = torch.zeros_like(index)
         rows[u, row, place] = mask[u, row, column].int()
         return BlockLists(count, index, rows)
+
+    @staticmethod
+    def from_entries(
+        shape: tuple[int, int], u: Tensor, row: Tensor, column: Tensor, mask: Tensor | None = None
+    ) -> BlockLists:
+        """From entries in any order, for `shape` = (lists, blocks); repeats are kept."""
+        slot = u * shape[1] + row
+        order = slot.argsort(stable=True)
+        count = torch.bincount(slot, minlength=shape[0] * shape[1])
+        place = torch.arange(slot.numel(), device=slot.device) - (count.cumsum(0) - count)[slot[order]]
+        most = int(count.max()) if count.numel() else 0
+        lists = []
+        for values in (column, mask):
+            if values is None:
+                continue
+            table = torch.zeros(shape[0] * shape[1], most, dtype=torch.int32, device=slot.device)
+            table[slot[order], place] = values[order].int()
+            lists.append(table.reshape(*shape, most))
+        return BlockLists(count.reshape(shape).int(), *lists)
 
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All entries as flat int64 tensors: list, query block, key block, mask row."""
@@ -191,34 +210,28 @@ class BlockPlan:
         out = []
         for lists in (self.full, self.partial):
             u, row, column, mask = lists.entries()
-            shape = (lists.count.shape[0], self.kv_blocks, self.q_blocks)
-            picked = torch.zeros(shape, dtype=torch.bool, device=self.device)
-            picked[u, column, row] = True
-            rows = None
-            if mask is not None:
-                rows = torch.zeros(shape, dtype=torch.int32, device=self.device)
-                rows[u, column, row] = mask.int()
-            out.append(BlockLists.from_dense(picked, rows))
+            shape = (lists.count.shape[0], self.kv_blocks)
+            out.append(BlockLists.from_entries(shape, u, column, row, mask))
         return out[0], out[1]
 
     def dense_counts(self) -> Tensor:
         """How often each query sees each key, int32 [batch|1, heads|1, Nq, Nk]; for small cases and oracles."""
         b = max(self.owner.shape[0], self.q_order.shape[0], self.kv_order.shape[0])
         nq, nk = self.layout.nq, self.layout.nk
-        seen = torch.zeros(self.full.count.shape[0], self.q_blocks, self.kv_blocks, self.q_block, self.kv_block)
-        seen = seen.bool().to(self.device)
+        shape = (self.full.count.shape[0], self.q_blocks, self.kv_blocks, self.q_block, self.kv_block)
+        seen = torch.zeros(shape, dtype=torch.int32, device=self.device)
         u, row, column, _ = self.full.entries()
-        seen[u, row, column] = True
+        seen.index_put_((u, row, column), torch.ones_like(seen[u, row, column]), accumulate=True)  # repeats add up
         u, row, column, mask = self.partial.entries()
         assert mask is not None
-        seen[u, row, column] = unpack(self.masks, self.kv_block)[mask]
+        seen.index_put_((u, row, column), unpack(self.masks, self.kv_block)[mask].int(), accumulate=True)
         seen = seen.movedim(3, 2).flatten(3).flatten(1, 2)  # [U, ordered queries, ordered keys]
         out = torch.zeros(b, self.heads, nq + 1, nk + 1, dtype=torch.int32, device=self.device)
         for i in range(b):
             for h in range(self.heads):
                 rows = _pick(self.q_order, i, h)
                 columns = _pick(self.kv_order, i, h)
-                lists = seen[int(_pick(self.owner, i, h))].int()
+                lists = seen[int(_pick(self.owner, i, h))]
                 rows, columns = torch.where(rows < 0, nq, rows).long(), torch.where(columns < 0, nk, columns).long()
                 flat = rows[:, None] * (nk + 1) + columns[None]
                 out[i, h].view(-1).index_add_(0, flat.flatten(), lists.flatten())
@@ -226,7 +239,8 @@ class BlockPlan:
 
     def __repr__(self) -> str:
         return (
-            f"BlockPlan({self.name}: {self.layout.nq} x {self.layout.nk} tokens, blocks {self.q_block} x {self.kv_block}, "
+            f"BlockPlan({self.name}: {self.layout.nq} x {self.layout.nk} tokens, "
+            f"blocks {self.q_block} x {self.kv_block}, "
             f"{self.full.count.shape[0]} list(s), {self.masks.shape[0]} mask(s), kept {self.kept:.4f}, "
             f"visited {self.visited:.4f})"
         )
