@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glocal.canvas import Layout
+from glocal.canvas import Coords, Layout
 from glocal.patterns.base import Everything, Term
 from glocal.patterns.blocks import BlockPattern
 from glocal.patterns.relations import Keys, Products, raster_band
@@ -49,6 +49,17 @@ class RadialTokens(Products):
 
     sink: bool = True
 
+    def within(self, q: Coords, k: Coords, shape: tuple[int, ...], layout: Layout, head: int | None) -> Tensor:
+        s = prod(shape[1:])
+        reach = []  # largest |k - l| for every gap; -1 where frames do not see each other
+        for gap in range(shape[0]):
+            p = 1 << max(gap.bit_length() - 1, 0)
+            reach.append(s // p - 1 if p <= s else -1 if gap % -(-p // s) else 0)
+        place = [_raster(c.axes[1:], shape[1:]) for c in (q, k)]
+        gaps = (q.axes[0] - k.axes[0]).abs().clamp(max=shape[0] - 1)  # text may lie beyond the frames
+        seen = (place[0] - place[1]).abs() <= torch.tensor(reach, device=gaps.device)[gaps]
+        return seen | (k.axes[0] == 0) if self.sink else seen
+
     def terms(self, shape: tuple[int, ...], head: int | None) -> Sequence[Term]:
         if len(shape) < 2:
             raise ValueError(
@@ -66,6 +77,14 @@ class RadialTokens(Products):
         if self.sink:
             terms.append((Keys(0, 1), *(Everything() for _ in space)))
         return terms
+
+
+def _raster(axes: tuple[Tensor, ...], shape: tuple[int, ...]) -> Tensor:
+    """Raster position from coordinates (axes beyond the grid are ignored)."""
+    place = torch.zeros_like(axes[0])
+    for coordinate, length in zip(axes, shape, strict=False):
+        place = place * length + coordinate
+    return place
 
 
 @dataclass(frozen=True)
