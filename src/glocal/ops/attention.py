@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import torch
@@ -197,19 +198,13 @@ def _facts(
     segments: tuple[Tensor, Tensor] | None,
     score: Score,
 ) -> tuple[Any, ...]:
-    """The fields of a `Request`, as constants that a compiled graph can carry."""
+    """The fields of a `Request`, as constants that a compiled graph can carry (`index` settles a symbolic size)."""
     kinds = {"table" if isinstance(b, TableBias) else "dense" for b in bias}
     tensors = [q, k, v, *(b.values if isinstance(b, DenseBias) else b.table for b in bias)]
     return (
         q.device.type,
         q.dtype,
-        q.shape[0],
-        q.shape[1],
-        k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
+        *map(index, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])),
         tuple(sorted(kinds)),
         torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
         score.softcap is not None,

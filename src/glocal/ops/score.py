@@ -12,7 +12,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from glocal.canvas import Canvas, Coords, Layout
+from glocal.canvas import Canvas, Layout
 from glocal.kernels.call import Bias, DenseBias, TableBias
 
 
@@ -70,47 +70,68 @@ class Relative:
     def lower(self, layout: Layout) -> Bias:
         """The form kernels read."""
         extent = tuple(self.table.shape[1:])
-        name = layout.kv.grid.name if self.part is None else self.part
-        rank = len(layout.kv.parts[layout.kv.number(name)].axes)
+        name, axes = _grid(layout.kv, self.part)
+        rank = len(axes)
         if len(extent) != rank or any(n % 2 == 0 for n in extent) or self.sign not in (1, -1):
             raise ValueError(
                 f"Relative: table of shape {tuple(self.table.shape)} must be [heads, {rank} odd extents] for the grid "
                 f"{name!r}, and sign={self.sign} must be 1 or -1."
             )
-        steps = (self.step,) * rank if isinstance(self.step, int) else self.step
-        # Every axis gets room for any offset of the canvas, so that offsets beyond the table cannot alias.
-        axes = layout.kv.parts[layout.kv.number(name)].axes
-        room = [max(e, 2 * (-(-n // s)) + 1) for e, n, s in zip(extent, axes, steps, strict=True)]
-        padded = _embed(self.table, room)
-        strides = [prod(room[axis + 1 :]) for axis in range(rank)]
-        centre = sum(r // 2 * s for r, s in zip(room, strides, strict=True))
-        device = self.table.device
-        codes = []
-        for canvas, coords in (
-            (layout.q, layout.q_coords(device=device)),
-            (layout.kv, layout.kv_coords(device=device)),
-        ):
-            codes.append(_codes(canvas, coords, name, steps, strides))
-        (q_code, q_in), (k_code, k_in) = codes
-        far = 4 * padded[0].numel()
-        q_code = torch.where(q_in, self.sign * q_code - centre, -far)
-        return TableBias(padded.flatten(1), q_code, torch.where(k_in, self.sign * k_code, 2 * far))
+        steps = (self.step,) * rank if isinstance(self.step, int) else tuple(self.step)
+        # Inner axes get room behind the table for any offset of the canvas, so that offsets beyond it cannot alias:
+        # one that overshoots, or falls short and borrows from the row before, lands on a pad. Rows past the outermost
+        # axis are past the table.
+        room = [extent[0]] + [
+            max(e, -(-n // s) + e // 2) for e, n, s in zip(extent[1:], axes[1:], steps[1:], strict=True)
+        ]
+        padded = torch.nn.functional.pad(self.table, _pads(extent, room))
+        strides = tuple(prod(room[axis + 1 :]) for axis in range(rank))
+        centre = sum(e // 2 * s for e, s in zip(extent, strides, strict=True))
+        far = 4 * prod(room) + 4 * sum(n * s for n, s in zip(axes, strides, strict=True))
+        device = str(self.table.device)
+        signed = tuple(self.sign * stride for stride in strides)
+        present = ((layout.q_start, layout.nq), (layout.kv_start, layout.nk))
+        rules = ((-centre, -far), (0, 2 * far))
+        q_code, k_code = _codes(layout.q, layout.kv, present, rules, (name, steps, signed, device))
+        return TableBias(padded.flatten(1), q_code, k_code)
 
 
-def _codes(
-    canvas: Canvas, coords: Coords, name: str, steps: tuple[int, ...], strides: list[int]
-) -> tuple[Tensor, Tensor]:
-    code = torch.zeros_like(coords.index)
-    for axis, (step, stride) in enumerate(zip(steps, strides, strict=True)):
-        code = code + coords.axes[axis] // step * stride
-    return code, coords.part == canvas.number(name)
+@torch.compiler.assume_constant_result
+def _grid(canvas: Canvas, part: str | None) -> tuple[str, tuple[int, ...]]:
+    """Name and axis lengths of the grid meant; a constant of a compiled graph."""
+    found = canvas.grid if part is None else canvas.parts[canvas.number(part)]
+    return found.name, found.axes
 
 
-def _embed(table: Tensor, room: list[int]) -> Tensor:
+def _pads(extent: tuple[int, ...], room: list[int]) -> list[int]:
     pads: list[int] = []
-    for have, want in zip(reversed(table.shape[1:]), reversed(room), strict=True):
-        pads += [(want - have) // 2, (want - have) // 2]
-    return torch.nn.functional.pad(table, pads)
+    for have, want in zip(reversed(extent), reversed(room), strict=True):
+        pads += [0, want - have]
+    return pads
+
+
+@torch.compiler.assume_constant_result
+def _codes(
+    q: Canvas,
+    k: Canvas,
+    present: tuple[tuple[int, int], tuple[int, int]],
+    rules: tuple[tuple[int, int], tuple[int, int]],
+    where: tuple[str, tuple[int, ...], tuple[int, ...], str],
+) -> tuple[Tensor, Tensor]:
+    """Table codes of queries and keys, int64 [Nq], [Nk]; constants of a compiled graph, hence plain arguments.
+
+    present: first token and count of each side. rules: what is added to the codes of each side, and the code of tokens
+    outside the grid. where: name of the grid, steps and signed strides of its axes, device.
+    """
+    name, steps, strides, device = where
+    codes = []
+    for canvas, (start, count), (offset, other) in zip((q, k), present, rules, strict=True):
+        coords = canvas.coords(torch.arange(start, start + count, device=device))
+        code = torch.full_like(coords.index, offset)
+        for axis, (step, stride) in enumerate(zip(steps, strides, strict=True)):
+            code = code + coords.axes[axis] // step * stride
+        codes.append(torch.where(coords.part == canvas.number(name), code, other))
+    return codes[0], codes[1]
 
 
 @dataclass(frozen=True, eq=False)
