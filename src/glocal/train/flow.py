@@ -17,23 +17,25 @@ from torch import Tensor
 class FlowSpec:
     """shift: moves noise levels up (see the sampler). spread: of the logit-normal. uniform: share of even levels.
 
-    floor: smallest noise level the error is divided by. drop: probability that a condition, and that one of its fields,
-    is left out.
+    pure: share of clips that are noise alone, where each sample begins. floor: smallest noise level the error is divided
+    by. drop: probability that a condition, and that one of its fields, is left out.
     """
 
     shift: float = 2.0
     spread: float = 1.0
     uniform: float = 0.15
+    pure: float = 0.08
     floor: float = 0.2
     drop: float = 0.1
 
 
 def draw_levels(count: int, spec: FlowSpec, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1], drawn on the CPU: logit-normal or even, then shifted."""
+    """Noise levels [count] in (0, 1], drawn on the CPU: logit-normal or even and then shifted, or 1."""
     normal = torch.sigmoid(spec.spread * torch.randn(count, generator=generator))
     even = 1 - torch.rand(count, generator=generator)
     level = torch.where(torch.rand(count, generator=generator) < spec.uniform, even, normal)
-    return spec.shift * level / (1 + (spec.shift - 1) * level)
+    shifted = spec.shift * level / (1 + (spec.shift - 1) * level)
+    return torch.where(torch.rand(count, generator=generator) < spec.pure, 1.0, shifted)
 
 
 def flow_loss(
