@@ -1,1 +1,6 @@
-"""plan."""
+"""Compile patterns and selections into block plans; forecast what they cost."""
+
+from glocal.plan.blockplan import BlockLists, BlockPlan
+from glocal.plan.build import PlanSpec, plan
+
+__all__ = ["BlockLists", "BlockPlan", "PlanSpec", "plan"]

@@ -214,6 +214,16 @@ class BlockPlan:
             out.append(BlockLists.from_entries(shape, u, column, row, mask))
         return out[0], out[1]
 
+    def block_shares(self) -> Tensor:
+        """Visible share of every block pair, mean over lists, float [query blocks, key blocks]; for pictures."""
+        shares = torch.zeros(self.full.count.shape[0], self.q_blocks, self.kv_blocks, device=self.device)
+        u, row, column, _ = self.full.entries()
+        shares[u, row, column] = 1.0
+        u, row, column, mask = self.partial.entries()
+        assert mask is not None
+        shares[u, row, column] = unpack(self.masks, self.kv_block).float().mean((-1, -2))[mask]
+        return shares.mean(0)
+
     def dense_counts(self) -> Tensor:
         """How often each query sees each key, int32 [batch|1, heads|1, Nq, Nk]; for small cases and oracles."""
         b = max(self.owner.shape[0], self.q_order.shape[0], self.kv_order.shape[0])

@@ -1,0 +1,132 @@
+"""A recipe at work: heads of equal method run in one launch, everything else goes to the dense kernel of the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glocal.adapt.attach import Handle, Method
+from glocal.adapt.attach import attach as attach_method
+from glocal.adapt.host import HostAdapter
+from glocal.adapt.records import Core, SiteCall
+from glocal.advise.recipe import Recipe
+
+
+@dataclass
+class SiteStats:
+    """Of one site: calls, head-calls by method, kernels that ran, kept and visited shares (mean over sparse head-calls),
+    and head-calls left dense by reason.
+    """
+
+    calls: int = 0
+    methods: Counter[str] = field(default_factory=Counter)
+    kernels: Counter[str] = field(default_factory=Counter)
+    dense: Counter[str] = field(default_factory=Counter)
+    kept_sum: float = 0.0
+    visited_sum: float = 0.0
+
+    @property
+    def sparse(self) -> int:
+        """Head-calls that ran a method."""
+        return sum(self.methods.values())
+
+    @property
+    def kept(self) -> float:
+        """Visible share of sparse head-calls, 1.0 if there were none."""
+        return self.kept_sum / self.sparse if self.sparse else 1.0
+
+
+class RecipeMethod(Method):
+    """Runs a recipe at the `core` of every site it names."""
+
+    def __init__(self, recipe: Recipe, *, check_canvas: bool = True) -> None:
+        self.recipe = recipe
+        self.check_canvas = check_canvas
+        self.stats: dict[str, SiteStats] = {}
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
+        """q, k, v [B, H, N, D] -> [B, H, N, D]."""
+        stats = self.stats.setdefault(call.site.name, SiteStats())
+        stats.calls += 1
+        reason = self._refusal(q, call)
+        heads = q.shape[1]
+        groups: dict[str, list[int]] = {}
+        for head in range(heads):
+            groups.setdefault("dense" if reason is not None else self._method(call, head), []).append(head)
+        if set(groups) == {"dense"}:
+            stats.dense[reason if reason is not None else "by the recipe"] += heads
+            return inner(q, k, v, call)
+        whole = None
+        out = torch.empty_like(q)
+        for name, members in groups.items():
+            if name == "dense":
+                whole = inner(q, k, v, call) if whole is None else whole
+                out[:, members] = whole[:, members]
+                stats.dense["by the recipe"] += len(members)
+                continue
+            method = self.recipe.methods[name]
+            some = (q, k, v) if len(members) == heads else tuple(t[:, members] for t in (q, k, v))
+            result, plan, kernel = method.run(*some, call.layout, call.site.scale)
+            out = result if len(members) == heads else out.index_copy(1, torch.tensor(members, device=q.device), result)
+            stats.methods[name] += len(members)
+            stats.kernels[kernel] += 1
+            stats.kept_sum += plan.kept * len(members)
+            stats.visited_sum += plan.visited * len(members)
+        return out
+
+    def _method(self, call: SiteCall, head: int) -> str:
+        state = call.state
+        progress = None if state.total is None else state.step / state.total
+        return self.recipe.method_at(
+            call.site.layer,
+            head,
+            component=call.site.component,
+            kind=call.site.kind,
+            branch=state.branch,
+            sigma=state.timestep,
+            progress=progress,
+        )
+
+    def _refusal(self, q: Tensor, call: SiteCall) -> str | None:
+        """Why this call runs dense whatever the rules say, or None."""
+        fallback = self.recipe.fallback
+        if torch.is_grad_enabled() and q.requires_grad:
+            if fallback.training == "raise":
+                raise RuntimeError(
+                    "The attached recipe was proven for inference, but gradients are on; use torch.no_grad(), or set "
+                    "fallback.training='dense' in the recipe."
+                )
+            return "training"
+        if call.layout.nk < fallback.min_tokens:
+            return f"fewer than {fallback.min_tokens} tokens"
+        if self.check_canvas and self.recipe.workload.get("canvases"):
+            shape = list(call.layout.kv.grid.axes)
+            if not _between(shape, [c["shape"] for c in self.recipe.workload["canvases"]]):
+                if fallback.unseen_canvas == "raise":
+                    raise RuntimeError(f"The recipe was not proven on a canvas of {shape}.")
+                if fallback.unseen_canvas == "dense":
+                    return "canvas not proven"
+        return None
+
+
+def _between(shape: Sequence[int], proven: Sequence[Sequence[int]]) -> bool:
+    """Whether every axis lies between those of the proven canvases."""
+    if any(len(p) != len(shape) for p in proven):
+        return False
+    return all(min(p[a] for p in proven) <= n <= max(p[a] for p in proven) for a, n in enumerate(shape))
+
+
+def attach(model: Any, recipe: Recipe | str | Path, *, host: HostAdapter | None = None) -> Handle:
+    """Put a recipe into a model: ``handle = attach(model, "recipe.json")``; ``handle.undo()`` takes it out.
+
+    ``handle.method.stats`` counts what ran, by site. Raises RecipeError for a broken recipe, ValueError for a model
+    without a host adapter.
+    """
+    loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    return attach_method(model, RecipeMethod(loaded), host=host)

@@ -1,0 +1,253 @@
+"""Methods a recipe can name: a system with parameters, made into a pattern or a router for any canvas.
+
+Extents are ``{"tokens": n}`` or ``{"fraction": x}`` of an axis, so that a recipe carries over to other canvases.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from glocal.canvas import Canvas, Layout, Order, raster, tile
+from glocal.ops import Score, attend
+from glocal.patterns import Dense, Neighborhood, Pattern, RadialBlocks, RadialTokens, TileWindows, Windows, frame
+from glocal.plan.blockplan import BlockPlan
+from glocal.plan.build import PlanSpec, plan
+from glocal.plan.selection import plan_selection
+from glocal.routing.keep import Keep
+from glocal.routing.route import PooledTopK
+
+Kind = Literal["pattern", "route"]
+
+
+@dataclass(frozen=True)
+class MethodSpec:
+    """One method of a recipe.
+
+    system: a key of `SYSTEMS`. params: its parameters in JSON values. order: token order of the blocks, "raster" or
+    {"tile": [extent per axis]}. block: query and key block in tokens. resolution: "free" runs on any canvas, "exact"
+    on its own only. backend: kernels it was timed with, in order of preference.
+    """
+
+    system: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    order: Mapping[str, Any] | str = "raster"
+    block: tuple[int, int] = (64, 64)
+    kind: Kind = "pattern"
+    version: int = 1
+    correction: str = "none"
+    resolution: Literal["free", "exact"] = "free"
+    backend: tuple[str, ...] = ("auto",)
+    masks: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.system not in SYSTEMS:
+            near = get_close_matches(self.system, SYSTEMS, n=1, cutoff=0.0)
+            raise ValueError(
+                f"methods: system={self.system!r} is unknown; legal: {', '.join(SYSTEMS)}; nearest: {near[0]}."
+            )
+        unknown = set(self.params) - set(SYSTEMS[self.system].params)
+        if unknown:
+            legal = ", ".join(SYSTEMS[self.system].params) if SYSTEMS[self.system].params else "none"
+            raise ValueError(
+                f"methods: parameter {sorted(unknown)[0]!r} of system {self.system!r} is unknown; legal: {legal}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for `recipe.json`."""
+        data = asdict(self)
+        data["block"], data["backend"] = list(self.block), list(self.backend)
+        return data
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> MethodSpec:
+        """The inverse of `to_json`; ValueError names an unknown field."""
+        legal = list(MethodSpec.__dataclass_fields__)
+        for name in data:
+            if name not in legal:
+                near = get_close_matches(name, legal, n=1, cutoff=0.0)[0]
+                raise ValueError(f"methods: field {name!r} is unknown; legal: {', '.join(legal)}; nearest: {near}.")
+        values = dict(data)
+        values["block"], values["backend"] = tuple(data["block"]), tuple(data["backend"])
+        return MethodSpec(**values)
+
+    @property
+    def id(self) -> str:
+        """System and a short content hash."""
+        text = json.dumps(self.to_json(), sort_keys=True)
+        return f"{self.system}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+    def words(self) -> str:
+        """One line for people."""
+        params = ", ".join(f"{k}={_short(v)}" for k, v in sorted(self.params.items()))
+        return f"{self.system}({params})" if params else self.system
+
+    def orders(self, canvas: Canvas) -> Order:
+        """The token order of its blocks on `canvas`."""
+        if self.order == "raster":
+            return raster(canvas, self.block[0])
+        assert isinstance(self.order, Mapping)
+        return tile(canvas, tuple(int(n) for n in self.order["tile"]))
+
+    def pattern(self, layout: Layout) -> Pattern | None:
+        """The pattern on `layout`; None for a router."""
+        return SYSTEMS[self.system].build(self, layout) if self.kind == "pattern" else None
+
+    def plan(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None) -> BlockPlan:
+        """The plan of a call; a router needs its q and k [B, H, N, D]. Raises ValueError where it does not fit."""
+        pattern = self.pattern(layout)
+        order = self.orders(layout.kv)
+        if pattern is not None:
+            device = q.device if q is not None else "cpu"
+            return plan(pattern, layout, PlanSpec(*self.block, q_order=order, kv_order=order), device=device)
+        if q is None or k is None:
+            raise ValueError(f"{self.words()} is a router: its plan needs q and k.")
+        return plan_selection(self.router(layout).select(q, k, layout), device=q.device)
+
+    def router(self, layout: Layout) -> PooledTopK:
+        """The router on `layout`."""
+        if self.kind != "route":
+            raise ValueError(f"{self.words()} is a pattern, not a router.")
+        return PooledTopK(self.orders(layout.kv), Keep(ratio=float(self.params["keep"])))
+
+    def run(
+        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None
+    ) -> tuple[Tensor, BlockPlan, str]:
+        """out, the plan it ran on and the kernel's name."""
+        built = self.plan(layout, q, k)
+        done = attend(q, k, v, built, score=Score(scale=scale), backend=self.backend[0])
+        return done.out, built, done.picked.name
+
+
+@dataclass(frozen=True)
+class System:
+    """How a system of a recipe is made. params: legal parameter names."""
+
+    params: tuple[str, ...]
+    build: Callable[[MethodSpec, Layout], Pattern]
+
+
+def extent(value: Mapping[str, float] | int, length: int, *, unit: int = 1, odd: bool = False) -> int:
+    """An extent in units of `unit` tokens on an axis of `length`: at least 1, at most the axis, rounded (to odd if asked)."""
+    most = -(-length // unit)
+    if isinstance(value, int):
+        wanted = float(value) / unit
+    elif "tokens" in value:
+        wanted = float(value["tokens"]) / unit
+    else:
+        wanted = float(value["fraction"]) * length / unit
+    found = max(1, min(most, round(wanted)))
+    if odd and found % 2 == 0 and found < most:
+        found += 1 if wanted >= found else -1
+    return found
+
+
+def _grid(layout: Layout) -> tuple[int, ...]:
+    return layout.kv.grid.axes
+
+
+def _neighborhood(spec: MethodSpec, layout: Layout) -> Pattern:
+    shape = _grid(layout)
+    window = tuple(extent(w, n) for w, n in zip(spec.params["window"], shape, strict=True))
+    stride = tuple(min(int(s), w) for s, w in zip(spec.params.get("stride", [1] * len(shape)), window, strict=True))
+    return Neighborhood(window, stride=stride)
+
+
+def _tile_windows(spec: MethodSpec, layout: Layout) -> Pattern:
+    shape = _grid(layout)
+    tiles = tuple(int(t) for t in spec.params["tile"])
+    windows = tuple(extent(w, n, unit=t) for w, n, t in zip(spec.params["window"], shape, tiles, strict=True))
+    local: Pattern = TileWindows(tiles, windows)
+    return local | frame(0) if spec.params.get("first_frame", False) else local
+
+
+def _windows(spec: MethodSpec, layout: Layout) -> Pattern:
+    size = tuple(extent(w, n) for w, n in zip(spec.params["size"], _grid(layout), strict=True))
+    return Windows(size=size)
+
+
+def _radial(spec: MethodSpec, layout: Layout) -> Pattern:
+    if spec.params.get("form", "tokens") == "tokens":
+        return RadialTokens(sink=bool(spec.params.get("sink", True)))
+    return RadialBlocks(
+        block=spec.block[0], decay=float(spec.params.get("decay", 1.0)), model=spec.params.get("model", "wan")
+    )
+
+
+def _dense(spec: MethodSpec, layout: Layout) -> Pattern:
+    return Dense()
+
+
+SYSTEMS: dict[str, System] = {
+    "dense": System((), _dense),
+    "gna": System(("window", "stride"), _neighborhood),
+    "tile_windows": System(("tile", "window", "first_frame"), _tile_windows),
+    "windows": System(("size",), _windows),
+    "radial": System(("form", "sink", "decay", "model"), _radial),
+    "pooled_topk": System(("keep",), _dense),
+}
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        name, number = next(iter(value.items()))
+        return f"{number:g}" + ("t" if name == "tokens" else "")
+    if isinstance(value, (list, tuple)):
+        return "x".join(_short(v) for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def candidates(shape: Sequence[int], *, tile_shape: Sequence[int] | None = None) -> list[MethodSpec]:
+    """Methods worth probing on a grid of axis lengths `shape`: tile windows of several densities along every axis,
+    neighbourhoods, radial bands and pooled top-k, all on one token order so that one probe serves all.
+    """
+    tiles = tuple(tile_shape) if tile_shape is not None else default_tile(shape)
+    order = {"tile": list(tiles)}
+    size = int(torch.tensor(tiles).prod())
+    block = (size, size)
+    found: list[MethodSpec] = []
+    for fractions in _splits(len(shape)):
+        window = [{"fraction": f} for f in fractions]
+        found.append(MethodSpec("tile_windows", {"tile": list(tiles), "window": window}, order, block))
+    local = [{"fraction": 0.5}] * len(shape)
+    found.append(MethodSpec("tile_windows", {"tile": list(tiles), "window": local, "first_frame": True}, order, block))
+    found.append(MethodSpec("gna", {"window": local, "stride": list(tiles)}, order, block))
+    if len(shape) > 1:
+        found.append(MethodSpec("radial", {"form": "tokens"}, order, block))
+    for keep in (0.125, 0.25, 0.5):
+        found.append(MethodSpec("pooled_topk", {"keep": keep}, order, block, kind="route"))
+    return found
+
+
+def _splits(rank: int) -> list[tuple[float, ...]]:
+    """Window fractions per axis, from an eighth to half of all pairs."""
+    if rank == 1:
+        return [(0.125,), (0.25,), (0.5,)]
+    whole = [1.0] * rank
+    out: list[tuple[float, ...]] = []
+    for axis in range(rank):
+        for share in (0.25, 0.5):
+            out.append(tuple(share if a == axis else w for a, w in enumerate(whole)))
+        out.append(tuple(1.0 if a == axis else 0.5 for a in range(rank)))
+    out.append(tuple(0.75 for _ in whole))
+    out.append(tuple(0.5 for _ in whole))
+    return out
+
+
+def default_tile(shape: Sequence[int], size: int = 64) -> tuple[int, ...]:
+    """The squarest box of `size` tokens (a power of two) that fits a grid."""
+    tiles = [1] * len(shape)
+    while int(torch.tensor(tiles).prod()) < size:
+        open_axes = [a for a, n in enumerate(shape) if tiles[a] * 2 <= n]
+        if not open_axes:
+            break
+        axis = min(open_axes, key=lambda a: (tiles[a], -a))
+        tiles[axis] *= 2
+    return tuple(tiles)

@@ -1,0 +1,416 @@
+"""`advise`: from a model and a workload to a recipe with evidence, or to "stay dense" and why."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from glocal._progress import NoProgress, Progress
+from glocal.adapt.attach import attach as attach_method
+from glocal.advise.methods import MethodSpec, candidates
+from glocal.advise.objective import Latents, Output, main_error
+from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight
+from glocal.advise.probe import Probe, ProbeRecord, ProbeSpec
+from glocal.advise.recipe import Recipe
+from glocal.advise.search import Rung, allocated, measure_rung, published, single
+from glocal.advise.steptime import StepTime, time_steps
+from glocal.advise.timing import Times, time_methods
+from glocal.advise.validation import Validation, timed, validate_pairs
+from glocal.advise.weights import Bucket, Weights, make_buckets, step_weights
+from glocal.advise.workload import Sample, Split, Workload
+from glocal.measure.stats import drift
+from glocal.models.generation import SampleStep
+
+Scope = Literal["operator", "step", "end_to_end"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
+    give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
+    """
+
+    name: str
+    buckets: int = 5
+    blocks: int = 16
+    plain: int = 2
+    budgets: tuple[float, ...] = (0.75, 0.6, 0.45)
+    pairs: int = 8
+    rounds: int = 7
+    steps_a_bucket: int = 2
+
+
+EFFORTS = {
+    "demonstration": Effort("demonstration", 4, 6, 2, (0.7, 0.5), 4, 3, 1),
+    "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
+    "standard": Effort("standard"),
+    "thorough": Effort("thorough", pairs=19, plain=3),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for: a speed-up of a scope, and limits on measures ("drift" is the mean over pairs)."""
+
+    speedup: float | None = None
+    of: Scope = "end_to_end"
+    limits: Mapping[str, float] = field(default_factory=lambda: {"drift": 0.10})
+
+    def __post_init__(self) -> None:
+        if self.speedup is not None and self.speedup < 1:
+            raise ValueError(f"Target: speedup={self.speedup} must be at least 1.")
+        if self.of not in ("operator", "step", "end_to_end"):
+            raise ValueError(f"Target: of={self.of!r}; legal: operator, step, end_to_end.")
+        if self.limits.get("drift", 0.10) <= 0:
+            raise ValueError(f"Target: limits['drift']={self.limits['drift']} must be positive.")
+
+
+@dataclass(frozen=True)
+class AdviseOptions:
+    """methods: system names to consider (empty: all that apply). keep_dense: globs of site names never touched.
+    candidates: methods to probe instead of the built-in list.
+    """
+
+    methods: tuple[str, ...] = ()
+    keep_dense: tuple[str, ...] = ()
+    candidates: tuple[MethodSpec, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Advice:
+    """What `advise` found. Every number it holds was measured in this run or is named predicted.
+
+    status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
+    accepted: whether the acceptance rule held. operator: dense attention time over that of the chosen recipe.
+    stages: seconds spent by stage.
+    """
+
+    recipe: Recipe
+    status: Literal["validated", "candidate", "dense"]
+    reason: str
+    effort: Effort
+    target: Target
+    preflight: Preflight
+    times: Times
+    records: tuple[ProbeRecord, ...]
+    dropped: Mapping[str, str]
+    methods: Mapping[str, MethodSpec]
+    weights: Weights | None = None
+    ladder: tuple[Rung, ...] = ()
+    chosen: Rung | None = None
+    anchors: tuple[float, float] | None = None
+    steps: StepTime | None = None
+    validation: Validation | None = None
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the recipe met every limit."""
+        return self.status != "dense"
+
+
+@dataclass
+class _Run:
+    """What the stages share."""
+
+    model: Any
+    objective: Latents
+    effort: Effort
+    target: Target
+    options: AdviseOptions
+    progress: Progress
+    stages: dict[str, float] = field(default_factory=dict)
+    began: float = 0.0
+    name: str | None = None
+
+    def stage(self, name: str | None, steps: int | None = None) -> None:
+        """End the running stage and begin another."""
+        now = time.monotonic()
+        if self.name is not None:
+            self.stages[self.name] = now - self.began
+        self.name, self.began = name, now
+        if name is None:
+            self.progress.close()
+        else:
+            self.progress.stage(name, steps)
+
+
+def advise(
+    model: Any,
+    workload: Workload,
+    *,
+    objective: Latents,
+    target: Target | None = None,
+    effort: str | Effort = "standard",
+    options: AdviseOptions | None = None,
+    progress: Progress | None = None,
+) -> Advice:
+    """Find where sparse attention pays on `model`, prove it, or say why it does not.
+
+    model: anything with a host adapter (`glocal.adapt.register_host`). workload: samples; probe, step-weight and
+    validation samples are disjoint in arguments and seed. objective: how a sample runs and how outputs differ.
+    Raises AdviceError where no advice is possible (the model does not reproduce itself, say), ValueError for arguments.
+    """
+    level = _effort(effort)
+    run = _Run(
+        model,
+        objective,
+        level,
+        Target() if target is None else target,
+        AdviseOptions() if options is None else options,
+        NoProgress() if progress is None else progress,
+    )
+    split = workload.split(probe=1, weights=1, validate=level.pairs)
+    with torch.no_grad():
+        found = _advise(run, split)
+    return replace(found, recipe=found.recipe.with_evidence(splits=split.records()))
+
+
+def _effort(effort: str | Effort) -> Effort:
+    if isinstance(effort, Effort):
+        return effort
+    if effort not in EFFORTS:
+        raise ValueError(f"effort={effort!r}; legal: {', '.join(EFFORTS)}.")
+    return EFFORTS[effort]
+
+
+def _advise(run: _Run, split: Split) -> Advice:
+    probe_sample, weight_sample = split.probe.samples[0], split.weights.samples[0]
+    run.stage("preflight")
+    before = preflight(run.model, probe_sample, run.objective)
+    buckets = make_buckets(run.objective.levels, run.effort.buckets)
+    methods = {m.id: m for m in _candidates(run, before)}
+
+    run.stage("time model", len(methods))
+    times, dropped = _times(run, before, probe_sample, methods)
+    methods = {n: m for n, m in methods.items() if n in times.methods}
+    base = Advice(
+        Recipe("dense"), "dense", "", run.effort, run.target, before, times, (), dropped, methods, stages=run.stages
+    )
+    refusal = _refusal(run, before, times)
+    if refusal is not None:
+        run.stage(None)
+        return replace(base, reason=refusal)
+
+    plain = _plain(times, methods, run.effort.plain)
+    run.stage("probe", 2 * (len(run.objective.levels) - 1))
+    probed = _probe(run, probe_sample, methods, buckets)
+    other = _probe(run, weight_sample, plain, buckets)
+    records = [*probed.records, *other.records]
+    base = replace(base, records=tuple(records))
+
+    run.stage("step weights", len(buckets) * len(plain))
+    layers = 1 + max(s.layer for s in before.sites)
+    weights = step_weights(
+        run.model,
+        weight_sample,
+        run.objective,
+        buckets,
+        plain,
+        other.records,
+        (other.output, other.latents),
+        layers=layers,
+        advance=run.progress.step,
+    )
+
+    ladder = _ladder(run, records, times, weights, methods, layers)
+    run.stage("ladder", len(ladder))
+    dense, seconds = timed(lambda: run.objective.run(run.model, probe_sample))
+    if not torch.equal(dense.tensor, probed.output.tensor):
+        raise AdviceError("The probe changed the model's own output; the host adapter or the probe is at fault.")
+    ceiling = main_error(run.objective.distance(dense, run.objective.ceiling(run.model, probe_sample)))
+    measured = []
+    for rung in ladder:
+        measured.append(measure_rung(run.model, rung, probe_sample, run.objective, (dense, seconds)))
+        run.progress.step()
+    base = replace(base, weights=weights, ladder=tuple(measured), anchors=(0.0, ceiling))
+    chosen, why = _winner(run, measured, ceiling)
+    if chosen is None:
+        run.stage(None)
+        return replace(base, reason=why)
+
+    run.stage("step time")
+    recipe = _with_canvas(chosen.recipe, before)
+    chosen = replace(chosen, recipe=recipe)
+    steps = time_steps(run.model, recipe, probe_sample, run.objective, rounds=run.effort.rounds)
+
+    run.stage("validation", len(split.validate))
+    found = validate_pairs(
+        run.model,
+        recipe,
+        split.validate.samples,
+        run.objective,
+        limit=run.target.limits.get("drift", 0.10),
+        target=_needed(run.target),
+        advance=run.progress.step,
+    )
+    run.stage(None)
+    status: Literal["validated", "candidate", "dense"] = "dense"
+    if found.verdict.accepted:
+        status = "validated" if len(found.pairs) >= 8 else "candidate"
+    reason = (
+        f"{found.verdict.speedup.mean:.2f}x end to end at drift {found.verdict.drift.mean:.3f} over "
+        f"{len(found.pairs)} unseen pairs."
+        if found.verdict.accepted
+        else "Validation failed: " + "; ".join(found.verdict.failures) + "."
+    )
+    final = replace(recipe, status=status)
+    return replace(base, recipe=final, status=status, reason=reason, chosen=chosen, steps=steps, validation=found)
+
+
+def _needed(target: Target) -> float:
+    return target.speedup if target.speedup is not None and target.of == "end_to_end" else 1.0
+
+
+def _candidates(run: _Run, before: Preflight) -> list[MethodSpec]:
+    wanted = list(run.options.candidates) if run.options.candidates else candidates(before.shape)
+    if run.options.methods:
+        known = {m.system for m in wanted}
+        for name in run.options.methods:
+            if name not in known:
+                raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
+        wanted = [m for m in wanted if m.system in run.options.methods]
+    return wanted
+
+
+def _times(
+    run: _Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]
+) -> tuple[Times, dict[str, str]]:
+    """Timed inside the first call of the middle site at the last step."""
+    found: list[Times] = []
+    dropped: dict[str, str] = {}
+    site = before.sites[len(before.sites) // 2].name
+    last = len(run.objective.levels) - 2
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: Any) -> None:
+        working = {}
+        for name, method in methods.items():
+            try:
+                method.plan(call.layout, q, k)
+                working[name] = method
+            except ValueError as error:  # does not fit this canvas; said so on the page
+                dropped[name] = str(error)
+        found.append(time_methods(q, k, v, call, working, rounds=run.effort.rounds))
+
+    with attach_method(run.model, Inside(site, 0, look)):
+        latent = run.objective.first_latent(run.model, sample) if last else None
+        run.objective.run(run.model, sample, start=last, latent=latent)
+    if not found:
+        raise AdviceError(f"Site {site!r} was never called; the host adapter reports sites that do not run.")
+    return found[0], dropped
+
+
+def _refusal(run: _Run, before: Preflight, times: Times) -> str | None:
+    needed = _needed(run.target)
+    if before.ceiling < max(needed, 1.02):
+        return (
+            f"Attention is {before.share:.0%} of a forward, so no method can give more than {before.ceiling:.2f}x; "
+            f"the target is {needed:.2f}x."
+        )
+    if not times.methods or min(t.median for t in times.methods.values()) >= times.dense.median:
+        return f"Every candidate is slower than the best dense kernel here ({times.dense.kernel})."
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Probed:
+    """What a dense run with the probe in it gave. latents: before every step, and the last one."""
+
+    records: list[ProbeRecord]
+    output: Output
+    latents: list[Tensor]
+
+
+def _probe(run: _Run, sample: Sample, methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]) -> _Probed:
+    bucket_of = {step: b.number for b in buckets for step in range(b.first, b.last + 1)}
+    steps = frozenset(s for b in buckets for s in _pick(b, run.effort.steps_a_bucket))
+    keep = run.options.keep_dense
+    probe = Probe(ProbeSpec(methods, bucket_of.__getitem__, steps, run.effort.blocks, sample.id))
+    latents = [run.objective.first_latent(run.model, sample)]
+
+    def on_step(step: SampleStep) -> None:
+        latents.append(step.latent.clone())
+        run.progress.step()
+
+    with attach_method(run.model, probe):
+        output = run.objective.run(run.model, sample, on_step=on_step)
+    records = [r for r in probe.records if not any(fnmatch(r.site, glob) for glob in keep)]
+    if not records:
+        raise ValueError(f"keep_dense={list(keep)!r} leaves no site to advise on.")
+    return _Probed(records, output, latents)
+
+
+def _pick(bucket: Bucket, count: int) -> list[int]:
+    if count >= bucket.steps:
+        return list(range(bucket.first, bucket.last + 1))
+    return sorted({bucket.first + round(i * (bucket.steps - 1) / max(count - 1, 1)) for i in range(count)})
+
+
+def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[str, MethodSpec]:
+    """Position methods of middling density, spread over what they keep."""
+    ranked = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
+    middle = [n for n in ranked if 0.15 <= times.methods[n].visited <= 0.6]
+    pool = middle if len(middle) >= count else ranked
+    if not pool:
+        raise AdviceError("No position method fits this canvas, so step weights cannot be measured.")
+    places = sorted({round(i * (len(pool) - 1) / max(count - 1, 1)) for i in range(count)})
+    return {pool[p]: methods[pool[p]] for p in places}
+
+
+def _ladder(
+    run: _Run,
+    records: Sequence[ProbeRecord],
+    times: Times,
+    weights: Weights,
+    methods: Mapping[str, MethodSpec],
+    layers: int,
+) -> list[Rung]:
+    out: list[Rung] = []
+    for budget in run.effort.budgets:
+        out.append(allocated(records, times, weights, methods, budget))
+        plain = single(records, times, weights, methods, budget, layers)
+        if plain is not None:
+            out.append(plain)
+    out += published(records, times, weights, methods, layers)
+    seen: set[str] = set()
+    return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
+
+
+def _winner(run: _Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung | None, str]:
+    """The measured winner, never the predicted one: the fastest rung within the drift limit that meets the target."""
+    limit = run.target.limits.get("drift", 0.10)
+    within = [r for r in measured if r.error is not None and drift(r.error, 0.0, ceiling) <= limit]
+    fast = [r for r in within if r.speedup is not None and r.speedup >= max(_needed(run.target), 1.0)]
+    if fast:
+        return max(fast, key=lambda r: r.speedup or 0.0), ""
+    if not within:
+        best = min(measured, key=lambda r: r.error if r.error is not None else float("inf"), default=None)
+        if best is None or best.error is None:
+            return None, "No recipe could be made within the budgets."
+        return None, (
+            f"The least drift of all recipes tried is {drift(best.error, 0.0, ceiling):.3f} ({best.name}); "
+            f"the limit is {limit:.3f}."
+        )
+    top = max(within, key=lambda r: r.speedup or 0.0)
+    return None, (
+        f"Within the drift limit the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
+        f"{max(_needed(run.target), 1.0):.2f}x is needed."
+    )
+
+
+def _with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
+    shape = list(before.shape)
+    return replace(
+        recipe,
+        workload={
+            "canvases": [{"shape": shape, "before": 0, "after": before.tokens - int(torch.tensor(shape).prod())}],
+            "batch": [1, 1],
+            "tokens": [before.tokens, before.tokens],
+        },
+    )

@@ -1,0 +1,459 @@
+"""From an `Advice` to the plain records of the advice page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from glocal.report import (
+    AdvicePage,
+    BandPoint,
+    Baseline,
+    Column,
+    Curve,
+    CurvePoint,
+    Estimate,
+    Forecast,
+    ForecastPoint,
+    Headline,
+    KeptMap,
+    KernelTime,
+    Pair,
+    Picture,
+    Strip,
+    Table,
+    TimeBar,
+    matrix_png,
+    sprite_sheet,
+)
+
+if TYPE_CHECKING:
+    from glocal.advise.run import Advice
+    from glocal.measure.stats import Interval
+
+
+def advice_page(
+    advice: Advice, *, model: str, workload: str, created: str, reproduce: str, facts: Mapping[str, str]
+) -> AdvicePage:
+    """The page of one advice. facts: versions of what ran."""
+    return AdvicePage(
+        model=model,
+        workload=workload,
+        created=created,
+        headline=_headline(advice, facts),
+        notice=_notice(advice),
+        reproduce=reproduce,
+        recipe_json=advice.recipe.dumps(),
+        curve=_curve(advice),
+        strips=_strips(advice),
+        kept=_kept(advice),
+        times=_bars(advice),
+        forecast=_forecast(advice),
+        left_dense=_left_dense(advice),
+        valid_for=_valid_for(advice, facts),
+        refuted_by=_refuted_by(advice),
+        sites=_sites(advice),
+        pictures=_pictures(advice),
+        pairs=_pairs(advice),
+        ladder=_ladder(advice),
+        kernels=_kernels(advice),
+        versions=dict(facts),
+        hashes={"recipe": advice.recipe.id},
+        rows=tuple(rows(advice)),
+    )
+
+
+def rows(advice: Advice) -> list[dict[str, Any]]:
+    """Every measured row as plain values: the lines of `evidence.jsonl`."""
+    out: list[dict[str, Any]] = []
+    out += [{"kind": "probe", **asdict(r)} for r in advice.records]
+    out += [{"kind": "time", **asdict(t)} for t in (advice.times.dense, *advice.times.methods.values())]
+    if advice.weights is not None:
+        out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
+    for rung in advice.ladder:
+        out.append(
+            {
+                "kind": "rung",
+                "name": rung.name,
+                "family": rung.kind,
+                "recipe": rung.recipe.id,
+                "attention_ratio": rung.attention_ratio,
+                "predicted": rung.predicted,
+                "error": rung.error,
+                "seconds": rung.seconds,
+                "dense_seconds": rung.dense_seconds,
+            }
+        )
+    if advice.validation is not None:
+        out += [{"kind": "pair", **asdict(p), "drift": p.drift} for p in advice.validation.pairs]
+    out += [{"kind": "stage", "name": name, "seconds": seconds} for name, seconds in advice.stages.items()]
+    return out
+
+
+def _estimate(interval: Interval | None) -> Estimate | None:
+    return None if interval is None else Estimate(interval.mean, interval.low, interval.high, interval.level)
+
+
+def _headline(advice: Advice, facts: Mapping[str, str]) -> Headline:
+    found = advice.validation
+    n = 0 if found is None else len(found.pairs)
+    status = advice.status
+    if status == "candidate" and advice.effort.name == "demonstration":
+        status = "demonstration"
+    worst = None if found is None else found.pairs[found.verdict.worst_index]
+    return Headline(
+        status=status,  # type: ignore[arg-type]
+        n=n,
+        reason=advice.reason,
+        end_to_end=None if found is None else _estimate(found.verdict.speedup),
+        step=None if advice.steps is None else _estimate(advice.steps.step),
+        operator=None if advice.steps is None else _estimate(advice.steps.operator),
+        drift=None if found is None else _estimate(found.verdict.drift),
+        worst=None if worst is None else worst.drift,
+        worst_sample=None if worst is None else worst.sample,
+        limit=advice.target.limits.get("drift", 0.10),
+        target=advice.target.speedup,
+        baseline=Baseline(advice.times.dense.kernel, advice.times.dense.median * 1e3, "one dense attention call"),
+        device=facts.get("device"),
+        statement=_statement(n),
+    )
+
+
+def _statement(n: int) -> str | None:
+    from glocal.measure.stats import exceedance_statement
+
+    return exceedance_statement(n) if n else None
+
+
+def _notice(advice: Advice) -> str | None:
+    if advice.effort.name == "demonstration":
+        n = 0 if advice.validation is None else len(advice.validation.pairs)
+        return f"Demonstration on the built-in model, n = {n}: a proof needs at least 8 pairs."
+    return None
+
+
+def _curve(advice: Advice) -> Curve | None:
+    if not advice.ladder or advice.anchors is None:
+        return None
+    floor, ceiling = advice.anchors
+    if advice.validation is not None:
+        floor = _mean([p.floor for p in advice.validation.pairs])
+        ceiling = _mean([p.ceiling for p in advice.validation.pairs])
+    points = []
+    for rung in advice.ladder:
+        if rung.error is None or rung.seconds is None:
+            continue
+        points.append(CurvePoint(rung.name, rung.kind, Estimate(rung.seconds), Estimate(rung.error), 1))
+    if advice.validation is not None:
+        from glocal.measure.stats import paired
+
+        pairs = advice.validation.pairs
+        points.append(
+            CurvePoint(
+                "this recipe, unseen pairs",
+                "chosen",
+                _estimate(paired([p.sparse_time for p in pairs])) or Estimate(0.0),
+                _estimate(paired([p.error for p in pairs])) or Estimate(0.0),
+                len(pairs),
+            )
+        )
+        points.append(
+            CurvePoint("dense", "dense", Estimate(_mean([p.dense_time for p in pairs])), Estimate(max(floor, 1e-6)))
+        )
+    band: tuple[BandPoint, ...] = ()
+    if advice.weights is not None and advice.weights.band <= 2:
+        factor = advice.weights.band
+        mine = sorted((r for r in advice.ladder if r.kind == "allocation" and r.seconds), key=lambda r: r.seconds or 0)
+        band = tuple(BandPoint(r.seconds or 0.0, r.predicted / factor, r.predicted, r.predicted * factor) for r in mine)
+    limit = advice.target.limits.get("drift", 0.10)
+    return Curve(
+        tuple(points),
+        floor=max(floor, 1e-7),
+        ceiling=ceiling,
+        limit=floor + limit * (ceiling - floor),
+        band=band if len(band) > 1 else (),
+        error_name="relative error of the clip",
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan
+
+
+def _strips(advice: Advice) -> tuple[Strip, ...]:
+    found = advice.validation
+    if found is None or any(o[0].frames is None for o in found.outputs.values()):
+        return ()
+    ranked = sorted(found.pairs, key=lambda p: p.drift)
+    roles = [("worst", ranked[-1]), ("median", ranked[len(ranked) // 2]), ("best", ranked[0])]
+    strips = []
+    for role, pair in roles:
+        dense, sparse, _ = found.outputs[pair.sample]
+        caption = f"drift {pair.drift:.3f}, error {pair.error:.3f}"
+        if "psnr" in pair.measures:
+            caption += f", PSNR {pair.measures['psnr']:.1f} dB"
+        strips.append(_strip(role, pair.sample, dense.frames, sparse.frames, caption, ("dense", "sparse")))
+    worst = ranked[-1]
+    dense, _, other = found.outputs[worst.sample]
+    caption = f"error {worst.floor:.2g}: what changing the dense kernel does"
+    strips.append(_strip("floor pair", worst.sample, dense.frames, other.frames, caption, ("dense", "other kernel")))
+    return tuple(strips)
+
+
+def _strip(role: str, sample: str, a: Any, b: Any, caption: str, labels: tuple[str, str]) -> Strip:
+    """a, b: frames [T, C, H, W] in [0, 1]."""
+    frames = [list((side * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()) for side in (a, b)]
+    height, width = a.shape[2], a.shape[3]
+    sheets = [sprite_sheet(side) for side in frames]
+    return Strip(role, sample, len(frames[0]), sheets[0], sheets[1], width, height, caption, labels=labels)
+
+
+def _chosen_rules(advice: Advice) -> Any:
+    recipe = advice.recipe if advice.recipe.rules else (advice.chosen.recipe if advice.chosen else None)
+    return recipe
+
+
+def _kept(advice: Advice) -> KeptMap | None:
+    recipe = _chosen_rules(advice)
+    if recipe is None or advice.weights is None:
+        return None
+    buckets = advice.weights.buckets
+    layers = sorted({s.layer for s in advice.preflight.sites})
+    heads = advice.preflight.sites[0].heads
+    values = []
+    for layer in layers:
+        row: list[float | None] = []
+        for bucket in buckets:
+            shares, sparse = [], False
+            for head in range(heads):
+                name = recipe.method_at(
+                    layer, head, component="transformer", kind="self", branch="cond", sigma=bucket.high, progress=None
+                )
+                sparse |= name != "dense"
+                shares.append(1.0 if name == "dense" else advice.times.methods[name].kept)
+            row.append(_mean(shares) if sparse else None)
+        values.append(tuple(row))
+    names = tuple(f"{b.high:.2f}–{b.low:.2f}" for b in buckets)
+    return KeptMap(tuple(str(n) for n in layers), names, tuple(values))
+
+
+def _bars(advice: Advice) -> tuple[TimeBar, ...]:
+    steps = advice.steps
+    if steps is None:
+        before = advice.preflight
+        return (TimeBar("dense", (("attention", before.attention), ("rest", before.forward - before.attention))),)
+    rounds = len(steps.dense) // (sum(b.steps for b in advice.weights.buckets) if advice.weights else len(steps.dense))
+    out = []
+    for name, whole, inside in (
+        ("dense", steps.dense, steps.dense_attention),
+        ("sparse", steps.sparse, steps.sparse_attention),
+    ):
+        attention, total = sum(inside) / rounds, sum(whole) / rounds
+        out.append(TimeBar(name, (("attention", attention), ("rest", max(total - attention, 0.0)))))
+    return tuple(out)
+
+
+def _forecast(advice: Advice) -> Forecast | None:
+    if not advice.ladder:
+        return None
+    model, time = advice.times.model, []
+    if model is not None:
+        for name, t in advice.times.methods.items():
+            if advice.methods[name].kind == "pattern":
+                predicted = model.seconds(t.full, t.partial)
+                time.append(ForecastPoint(advice.methods[name].words(), predicted * 1e3, t.median * 1e3))
+    ranks = advice.weights is None or advice.weights.band > 2
+    error = []
+    if not ranks:
+        error = [ForecastPoint(r.name, r.predicted, r.error) for r in advice.ladder if r.error and r.predicted > 0]
+    note = None
+    if advice.weights is not None and ranks:
+        note = (
+            f"The 90 % band of left-out predictions is a factor of {advice.weights.band:.1f}, wider than 2: predictions "
+            "rank recipes, and no predicted error is shown."
+        )
+    return Forecast(
+        tuple(time),
+        tuple(error),
+        None if model is None else model.check_error,
+        None if advice.weights is None or ranks else advice.weights.band,
+        note,
+    )
+
+
+def _left_dense(advice: Advice) -> tuple[str, ...]:
+    if advice.status == "dense":
+        return (advice.reason, "The recipe says dense everywhere; the curve shows what was tried.")
+    recipe = advice.recipe
+    assert advice.weights is not None
+    layers = sorted({s.layer for s in advice.preflight.sites})
+    heads = advice.preflight.sites[0].heads
+    cells, dense = 0, 0
+    by_bucket: dict[str, int] = {}
+    for bucket in advice.weights.buckets:
+        for layer in layers:
+            for head in range(heads):
+                cells += 1
+                name = recipe.method_at(
+                    layer, head, component="transformer", kind="self", branch="cond", sigma=bucket.high, progress=None
+                )
+                if name == "dense":
+                    dense += 1
+                    key = f"{bucket.high:.2f}–{bucket.low:.2f}"
+                    by_bucket[key] = by_bucket.get(key, 0) + 1
+    lines = [f"{dense} of {cells} (layer, head, step range) cells stay dense: their error outweighs their time."]
+    if by_bucket:
+        most = max(by_bucket, key=lambda k: by_bucket[k])
+        lines.append(f"Most of them at noise levels {most}: {by_bucket[most]} cells.")
+    step = advice.weights.step
+    heavy = max(range(len(step)), key=lambda i: step[i])
+    b = advice.weights.buckets[heavy]
+    lines.append(
+        f"One-step errors weigh most at noise levels {b.high:.2f}–{b.low:.2f} ({step[heavy]:.2f} at the end for 1)."
+    )
+    return tuple(lines)
+
+
+def _valid_for(advice: Advice, facts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    levels = advice.weights.buckets if advice.weights else ()
+    out = [
+        ("canvas", "x".join(map(str, advice.preflight.shape)) + f" ({advice.preflight.tokens:,} tokens)"),
+        ("steps", str(sum(b.steps for b in levels)) if levels else "-"),
+        ("adapters", "none"),
+        ("device", facts.get("device", "-")),
+    ]
+    return tuple(out)
+
+
+def _refuted_by(advice: Advice) -> tuple[str, ...]:
+    limit = advice.target.limits.get("drift", 0.10)
+    return (
+        f"A new sample of this workload with drift above {2 * limit:.2f}.",
+        "The same pairs run again with a lower bound of the speed-up under the target.",
+        "Another dense kernel on this device that is faster than the baseline named above.",
+    )
+
+
+def _sites(advice: Advice) -> Table | None:
+    recipe = _chosen_rules(advice)
+    if recipe is None or advice.weights is None:
+        return None
+    by_cell: dict[tuple[int, int, int, str], list[Any]] = {}
+    for r in advice.records:
+        by_cell.setdefault((r.layer, r.head, r.bucket, r.method), []).append(r)
+    rows_out, total = [], 0.0
+    for bucket in advice.weights.buckets:
+        for site in advice.preflight.sites:
+            for head in range(site.heads):
+                name = recipe.method_at(
+                    site.layer,
+                    head,
+                    component="transformer",
+                    kind="self",
+                    branch="cond",
+                    sigma=bucket.high,
+                    progress=None,
+                )
+                found = by_cell.get((site.layer, head, bucket.number, name))
+                share = 0.0 if found is None else (advice.weights.weight[bucket.number] * found[0].residual) ** 2
+                total += share
+                rows_out.append((site.layer, head, f"{bucket.high:.2f}–{bucket.low:.2f}", name, found, share))
+    columns = (
+        Column("layer", digits=0),
+        Column("head", digits=0),
+        Column("noise level"),
+        Column("method"),
+        Column("mass kept", percent=True),
+        Column("error of the output", percent=True),
+        Column("error in the residual stream", percent=True),
+        Column("share of predicted error", percent=True),
+    )
+    table = []
+    for layer, head, level, name, found, share in rows_out:
+        words = "dense" if name == "dense" else advice.methods[name].words()
+        mass, out, res = (None, None, None) if found is None else (found[0].mass, found[0].output, found[0].residual)
+        table.append((layer, head, level, words, mass, out, res, share / total if total and found else None))
+    return Table(columns, tuple(table))
+
+
+def _pictures(advice: Advice) -> tuple[Picture, ...]:
+    from glocal.canvas import Canvas, Layout
+
+    recipe = _chosen_rules(advice)
+    if recipe is None:
+        return ()
+    layout, out = Layout.of(Canvas(advice.preflight.shape)), []
+    for method in recipe.methods.values():
+        pattern = method.pattern(layout)
+        if pattern is None or method.kind == "route":
+            continue
+        plan = method.plan(layout)
+        matrix = plan.block_shares().numpy()
+        out.append(
+            Picture(
+                f"{method.words()}: {plan.kept:.0%} of pairs kept, {plan.visited:.0%} visited",
+                matrix_png(matrix, palette="ink", low=0.0, high=1.0, max_side=384),
+                f"Block map of {method.words()}: query blocks down, key blocks across, darker is more visible.",
+            )
+        )
+    return tuple(out)
+
+
+def _pairs(advice: Advice) -> tuple[Pair, ...]:
+    if advice.validation is None:
+        return ()
+    return tuple(
+        Pair(p.sample, p.dense_time, p.sparse_time, p.error, p.drift, p.floor, p.ceiling, dict(p.measures))
+        for p in advice.validation.pairs
+    )
+
+
+def _ladder(advice: Advice) -> Table | None:
+    if not advice.ladder:
+        return None
+    columns = (
+        Column("recipe"),
+        Column("kind"),
+        Column("attention time, forecast", "of dense", percent=True),
+        Column("predicted error"),
+        Column("measured error"),
+        Column("time", "s"),
+        Column("speed-up, end to end", "x"),
+        Column("chosen"),
+    )
+    ranks = advice.weights is None or advice.weights.band > 2
+    table = tuple(
+        (
+            r.name,
+            r.kind,
+            r.attention_ratio,
+            None if ranks else r.predicted,
+            r.error,
+            r.seconds,
+            r.speedup,
+            "yes"
+            if advice.chosen is not None and r.name == advice.chosen.name and r.budget == advice.chosen.budget
+            else "",
+        )
+        for r in advice.ladder
+    )
+    return Table(columns, table, "Measured on the probe sample, one run each.")
+
+
+def _kernels(advice: Advice) -> tuple[KernelTime, ...]:
+    timed = [("dense", advice.times.dense)] + [
+        (advice.methods[n].words(), t) for n, t in sorted(advice.times.methods.items(), key=lambda i: i[1].median)
+    ]
+    return tuple(
+        KernelTime(
+            f"{t.kernel}",
+            f"{name}, kept {t.kept:.0%}, visited {t.visited:.0%}",
+            t.median * 1e3,
+            t.low * 1e3,
+            t.high * 1e3,
+            t.rounds,
+        )
+        for name, t in timed
+    )

@@ -1,0 +1,182 @@
+"""What `glocal advise` does with its options: load, run, and write the four outputs, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shlex
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from glocal._files import atomic_dir
+from glocal.cli._common import plain, print_fields, print_json, progress
+
+
+@dataclass(frozen=True)
+class Job:
+    """The options of one call."""
+
+    model: str
+    out: Path
+    workload: Path | None = None
+    effort: str | None = None
+    target_speedup: float | None = None
+    limits: Mapping[str, float] = field(default_factory=lambda: {"drift": 0.10})
+    methods: tuple[str, ...] = ()
+    keep_dense: tuple[str, ...] = ()
+    steps: int = 8
+    canvas: str | None = None
+
+
+def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
+    """Run one advice and write OUT; whether a recipe met every limit."""
+    if job.model.endswith(".safetensors"):
+        from glocal.cli._advise_operator import run_operator
+
+        return run_operator(job, as_json=as_json, quiet=quiet)
+    from glocal.advise import AdviseOptions, Frames, Target, Workload, advise, demo_workload
+    from glocal.models.generation import SampleSpec
+
+    effort = ("demonstration" if job.model == "demo" else "standard") if job.effort is None else job.effort
+    model = _model(job.model)
+    objective = Frames(SampleSpec(steps=job.steps))
+    if job.workload is not None:
+        workload = Workload.from_jsonl(job.workload, objective.fields(model))
+    elif job.model == "demo":
+        workload = demo_workload(16, fields=model.config.fields)
+    else:
+        raise ValueError(f"--workload is needed for the model {job.model!r}; only demo brings its own.")
+    objective.check(model, workload)
+    advice = advise(
+        model,
+        workload,
+        objective=objective,
+        target=Target(job.target_speedup, limits=job.limits),
+        effort=effort,
+        options=AdviseOptions(methods=job.methods, keep_dense=job.keep_dense),
+        progress=progress(quiet or as_json),
+    )
+    facts = machine_facts()
+    write(job, advice, facts, f"{len(workload)} samples, {job.steps} steps, objective {objective.name}")
+    summary = _summary(advice, job.out)
+    if as_json:
+        print_json(summary)
+    else:
+        print_fields(summary)
+    return advice.accepted
+
+
+def _model(name: str) -> Any:
+    """The built-in model, or what a factory returns."""
+    if name == "demo":
+        from glocal.models.generation import load_demo
+
+        return load_demo()
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"MODEL {name!r}: legal: demo, package.module:factory, or a .safetensors file of captured q, k, v."
+        )
+    try:
+        factory = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"MODEL {name!r}: {error}.") from error
+    return factory()
+
+
+def machine_facts() -> dict[str, str]:
+    """Device, threads and versions, as the page and the recipe carry them."""
+    import torch
+
+    from glocal.cli.env import environment
+
+    found = environment()
+    device = found.gpus[0].name if found.gpus else f"{found.cpu}, {torch.get_num_threads()} threads"
+    facts = {"device": device, "python": found.python, "system": found.system}
+    return {**facts, **{name: v for name, v in found.packages.items() if v is not None}}
+
+
+def write(job: Job, advice: Any, facts: Mapping[str, str], workload: str) -> None:
+    """recipe.json, report.html and evidence.jsonl, in a folder that appears at once."""
+    from dataclasses import replace
+
+    from glocal.cli._advice_page import advice_page, rows
+    from glocal.report import render_advice
+
+    created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
+    recipe = replace(advice.recipe, device=dict(facts)).with_evidence(created=created, **evidence(advice))
+    advice = replace(advice, recipe=recipe)
+    page = advice_page(
+        advice, model=job.model, workload=workload, created=created, reproduce=command_line(job), facts=facts
+    )
+    with atomic_dir(job.out) as folder:
+        recipe.save(folder / "recipe.json")
+        (folder / "report.html").write_text(render_advice(page), encoding="utf-8")
+        lines = [json.dumps(plain(row), sort_keys=True) for row in rows(advice)]
+        (folder / "evidence.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def evidence(advice: Any) -> dict[str, Any]:
+    """`evidence` of the recipe: what was measured, in the schema's words."""
+    out: dict[str, Any] = {"versions": {}, "stages": dict(advice.stages)}
+    if advice.validation is not None:
+        verdict = advice.validation.verdict
+        pairs = advice.validation.pairs
+        out["drift"] = {**_ends(verdict.drift), "worst": verdict.worst}
+        out["floor"] = sum(p.floor for p in pairs) / len(pairs)
+        out["ceiling"] = sum(p.ceiling for p in pairs) / len(pairs)
+        out["speedup"] = {"end_to_end": _ends(verdict.speedup)}
+        if advice.steps is not None:
+            out["speedup"]["step"] = _ends(advice.steps.step)
+            out["speedup"]["operator"] = _ends(advice.steps.operator)
+    if advice.weights is not None:
+        out["prediction"] = {"loo_p90": advice.weights.band}
+        out["ladder"] = [
+            {"name": r.name, "kind": r.kind, "error": r.error, "speedup": r.speedup} for r in advice.ladder
+        ]
+    return plain(out)
+
+
+def _ends(interval: Any) -> dict[str, float]:
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high}
+
+
+def command_line(job: Job) -> str:
+    """The line that runs the same job again."""
+    words = ["glocal", "advise", job.model, "-o", str(job.out)]
+    for name, value in (
+        ("--workload", job.workload),
+        ("--effort", job.effort),
+        ("--target-speedup", job.target_speedup),
+        ("--canvas", job.canvas),
+    ):
+        if value is not None:
+            words += [name, str(value)]
+    if job.methods:
+        words += ["--methods", ",".join(job.methods)]
+    for glob in job.keep_dense:
+        words += ["--keep-dense", glob]
+    if job.limits != {"drift": 0.10}:
+        words += [w for name, value in job.limits.items() for w in ("--max", f"{name}={value:g}")]
+    if job.steps != 8:
+        words += ["--steps", str(job.steps)]
+    return shlex.join(words)
+
+
+def _summary(advice: Any, out: Path) -> dict[str, Any]:
+    found = advice.validation
+    fields: dict[str, Any] = {"status": advice.status, "reason": advice.reason}
+    if found is not None:
+        drift, speed = found.verdict.drift, found.verdict.speedup
+        fields["end to end"] = f"{speed.mean:.2f}x [{speed.low:.2f}, {speed.high:.2f}]"
+        fields["drift"] = f"{drift.mean:.3f} [{drift.low:.3f}, {drift.high:.3f}], worst {found.verdict.worst:.3f}"
+    if advice.steps is not None:
+        fields["step"] = f"{advice.steps.step.mean:.2f}x [{advice.steps.step.low:.2f}, {advice.steps.step.high:.2f}]"
+        operator = advice.steps.operator
+        fields["operator"] = f"{operator.mean:.2f}x [{operator.low:.2f}, {operator.high:.2f}]"
+    fields["page"] = str(out / "report.html")
+    fields["recipe"] = str(out / "recipe.json")
+    return fields

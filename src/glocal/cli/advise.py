@@ -1,0 +1,69 @@
+"""glocal advise: where sparse attention pays on a model, with a recipe and a page that proves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from glocal.cli._common import Json, Quiet
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="demo, package.module:factory, or a .safetensors of captured q, k, v.")
+    ] = "demo",
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for recipe, page and evidence.")] = Path(
+        "out/advise"
+    ),
+    workload: Annotated[
+        Path | None, typer.Option(help="JSON lines, one sample each: id, seed, call arguments. Built in for demo.")
+    ] = None,
+    effort: Annotated[
+        str | None, typer.Option(help="quick, standard or thorough; demo has its own, the demonstration.")
+    ] = None,
+    target_speedup: Annotated[float | None, typer.Option(help="End-to-end speed-up that is asked for.")] = None,
+    max_: Annotated[
+        list[str] | None, typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1.")
+    ] = None,
+    methods: Annotated[str | None, typer.Option(help="Systems to consider, joined by commas.")] = None,
+    keep_dense: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = 8,
+    canvas: Annotated[str | None, typer.Option(help="Canvas of captured tensors, such as 16x16x16.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take a model, find where sparse attention pays, hand back a recipe with evidence, or say "stay dense" and why.
+
+    Exit code 0 if a recipe met every limit, 1 if none did (the page says why first), 2 for bad usage.
+    """
+    from glocal.cli._advise_job import Job, run_job
+
+    job = Job(
+        model=model,
+        out=out,
+        workload=workload,
+        effort=effort,
+        target_speedup=target_speedup,
+        limits=_limits([] if max_ is None else max_),
+        methods=() if methods is None else tuple(methods.split(",")),
+        keep_dense=() if keep_dense is None else tuple(keep_dense),
+        steps=steps,
+        canvas=canvas,
+    )
+    if not run_job(job, as_json=json, quiet=quiet):
+        raise typer.Exit(1)
+
+
+def _limits(words: list[str]) -> dict[str, float]:
+    limits = {"drift": 0.10}
+    for word in words:
+        name, equals, value = word.partition("=")
+        try:
+            limits[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--max {word!r}: expected METRIC=V, such as drift=0.1")
+    return limits
