@@ -17,8 +17,8 @@ from torch import Tensor
 class FlowSpec:
     """shift: moves noise levels up (see the sampler). spread: of the logit-normal. uniform: share of even levels.
 
-    pure: share of clips that are noise alone, where each sample begins. floor: smallest noise level the error is divided
-    by. drop: probability that a condition, and that one of its fields, is left out.
+    pure: share of clips that are noise alone, where each sample begins. floor: smallest noise level the error is
+    divided by. drop: probability that a condition, and that one of its fields, is left out.
     """
 
     shift: float = 2.0
