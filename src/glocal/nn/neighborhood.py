@@ -105,7 +105,7 @@ class _NeighborhoodAttention(nn.Module):
         size = tuple(x.shape[1:-1])
         x = self._padded(x)
         canvas = canvas_of(*x.shape[1:-1])
-        qkv = self.qkv(x).flatten(1, -2).reshape(x.shape[0], -1, 3, self.heads, self.dim // self.heads)
+        qkv = self.qkv(x).reshape(x.shape[0], canvas.size, 3, self.heads, self.dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, head size] each
         bias = () if self.rpb is None else (Relative(self.rpb, self.dilation),)
         dropout = self.spec.attn_drop if self.training else 0.0

@@ -1,0 +1,73 @@
+"""Feed-forward networks of a block: a plain one, and one with a depthwise convolution between its layers.
+
+Keys are the usual ones: `fc1`, `fc2`, and `dwconv.dwconv` for the convolution (PVT v2, arXiv 2106.13797).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from glocal.nn.blocks.layout import conv
+
+
+class Mlp(nn.Module):
+    """fc1 -> activation -> dropout -> fc2 -> dropout over the last axis.
+
+    dim, hidden: channels outside and inside. act: makes the activation.
+    """
+
+    def __init__(self, dim: int, hidden: int, act: Callable[[], nn.Module] = nn.GELU, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [..., dim] -> the same shape."""
+        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+
+
+class DepthwiseConv(nn.Module):
+    """A 3 x 3 depthwise convolution of a channels-last map, under the key `dwconv`."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> the same shape."""
+        return conv(self.dwconv, x)
+
+
+class ConvMlp(nn.Module):
+    """fc1 -> depthwise convolution -> activation -> fc2 over a map.
+
+    residual: the convolution is added to its input instead of replacing it (as in SG-Former and STViT).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        act: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        residual: bool = False,
+    ) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.dwconv = DepthwiseConv(hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop)
+        self.residual = residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> the same shape."""
+        hidden = self.fc1(x)
+        mixed = self.dwconv(hidden)
+        if self.residual:
+            mixed = mixed + hidden
+        return self.drop(self.fc2(self.drop(self.act(mixed))))

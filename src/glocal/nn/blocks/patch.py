@@ -1,0 +1,92 @@
+"""From pixels to tokens and from many tokens to fewer: patch embeddings and mergings.
+
+Everything returns channels-last maps [B, H, W, C]. Sizes that a stride does not divide are padded with zeros at the
+bottom and the right, as published code does; convolutions that reach over their stride need no padding of ours.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from glocal.nn.blocks.layout import conv, pad_multiple, to_nhwc
+
+
+class PatchEmbed(nn.Module):
+    """A convolution of stride `patch` over the image, then LayerNorm; keys `proj`, `norm`.
+
+    in_chans, dim: channels before and after. kernel: None is `patch` (patches do not overlap); larger kernels overlap
+    and are padded by (kernel - 1) // 2. norm: False leaves the norm out.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch: int = 4, kernel: int | None = None, norm: bool = True) -> None:
+        super().__init__()
+        kernel = patch if kernel is None else kernel
+        self.patch = patch
+        self.proj = nn.Conv2d(in_chans, dim, kernel, patch, 0 if kernel == patch else (kernel - 1) // 2)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: [B, in_chans, H, W] -> [B, ceil(H / patch), ceil(W / patch), dim]."""
+        return self.norm(conv(self.proj, pad_multiple(to_nhwc(image), self.patch)))
+
+
+class StridedConvEmbed(nn.Module):
+    """Two 3 x 3 convolutions of stride 2 with nothing between, then LayerNorm; keys `proj.0`, `proj.1`, `norm`."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        first = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
+        self.proj = nn.Sequential(first, nn.Conv2d(dim // 2, dim, 3, 2, 1))
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image: [B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), dim]."""
+        return self.norm(conv(self.proj, to_nhwc(image)))
+
+
+class StridedConvMerge(nn.Module):
+    """A 3 x 3 convolution of stride 2 without bias, then LayerNorm; keys `reduction`, `norm`."""
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.reduction = nn.Conv2d(dim, out, 3, 2, 1, bias=False)
+        self.norm = nn.LayerNorm(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
+        return self.norm(conv(self.reduction, x))
+
+
+class PatchMerge(nn.Module):
+    """Swin's merging (arXiv 2103.14030): 2 x 2 tokens side by side, LayerNorm, Linear; keys `norm`, `reduction`.
+
+    The four come in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+    """
+
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, out, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
+        x = pad_multiple(x, 2)
+        quads = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(quads, -1)))
+
+
+class NormConvMerge(nn.Module):
+    """LayerNorm, then a convolution of stride 2 with bias; keys `norm`, `proj`.
+
+    overlapped: a 3 x 3 convolution with padding 1 instead of 2 x 2.
+    """
+
+    def __init__(self, dim: int, out: int, overlapped: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Conv2d(dim, out, 3, 2, 1) if overlapped else nn.Conv2d(dim, out, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
+        return conv(self.proj, pad_multiple(self.norm(x), 2))

@@ -1,0 +1,1 @@
+"""One file a system: how its golden cases go through this library."""

@@ -1,0 +1,132 @@
+"""Golden cases through our code: every published tensor is compared, or listed as not compared with the reason."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import pkgutil
+import platform
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from glocal import systems
+from glocal.testing import adapters as _folder
+from glocal.testing.adapter import Adapter, Run
+from glocal.testing.case import Case, load
+from glocal.testing.tolerance import Comparison, compare
+
+COLUMNS = (
+    "system", "case", "backend", "device", "max_error", "tolerance", "passed", "skipped", "not_compared", "versions",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case on one backend and device.
+
+    max_error, tolerance: those of the tensor that is nearest to its limit, or furthest beyond it; NaN if none ran.
+    compared: every tensor that was compared. not_compared: name -> reason. skipped: why nothing ran, or "".
+    why: what failed, in words; "" if nothing did. backend: "" where a case runs no attention.
+    """
+
+    system: str
+    case: str
+    backend: str
+    device: str
+    passed: bool
+    max_error: float = float("nan")
+    tolerance: float = float("nan")
+    compared: tuple[Comparison, ...] = ()
+    not_compared: dict[str, str] = field(default_factory=dict)
+    skipped: str = ""
+    why: str = ""
+
+
+def adapters() -> tuple[str, ...]:
+    """The systems that have an adapter."""
+    return tuple(sorted(m.name for m in pkgutil.iter_modules(_folder.__path__) if not m.name.startswith("_")))
+
+
+def adapter(slug: str) -> Adapter | None:
+    """The adapter of a system, None if it has none yet; ValueError with the closest names if there is no such system."""
+    row = systems.system(slug)
+    if row.slug not in adapters():
+        return None
+    return importlib.import_module(f"{_folder.__name__}.{row.slug}").ADAPTER
+
+
+def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseResult:
+    """Run one golden case and compare.
+
+    path: a file whose folder is named after its system. backend: "auto" or the name of an attention backend.
+    Raises FileNotFoundError, or ValueError for a file that is no golden case, an unknown system or backend.
+    """
+    case = load(path)
+    found = adapter(case.system)
+    if found is None:
+        reason = f"no adapter: {case.system} is not built yet"
+        return CaseResult(case.system, case.name, "", device, passed=False, skipped=reason)
+    return check_case(case, found, Run(device, backend))
+
+
+def check_case(case: Case, found: Adapter, run: Run) -> CaseResult:
+    """The same for a loaded case and an adapter of one's own."""
+    backend = run.backend if found.attends(case) else ""
+    skipped = found.skip(case)
+    if skipped is not None:
+        return CaseResult(case.system, case.name, backend, run.device, passed=False, skipped=skipped)
+    expected = dict(found.expected(case))
+    left_out = {name: why for name, why in found.left_out(case).items() if name in expected}
+    ours = found.run(case.to(run.device), run)
+    unknown = sorted(set(ours) - set(expected))
+    missing = sorted(set(expected) - set(ours) - set(left_out))
+    compared = tuple(
+        compare(name, ours[name], expected[name], found.tolerance(case, name))
+        for name in expected
+        if name in ours and name not in left_out
+    )
+    problems = [f"{c.name}: {c.why}" for c in compared if not c.passed]
+    if unknown:
+        problems.append(f"the adapter returns {', '.join(unknown)}, which the case does not have")
+    if missing:
+        problems.append(f"{', '.join(missing)} neither compared nor listed as left out")
+    if not compared:
+        problems.append("nothing was compared")
+    worst = max(compared, key=_strain, default=None)
+    return CaseResult(
+        system=case.system,
+        case=case.name,
+        backend=backend,
+        device=run.device,
+        passed=not problems,
+        max_error=float("nan") if worst is None else worst.error,
+        tolerance=float("nan") if worst is None else worst.tolerance,
+        compared=compared,
+        not_compared=left_out,
+        why="; ".join(problems),
+    )
+
+
+def _strain(c: Comparison) -> float:
+    """How much of its tolerance a comparison uses; exact ones use none or all."""
+    if c.tolerance > 0:
+        return c.error / c.tolerance
+    return torch.inf if c.error > 0 else -1.0
+
+
+def table(results: Iterable[CaseResult]) -> str:
+    """Results as CSV with the columns `glocal.systems.evidence` reads, and a few more."""
+    versions = f"torch {torch.__version__}; python {platform.python_version()}"
+    text = io.StringIO()
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(COLUMNS)
+    for r in results:
+        numbers = ("", "") if r.skipped else (f"{r.max_error:.3e}", f"{r.tolerance:.0e}")
+        left = "; ".join(f"{name}: {why}" for name, why in r.not_compared.items())
+        passed = str(r.passed).lower()
+        out.writerow((r.system, r.case, r.backend, r.device, *numbers, passed, r.skipped, left, versions))
+    return text.getvalue()
