@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -25,6 +27,7 @@ class RichProgress:
         self._fill()
         if self._task is None:
             self._bars.start()
+            atexit.register(self._bars.stop)  # an error in the work must not leave the cursor hidden
         self._task, self._steps = self._bars.add_task(name, total=steps), steps
 
     def step(self, count: int = 1) -> None:
