@@ -63,7 +63,7 @@ def _one_run(
 ) -> tuple[list[float], list[float]]:
     """Seconds of each step and of the attention in it."""
     watch, whole, inside = Stopwatch(), [], []
-        handles = []
+    handles = []
     if recipe is not None:
         handles.append(attach_method(model, RecipeMethod(recipe)))
     handles.append(attach_method(model, watch))
