@@ -9,7 +9,8 @@ have `begin`; a host calls `stage = begin(mixers, x)` once before the blocks of 
 of it. The first mixer of the stage (block 0) owns what `begin` needs. Mixers without memory ignore `stage`.
 
 A system that alternates two mechanisms takes `block`, the index of the block in its stage. Sizes a mixer cannot run are
-padded by a rule its docstring states, or refused with a ValueError.
+padded by a rule its docstring states, or refused with a ValueError. A mixer whose work depends on a pattern or a
+selection (all that call `glocal.ops.attention`) has `macs(x) -> int`, the multiply-adds of a call on x.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _from_name(name: str) -> Builder:
     return _BUILDERS[name]
 
 
-def _from_file(place: str) -> Builder:
+def _from_file(place: str) -> Any:
     file, _, name = place.rpartition(":")
     path = Path(file)
     if not file.endswith(".py"):
@@ -117,7 +118,9 @@ def _from_file(place: str) -> Builder:
     spec.loader.exec_module(module)
     found = getattr(module, name, None)
     if not callable(found):
-        near = difflib.get_close_matches(name, [key for key in vars(module) if not key.startswith("_")], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(
+            name, [key for key in vars(module) if not key.startswith("_")], n=3, cutoff=0.4
+        )
         hint = f"; closest: {', '.join(map(repr, near))}" if near else ""
         raise ValueError(f"mixer: {file} has no class {name!r}{hint}.")
     return found
