@@ -24,7 +24,8 @@ class Region:
     """Consecutive blocks of an order that are boxes of one part.
 
     first: number of the first block. Blocks run over dilation groups, then tiles (both row-major); inside a block the
-    tokens of the box are row-major. A box has `tile` tokens per axis, `dilation` apart.
+    tokens of the box are row-major, followed by padding if the block is larger. A box has `tile` tokens per axis,
+    `dilation` apart.
     """
 
     part: int
@@ -100,10 +101,18 @@ def _raster(canvas: Canvas, block: int) -> Order:
     return Order(f"raster/{block}", torch.cat(pieces), block, tuple(regions))
 
 
-def tile(canvas: Canvas, shape: Sequence[int], dilation: Sequence[int] | int = 1, *, part: str | None = None) -> Order:
+def tile(
+    canvas: Canvas,
+    shape: Sequence[int],
+    dilation: Sequence[int] | int = 1,
+    *,
+    part: str | None = None,
+    block: int | None = None,
+) -> Order:
     """One grid cut into boxes of `shape` tokens (`dilation` apart per axis); other parts in raster blocks of that size.
 
-    Every axis is padded at its end to a multiple of tile x dilation. Raises ValueError if the rank differs.
+    Every axis is padded at its end to a multiple of tile x dilation. block: slots of a block if more than the box
+    holds; the rest of each block is padding. Raises ValueError if the rank differs or a box does not fit its block.
     """
     grid = canvas.grid if part is None else canvas.parts[canvas.number(part)]
     shape = tuple(int(n) for n in shape)
@@ -113,17 +122,19 @@ def tile(canvas: Canvas, shape: Sequence[int], dilation: Sequence[int] | int = 1
             raise ValueError(
                 f"tile: {name}={value} must have {len(grid.axes)} positive entries, one for each axis of {grid.axes}."
             )
-    return _tile(canvas, shape, steps, canvas.number(grid.name))
+    if block is not None and block < prod(shape):
+        raise ValueError(f"tile: block={block} does not hold a box of {prod(shape)} tokens (shape={shape}).")
+    return _tile(canvas, shape, steps, canvas.number(grid.name), prod(shape) if block is None else block)
 
 
 @lru_cache(maxsize=256)
-def _tile(canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], number: int) -> Order:
-    block = prod(shape)
+def _tile(canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], number: int, block: int) -> Order:
     pieces, regions, first = [], [], 0
     for part_number, tokens, index in canvas.runs():
         part = canvas.parts[part_number]
         if part_number == number:
             piece, region = _boxes(part, index, shape, dilation, part_number, first)
+            piece = pad(piece.reshape(-1, prod(shape)), (0, block - prod(shape)), value=-1).flatten()
         else:
             piece = pad(index, (0, -tokens % block), value=-1)
             region = Region(part_number, first, (block,), (1,), (piece.numel() // block,))
@@ -134,6 +145,7 @@ def _tile(canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], num
     if len(regions) < len(canvas.parts):
         regions = []
     name = f"tile{'x'.join(map(str, shape))}/{'x'.join(map(str, dilation))}@{canvas.parts[number].name}"
+    name += "" if block == prod(shape) else f"/{block}"
     return Order(name, torch.cat(pieces), block, tuple(regions))
 
 

@@ -41,7 +41,8 @@ class PlanSpec:
         for side, order, block in (("q", self.q_order, self.q_block), ("kv", self.kv_order, self.kv_block)):
             if order is not None and order.regions and order.block != block:
                 raise ValueError(
-                    f"PlanSpec: {side}_order {order.name!r} has blocks of {order.block} tokens, but {side}_block={block}."
+                    f"PlanSpec: {side}_order {order.name!r} has blocks of {order.block} tokens, but "
+                    f"{side}_block={block}."
                 )
 
 
@@ -84,7 +85,8 @@ def _orders(pattern: Pattern, layout: Layout, spec: PlanSpec) -> tuple[Order, Or
         boxes = best_tiles(pattern, grid.axes, spec.q_block, spec.kv_block) if len(grid.axes) > 1 else None
         if boxes is not None:
             (q_shape, q_step), (k_shape, k_step) = boxes
-            return tile(layout.q, q_shape, q_step), tile(layout.kv, k_shape, k_step)
+            q_tiles = tile(layout.q, q_shape, q_step, block=spec.q_block)
+            return q_tiles, tile(layout.kv, k_shape, k_step, block=spec.kv_block)
     return (
         raster(layout.q, spec.q_block) if q_order is None else q_order,
         raster(layout.kv, spec.kv_block) if kv_order is None else kv_order,
