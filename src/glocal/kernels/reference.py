@@ -14,6 +14,17 @@ import torch
 from torch import Tensor
 
 from glocal.kernels.call import Bias, Call, DenseBias, Grads, TableBias
+from glocal.kernels.capability import ALL_DTYPES, Capability
+
+CAPABILITY = Capability(
+    name="reference",
+    needs="counts",
+    devices=("cpu", "cuda", "mps", "xpu"),
+    dtypes=ALL_DTYPES,
+    note="the definition, dense and exact; holds every query-key pair",
+    dropout=True,
+    most_pairs=1 << 30,
+)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:

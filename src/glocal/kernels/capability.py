@@ -1,0 +1,156 @@
+"""What a backend can do, as a record, and the reasons why a request does not fit it, in words.
+
+Nothing here asks the machine: devices and versions come in as values, so that any choice can be tested anywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from glocal.kernels.call import Bias, TableBias
+
+Needs = Literal["plan", "counts", "nothing"]
+ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a call asks for.
+
+    bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
+    """
+
+    device: str
+    dtype: torch.dtype
+    batch: int
+    q_heads: int
+    kv_heads: int
+    nq: int
+    nk: int
+    head_dim: int
+    value_dim: int
+    bias: tuple[str, ...] = ()
+    grad: bool = False
+    softcap: bool = False
+    segments: bool = False
+    dropout: bool = False
+    sparse: bool = True
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Legal sizes: least to most (None: no end), multiples of `multiple` or powers of two."""
+
+    least: int = 1
+    most: int | None = None
+    multiple: int = 1
+    power: bool = False
+
+    def allows(self, size: int) -> bool:
+        """Whether `size` is legal."""
+        if size < self.least or (self.most is not None and size > self.most) or size % self.multiple:
+            return False
+        return not self.power or size & (size - 1) == 0
+
+    def __str__(self) -> str:
+        kind = "powers of two" if self.power else "sizes" if self.multiple == 1 else f"multiples of {self.multiple}"
+        return f"{kind} from {self.least}" + ("" if self.most is None else f" to {self.most}")
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One backend.
+
+    needs: what it reads: block lists ("plan"), how often each pair is seen ("counts"), or nothing (dense).
+    group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
+    most_pairs: batch * heads * Nq * Nk that it may hold in memory at once, None where it never holds them.
+    deterministic: two calls give equal bits. note: how it computes, for people.
+    """
+
+    name: str
+    needs: Needs
+    devices: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    note: str
+    min_torch: tuple[int, int] = (2, 11)
+    head_dims: Sizes = Sizes(0)
+    value_dims: Sizes = Sizes(0)
+    equal_dims: bool = False
+    group_ratios: Sizes = Sizes(1)
+    block_sizes: Sizes = Sizes(1)
+    blocks: tuple[tuple[int, int], ...] = ()
+    bias: tuple[str, ...] = ("dense", "table")
+    softcap: bool = True
+    segments: bool = True
+    dropout: bool = False
+    backward: bool = True
+    lse_grad: bool = True
+    empty: bool = True
+    sparse: bool = True
+    dense: bool = True
+    most_pairs: int | None = None
+    deterministic: bool = True
+
+
+def refusals(
+    capability: Capability, request: Request, blocks: tuple[int, int] | None, torch_version: str | None = None
+) -> list[str]:
+    """Why `capability` cannot serve `request`, one sentence a reason with what is legal; empty if it can.
+
+    blocks: block sizes of a plan that exists already. torch_version: default the running one.
+    """
+    c, r, out = capability, request, []
+    found = torch.__version__ if torch_version is None else torch_version
+    if version(found) < c.min_torch:
+        out.append(f"torch {found} is older than {c.min_torch[0]}.{c.min_torch[1]}")
+    if r.device not in c.devices:
+        out.append(f"device {r.device!r} (legal: {', '.join(c.devices)})")
+    if r.dtype not in c.dtypes:
+        out.append(f"dtype {_short(r.dtype)} (legal: {', '.join(map(_short, c.dtypes))})")
+    for name, size, legal in (
+        ("head size", r.head_dim, c.head_dims),
+        ("value size", r.value_dim, c.value_dims),
+        ("query heads a key head", r.q_heads // max(1, r.kv_heads), c.group_ratios if r.q_heads else Sizes(0)),
+        *((f"{side} block", size, c.block_sizes) for side, size in zip(("query", "key"), blocks or (), strict=False)),
+    ):
+        if not legal.allows(size):
+            out.append(f"{name} {size} (legal: {legal})")
+    if c.equal_dims and r.head_dim != r.value_dim:
+        out.append(f"value size {r.value_dim} differs from head size {r.head_dim} (legal: equal sizes)")
+    for kind in r.bias:
+        if kind not in c.bias:
+            legal_kinds = ", ".join(c.bias) if c.bias else "none"
+            out.append(f"a {kind} bias (legal: {legal_kinds})")
+    for name, wanted, can in (
+        ("a soft-cap", r.softcap, c.softcap),
+        ("lengths or documents", r.segments, c.segments),
+        ("dropout", r.dropout, c.dropout),
+        ("gradients", r.grad, c.backward),
+        ("a pattern", r.sparse, c.sparse),
+        ("dense attention", not r.sparse, c.dense),
+        ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk, r.head_dim, r.value_dim), c.empty),
+    ):
+        if wanted and not can:
+            out.append(f"{name} (not supported)")
+    pairs = r.batch * r.q_heads * r.nq * r.nk
+    if c.most_pairs is not None and pairs > c.most_pairs:
+        out.append(f"{pairs:,} query-key pairs at once (legal: up to {c.most_pairs:,}, it holds them all)")
+    return out
+
+
+def version(text: str) -> tuple[int, int]:
+    """("2.11.0+cpu") -> (2, 11)."""
+    major, minor = text.split("+")[0].split(".")[:2]
+    return int(major), int("".join(ch for ch in minor if ch.isdigit()))
+
+
+def bias_kind(bias: Bias) -> str:
+    """The word of a Request for a bias."""
+    return "table" if isinstance(bias, TableBias) else "dense"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,130 @@
+"""Dense attention by the best kernel of the installed torch that also gives the LSE.
+
+CPU: torch's flash attention for CPUs, low precision computed in float32. CUDA: FlashAttention in float16 and bfloat16.
+What those do not take - biases, soft-cap, documents, other head sizes, a gradient of the LSE - is computed in pieces of
+queries against all keys, never holding all pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from glocal.kernels import _blockwise
+from glocal.kernels._jobs import Limits
+from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.capability import ALL_DTYPES, Capability
+
+CAPABILITY = Capability(
+    name="dense",
+    needs="nothing",
+    devices=("cpu", "cuda"),
+    dtypes=ALL_DTYPES,
+    note="torch's own fused dense attention with LSE; in pieces of queries where that does not fit",
+    sparse=False,
+)
+
+_PIECES = Limits(keys=1 << 14, scores=1 << 22)
+_ATEN = torch.ops.aten
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    if not _plain(q, k, v, call):
+        return _blockwise.forward(q, k, v, _in_pieces(q, k, call), _PIECES)
+    if q.device.type == "cuda":
+        found = _ATEN._scaled_dot_product_flash_attention(q, k, v, scale=call.scale)
+        return found[0], found[1]
+    groups = q.shape[1] // k.shape[1]
+    out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*_folded(q, k, v, groups), scale=call.scale)
+    return _unfold(out, groups)[..., : v.shape[3]].to(q.dtype), _unfold(lse[..., None], groups)[..., 0]
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Grads:
+    """Gradients through out and LSE."""
+    if not _plain(q, k, v, call) or bool((grad_lse != 0).any()):
+        return _blockwise.backward(grad_out, grad_lse, q, k, v, out, lse, _in_pieces(q, k, call), _PIECES)
+    if q.device.type == "cuda":
+        return _flash_backward(grad_out, q, k, v, out, lse, call)
+    groups = q.shape[1] // k.shape[1]
+    ready = _folded(q, k, v, groups)
+    grad, result = (
+        _fold(pad(t, (0, ready[2].shape[3] - t.shape[3])), groups).to(ready[0].dtype) for t in (grad_out, out)
+    )
+    found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad, *ready, result, _fold(lse[..., None], groups)[..., 0], 0.0, False, scale=call.scale
+    )
+    grad_q = _unfold(found[0], groups)[..., : q.shape[3]]
+    return Grads(grad_q.to(q.dtype), found[1][..., : k.shape[3]].to(k.dtype), found[2][..., : v.shape[3]].to(v.dtype))
+
+
+def _plain(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
+    """Whether the fused kernel takes the call."""
+    if call.bias or call.segments is not None or call.softcap is not None:
+        return False
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        return False
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
+        return half and q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256
+    return q.device.type == "cpu"
+
+
+def _fold(t: Tensor, groups: int) -> Tensor:
+    """Query heads of one key head as one longer row axis, [B, Hkv * groups, N, D] -> [B, Hkv, groups * N, D]."""
+    return t if groups == 1 else t.unflatten(1, (-1, groups)).flatten(2, 3)
+
+
+def _unfold(t: Tensor, groups: int) -> Tensor:
+    return t if groups == 1 else t.unflatten(2, (groups, -1)).flatten(1, 2)
+
+
+def _folded(q: Tensor, k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v for the kernel of CPUs: equal head sizes and float32 or float64."""
+    high = torch.float64 if q.dtype == torch.float64 else torch.float32
+    size = max(q.shape[3], v.shape[3])
+    q, k, v = (pad(t, (0, size - t.shape[3])) if t.shape[3] < size else t for t in (q, k, v))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return _fold(q, groups).to(high), k.to(high), v.to(high)
+
+
+def _flash_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> Grads:
+    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
+    found = _ATEN._scaled_dot_product_flash_attention_backward(
+        grad_out.contiguous(), q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False,
+        seed, seed[:0], scale=call.scale,
+    )  # fmt: skip
+    return Grads(found[0], found[1], found[2])
+
+
+def _in_pieces(q: Tensor, k: Tensor, call: Call) -> Call:
+    """The call with a plan of whole lists: each piece of queries sees one block of all keys."""
+    nq, nk, where = q.shape[2], k.shape[2], {"dtype": torch.int32, "device": q.device}
+    piece = max(1, min(512, nq, (1 << 22) // max(1, nk)))
+    rows = -(-nq // piece)
+    order = torch.arange(rows * piece, **where)
+    none = torch.zeros(1, rows, 0, **where)
+    plan = PlanTensors(
+        q_order=torch.where(order < nq, order, -1)[None, None],
+        kv_order=torch.arange(nk, **where)[None, None],
+        full_count=torch.full((1, rows), int(nk > 0), **where),
+        full_index=torch.zeros(1, rows, 1, **where),
+        part_count=torch.zeros(1, rows, **where),
+        part_index=none,
+        part_mask=none,
+        masks=torch.zeros(0, piece, -(-nk // 32), **where),
+        owner=torch.zeros(1, 1, **where),
+    )
+    return Call(
+        backend=call.backend,
+        scale=call.scale,
+        softcap=call.softcap,
+        q_block=piece,
+        kv_block=max(1, nk),
+        plan=plan,
+        bias=call.bias,
+        segments=call.segments,
+    )
