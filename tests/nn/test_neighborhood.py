@@ -25,8 +25,14 @@ class TestMap(LayerTester):
     def bad(self):
         x = torch.zeros(1, 7, 10, 8)
         return [
-            (lambda: NeighborhoodAttention2d(8, 3, 3), "heads=3 must divide dim=8; nearest number of heads that does: 2"),
-            (lambda: NeighborhoodAttention2d(8, 2, (3, 3, 3)), "window=(3, 3, 3) has 3 entries, but the grid has 2 axes"),
+            (
+                lambda: NeighborhoodAttention2d(8, 3, 3),
+                "heads=3 must divide dim=8; nearest that does: 2",
+            ),
+            (
+                lambda: NeighborhoodAttention2d(8, 2, (3, 3, 3)),
+                "window=(3, 3, 3) has 3 entries, but the grid has 2 axes",
+            ),
             (lambda: NeighborhoodAttention2d(8, 2, 3, 4), "stride=4 on axis 0 must lie between 1 and the window 3"),
             (
                 lambda: NeighborhoodAttention2d(8, 2, 3, causal=True, relative_bias=True),

@@ -12,7 +12,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.canvas import Canvas
 from glocal.nn._canvas import canvas_of
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Neighborhood
@@ -68,7 +67,7 @@ class _NeighborhoodAttention(nn.Module):
             legal = [h for h in range(1, dim + 1) if dim % h == 0]
             nearest = min(legal, key=lambda h: abs(h - heads))
             raise ValueError(
-                f"{type(self).__name__}: heads={heads} must divide dim={dim}; nearest number of heads that does: {nearest}."
+                f"{type(self).__name__}: heads={heads} must divide dim={dim}; nearest that does: {nearest}."
             )
         self.pattern = Neighborhood(window, stride, dilation, causal)
         self.window = self._axes("window", self.pattern.window)
@@ -158,4 +157,3 @@ class NeighborhoodAttention3d(_NeighborhoodAttention):
     """Neighbourhood attention over volumes and videos, x: [B, T, H, W, dim]; see `NeighborhoodAttention2d`."""
 
     rank = 3
-

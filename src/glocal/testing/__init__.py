@@ -7,9 +7,9 @@ Nothing here is imported at run time; the verb `glocal parity` imports it when i
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.case import Case
 from glocal.testing.fill import fill_crc32, fill_sorted
+from glocal.testing.layer_tester import LayerTester
 from glocal.testing.oracle import Attended, dense_attention
 from glocal.testing.parity import CaseResult, adapter, adapters, check
-from glocal.testing.layer_tester import LayerTester
 from glocal.testing.pattern_tester import Example, PatternTester
 from glocal.testing.tolerance import Comparison, LowPrecision, compare, low_precision
 

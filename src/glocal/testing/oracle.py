@@ -26,7 +26,13 @@ class Attended:
 
 
 def dense_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, *, scale: float | None = None, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Attended:
     """Attention in float64 with plain autograd.
 

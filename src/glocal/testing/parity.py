@@ -7,13 +7,14 @@ import importlib
 import io
 import pkgutil
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from glocal import systems
+from glocal._progress import Progress
 from glocal.testing import adapters as _folder
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.case import Case, load
@@ -45,6 +46,13 @@ class CaseResult:
     skipped: str = ""
     why: str = ""
 
+    @property
+    def verdict(self) -> str:
+        """The result in words."""
+        if self.skipped:
+            return f"skipped: {self.skipped}"
+        return "passed" if self.passed else f"FAILED: {self.why}"
+
 
 def adapters() -> tuple[str, ...]:
     """The systems that have an adapter."""
@@ -52,7 +60,7 @@ def adapters() -> tuple[str, ...]:
 
 
 def adapter(slug: str) -> Adapter | None:
-    """The adapter of a system, None if it has none yet; ValueError with the closest names if there is no such system."""
+    """The adapter of a system, None if it has none yet; ValueError with close names if there is no such system."""
     row = systems.system(slug)
     if row.slug not in adapters():
         return None
@@ -65,12 +73,37 @@ def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseR
     path: a file whose folder is named after its system. backend: "auto" or the name of an attention backend.
     Raises FileNotFoundError, or ValueError for a file that is no golden case, an unknown system or backend.
     """
+    _usable(device)
     case = load(path)
     found = adapter(case.system)
     if found is None:
         reason = f"no adapter: {case.system} is not built yet"
         return CaseResult(case.system, case.name, "", device, passed=False, skipped=reason)
     return check_case(case, found, Run(device, backend))
+
+
+def check_all(
+    paths: Iterable[str | Path], device: str, backends: Sequence[str], progress: Progress
+) -> tuple[CaseResult, ...]:
+    """`check` for files and backends; a case that runs no attention, or is skipped, runs once."""
+    paths = list(paths)
+    results: list[CaseResult] = []
+    progress.stage("parity", len(paths))
+    for path in paths:
+        for backend in backends:
+            results.append(check(path, device, backend))
+            if results[-1].skipped or not results[-1].backend:
+                break
+        progress.step()
+    return tuple(results)
+
+
+def _usable(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f"device={device!r} cannot be used here: {first}") from error
 
 
 def check_case(case: Case, found: Adapter, run: Run) -> CaseResult:

@@ -53,6 +53,16 @@ def outputs_and_gradients(
     return {f"out.{n}": t.detach() for n, t in outputs.items()} | {f"grad.{n}": t for n, t in named}
 
 
+def sequences(inputs: Mapping[str, Tensor], rank: int, first: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """query, key, value as [B, heads, N, D], extra keys behind those of the map; `first`: heads lie before the map."""
+    flat = heads_first if first else heads_last
+    q, k, v = (flat(inputs[name], rank) for name in ("query", "key", "value"))
+    if "additional_keys" in inputs:
+        extra = [inputs[name] for name in ("additional_keys", "additional_values")]
+        k, v = (torch.cat((a, b if first else b.transpose(1, 2)), 2) for a, b in zip((k, v), extra, strict=True))
+    return q, k, v
+
+
 def attend_map(
     inputs: Mapping[str, Tensor], pattern: Pattern | BlockPlan, layout: Layout, score: Score, where: Run, first: bool
 ) -> dict[str, Tensor]:
@@ -60,12 +70,7 @@ def attend_map(
 
     inputs: query, key, value and, where a case has them, additional_keys and additional_values.
     """
-    rank = len(layout.q.grid.axes)
-    flat = heads_first if first else heads_last
-    q, k, v = (flat(inputs[name], rank) for name in ("query", "key", "value"))  # [B, heads, N, D]
-    if "additional_keys" in inputs:
-        extra = [inputs[name] for name in ("additional_keys", "additional_values")]
-        k, v = (torch.cat((a, b if first else b.transpose(1, 2)), 2) for a, b in zip((k, v), extra, strict=True))
+    q, k, v = sequences(inputs, len(layout.q.grid.axes), first)
     done = attend(q, k, v, pattern, canvas=layout, score=score, backend=where.backend)
     out, lse = (done.out, done.lse) if first else (done.out.transpose(1, 2), done.lse.transpose(1, 2))
     shape = inputs["query"].shape

@@ -14,7 +14,7 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
     """A layer with relative bias that pads small maps before the projection."""
     config = case.config
     spec = NeighborhoodSpec(small_maps="pad", scale=config.get("qk_scale"), backend=where.backend)
-    layer = NeighborhoodAttention2d(
+    made = NeighborhoodAttention2d(
         config["dim"],
         config["num_heads"],
         config["kernel_size"],
@@ -22,12 +22,17 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
         relative_bias=True,
         spec=spec,
     )
-    return run_layer(case, layer)
+    return run_layer(case, made)
+
+
+def layer(case: Case) -> bool:
+    """Whether the case is one attention layer."""
+    return "state.qkv.weight" in case
 
 
 def skip(case: Case) -> str | None:
     """Whole models and their manifests."""
-    return None if case.name.startswith("attn") else "the models NAT, DiNAT and DiNAT_s are not built yet"
+    return None if layer(case) else "the models NAT, DiNAT and DiNAT_s are not built yet"
 
 
-ADAPTER = Adapter("dinat", run, skip=skip, attends=lambda case: case.name.startswith("attn"))
+ADAPTER = Adapter("dinat", run, skip=skip, attends=layer)

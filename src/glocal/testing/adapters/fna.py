@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from glocal.ops import Relative, Score
+from glocal.ops import Capture, Relative, Score
 from glocal.patterns import Neighborhood
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.adapters import gna
-from glocal.testing.adapters._maps import attend_map, extra_layout, leaves, outputs_and_gradients, tuples
+from glocal.testing.adapters._maps import attend_map, extra_layout, leaves, outputs_and_gradients, sequences, tuples
 from glocal.testing.case import Case
 
 
 def run(case: Case, where: Run) -> dict[str, Tensor]:
     """Our results of one case; the fused cases have the form of those of GNA."""
-    if case.name.startswith("fused"):
+    if "stride" in case.config:
         return gna.operator(case, where)
     rule = tuples(case.config, "token_layout", "kernel_size", "dilation", "is_causal")
     pattern = Neighborhood(rule["kernel_size"], 1, rule["dilation"], rule["is_causal"])
@@ -23,7 +23,10 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
     bias = (Relative(inputs["rpb"], rule["dilation"]),) if "rpb" in inputs else ()
     score = Score(scale=case.config["scale"], bias=bias)
     outputs = attend_map(inputs, pattern, layout, score, where, first=True)
-    return outputs_and_gradients(outputs, {"output": case["in.grad_output"]}, inputs)
+    found = outputs_and_gradients(outputs, {"output": case["in.grad_output"]}, inputs)
+    q, k, _ = sequences({name: t.detach() for name, t in inputs.items()}, len(rule["token_layout"]), first=True)
+    slots = Capture(q, k, pattern=pattern, canvas=layout, score=score, differentiable=False).window("logits")
+    return found | {"mid.attn_logits": slots.reshape(case["mid.attn_logits"].shape)}
 
 
 ADAPTER = Adapter("fna", run)

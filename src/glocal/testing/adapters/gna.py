@@ -9,16 +9,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.canvas import Canvas, Layout, tile
+from glocal.canvas import Canvas, tile
 from glocal.nn import NeighborhoodSpec
-from glocal.ops import Score
+from glocal.ops import Score, merge
 from glocal.patterns import Neighborhood
 from glocal.patterns.axis import AxisWindow
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.simulate import simulate
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.adapters._maps import (
-    LAYERS, attend_map, extra_layout, leaves, outputs_and_gradients, run_layer, seen_mask, tuples,
+    LAYERS,
+    attend_map,
+    extra_layout,
+    leaves,
+    outputs_and_gradients,
+    run_layer,
+    seen_mask,
+    tuples,
 )  # fmt: skip
 from glocal.testing.case import Case
 from glocal.testing.tolerance import FLOAT32
@@ -26,14 +33,13 @@ from glocal.testing.tolerance import FLOAT32
 
 def run(case: Case, where: Run) -> dict[str, Tensor]:
     """Our results of one case."""
-    kind = case.name.split("_")[0]
     if case.record is not None:
         return simulator(case.record)
-    if kind == "merge":
+    if "in.output0" in case:
         return merged(case)
-    if kind == "token":
+    if "in.tensor" in case:
         return permuted(case)
-    return layer(case, where) if kind == "module" else operator(case, where)
+    return layer(case, where) if "in.x" in case else operator(case, where)
 
 
 def operator(case: Case, where: Run) -> dict[str, Tensor]:
@@ -45,7 +51,8 @@ def operator(case: Case, where: Run) -> dict[str, Tensor]:
     layout = extra_layout(shape, config["additional_kv"])
     target = pattern
     if config["q_tile_shape"] is not None:
-        orders = [tile(side, config[n], rule["dilation"]) for side, n in zip((layout.q, layout.kv), _TILES, strict=True)]
+        shapes = (config["q_tile_shape"], config["kv_tile_shape"])
+        orders = [tile(s, t, rule["dilation"]) for s, t in zip((layout.q, layout.kv), shapes, strict=True)]
         spec = PlanSpec(orders[0].block, orders[1].block, *orders)
         target = plan(pattern, layout, spec, device=where.device)
     inputs = leaves(case, ("query", "key", "value", "additional_keys", "additional_values"))
@@ -54,20 +61,15 @@ def operator(case: Case, where: Run) -> dict[str, Tensor]:
     return found | ({"mid.mask": seen_mask(pattern, shape)} if "mid.mask" in case else {})
 
 
-_TILES = ("q_tile_shape", "kv_tile_shape")
-
-
 def merged(case: Case) -> dict[str, Tensor]:
     """Several attentions over disjoint keys joined by their normalisers, forward and backward."""
-    from glocal.ops import merge
-
     count = case.config["n"]
     names = [f"output{i}" for i in range(count)] + [f"logsumexp{i}" for i in range(count)]
     inputs = leaves(case, names)
     branches = [(inputs[f"output{i}"], inputs[f"logsumexp{i}"]) for i in range(count)]
-    out, lse = merge.lse(*branches)
+    done = merge.lse(branches)
     grads = {"output": case["in.grad_output"], "logsumexp": case["in.grad_logsumexp"]}
-    return outputs_and_gradients({"output": out, "logsumexp": lse}, grads, inputs)
+    return outputs_and_gradients({"output": done.out, "logsumexp": done.lse}, grads, inputs)
 
 
 def permuted(case: Case) -> dict[str, Tensor]:
@@ -144,7 +146,7 @@ def _problem(point: Mapping[str, Any]) -> tuple[tuple[int, ...], list[AxisWindow
 
 def expected(case: Case) -> dict[str, Tensor]:
     """The published results; permuted tokens must also come back, and a JSON record is read into tensors."""
-    if case.name.startswith("token_permute"):
+    if "in.tensor" in case:
         return case.results() | {"out.restored": case["in.tensor"]}
     if case.record is None:
         return case.results()
@@ -167,7 +169,7 @@ def tolerance(case: Case, name: str) -> float:
 
 def attends(case: Case) -> bool:
     """Everything but the simulator, merge and token permutation."""
-    return case.record is None and case.name.split("_")[0] not in ("merge", "token")
+    return "in.query" in case or "in.x" in case
 
 
 ADAPTER = Adapter("gna", run, tolerance=tolerance, expected=expected, attends=attends)

@@ -17,9 +17,9 @@ from glocal.testing.case import Case
 
 def run(case: Case, where: Run) -> dict[str, Tensor]:
     """Our results of one case."""
-    if case.name.startswith("attention"):
+    if "in.query" in case:
         return attention(case, where)
-    if case.name.startswith("frame_pair"):
+    if "out.window_width0" in case:
         return tables(case)
     found: dict[str, Tensor] = {}
     for i, config in enumerate(case.config):
@@ -66,10 +66,10 @@ def attention(case: Case, where: Run) -> dict[str, Tensor]:
 
 def expected(case: Case) -> dict[str, Tensor]:
     """The published results, and the density that goes with each block mask."""
-    if not case.name.startswith("block_masks"):
+    if "out.block_mask0" not in case:
         return case.results()
     densities = enumerate(config["density"] for config in case.config)
     return case.results() | {f"out.density{i}": torch.tensor(d, dtype=torch.float64) for i, d in densities}
 
 
-ADAPTER = Adapter("radial", run, expected=expected, attends=lambda case: case.name.startswith("attention"))
+ADAPTER = Adapter("radial", run, expected=expected, attends=lambda case: "in.query" in case)

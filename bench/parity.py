@@ -1,0 +1,51 @@
+"""Golden cases through our code, on every backend of this machine, into results/parity.csv.
+
+python bench/parity.py                     # the cases of tests/golden
+python bench/parity.py ../shared/golden    # those of another folder of folders
+Exit code 1 if a case fails; the file is written all the same. `glocal list` and the documentation read it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from glocal._files import write_atomic
+from glocal._progress import TextProgress
+from glocal.testing.parity import adapters, check_all, table
+
+ROOT = Path(__file__).resolve().parent.parent
+OUT = ROOT / "results" / "parity.csv"
+BACKENDS = {"cpu": ("reference", "cpu"), "cuda": ("reference", "flex")}
+
+
+def main() -> int:
+    """Run, write, and say what failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("golden", nargs="?", type=Path, default=ROOT / "tests" / "golden")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--backend", action="append", help="repeat for several; default: all for the device")
+    parser.add_argument("-o", "--out", type=Path, default=OUT)
+    given = parser.parse_args()
+    files = sorted(file for slug in adapters() for file in (given.golden / slug).glob("*") if file.is_file())
+    if not files:
+        print(f"error: {given.golden} holds no folder of {', '.join(adapters())}", file=sys.stderr)
+        return 2
+    backends = BACKENDS[torch.device(given.device).type] if given.backend is None else given.backend
+    progress = TextProgress()
+    results = check_all(files, given.device, backends, progress)
+    progress.close()
+    write_atomic(given.out, table(results))
+    failed = [r for r in results if not r.passed and not r.skipped]
+    for r in failed:
+        print(f"{r.system}/{r.case} on {r.backend}: {r.verdict}")
+    skipped = sum(bool(r.skipped) for r in results)
+    print(f"{len(results) - len(failed) - skipped} passed, {len(failed)} failed, {skipped} skipped: {given.out}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
