@@ -79,11 +79,13 @@ def attend(
     backend: str = "auto",
 ) -> Attended:
     """`attention` that also returns the log-sum-exp of the logits, the backend picked and the share of pairs kept."""
-    out, lse, (picked, plan_, counts) = _run(q, k, v, pattern, canvas, score, backend)
-    return Attended(out, lse, picked, plan_, counts)
+    out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend)
+    return Attended(out, lse, picked, plan_, data[0] if picked.needs == "counts" else None)
 
 
-Prepared = tuple[Picked, BlockPlan | None, Tensor | None]  # the backend, and its plan or counts
+# The backend, its plan, and what it reads: the tensors of the plan, or counts, or nothing. A compiled graph can read
+# constant tensors in a tuple, but not call the plan for them.
+Prepared = tuple[Picked, BlockPlan | None, tuple[Tensor, ...]]
 
 
 def _run(
@@ -106,20 +108,21 @@ def _run(
     facts = _facts(q4, k4, v4, pattern, bias, segments, score)
     if isinstance(pattern, BlockPlan):
         pattern.check(layout.nq, layout.nk)
-        picked, compiled, counts = _ready(pattern, facts, backend)
+        picked, compiled, data = _ready(pattern, facts, backend)
     elif isinstance(pattern, Selection):
-        picked, compiled, counts = _ready(plan_selection(pattern, device=q.device), facts, backend)
+        picked, compiled, data = _ready(plan_selection(pattern, device=q.device), facts, backend)
     else:
-        picked, compiled, counts = _prepare(pattern, canvas, facts, backend)
+        picked, compiled, data = _prepare(pattern, canvas, facts, backend)
     q4, scale = _scaled(q4, score)
+    q_block, kv_block = (0, 0) if picked.blocks is None else picked.blocks
     call = Call(
         backend=picked.name,
         scale=scale,
         softcap=score.softcap,
-        q_block=0 if compiled is None else compiled.q_block,
-        kv_block=0 if compiled is None else compiled.kv_block,
-        plan=None if compiled is None else PlanTensors(*compiled.tensors().values()),
-        counts=counts,
+        q_block=q_block,
+        kv_block=kv_block,
+        plan=PlanTensors(*data) if picked.needs == "plan" else None,
+        counts=data[0] if picked.needs == "counts" else None,
         bias=bias,
         segments=segments,
         dropout=score.dropout,
@@ -127,7 +130,7 @@ def _run(
     )
     tensors, spec = call.encode()
     out, lse = _operator.attend(q4, k4, v4, tensors, spec)
-    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:]), (picked, compiled, counts)
+    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:]), (picked, compiled, data)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -221,7 +224,7 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     layout = _layout(request.nq, request.nk, pattern, canvas)
     if pattern is None:
         picked = registry.pick(request, backend, blocks=None, kept=1.0)
-        return picked, None, _ones(layout, request) if picked.needs == "counts" else None
+        return picked, None, (_ones(layout, request),) if picked.needs == "counts" else ()
     pattern.check(layout)
     _heads_fit(pattern, request)
 
@@ -230,10 +233,11 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
 
     picked = registry.pick(request, backend, blocks=None, kept=lambda blocks: compiled(blocks).visited)
     if picked.needs == "counts":
-        return picked, None, pattern.mask(layout, request.device).int()[None]
+        return picked, None, (pattern.mask(layout, request.device).int()[None],)
     if picked.blocks is None:
         raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
-    return picked, compiled(picked.blocks), None
+    made = compiled(picked.blocks)
+    return picked, made, tuple(made.tensors().values())
 
 
 def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepared:
@@ -246,8 +250,8 @@ def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepare
         )
     picked = _pick_for(compiled.q_block, compiled.kv_block, facts, backend)
     if picked.needs == "counts":
-        return picked, None, compiled.dense_counts()
-    return picked, compiled, None
+        return picked, None, (compiled.dense_counts(),)
+    return picked, compiled, tuple(compiled.tensors().values())
 
 
 @torch.compiler.assume_constant_result
