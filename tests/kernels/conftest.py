@@ -1,4 +1,4 @@
-"""The common examination of kernels: cases, the float64 definition, plain torch at the same precision, the tolerance."""
+"""The common examination of kernels: cases, float64, plain torch at the same precision, the tolerance rule."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def plain(case: Case, dtype: torch.dtype) -> Result:
         s = case.score["softcap"] * torch.tanh(s / case.score["softcap"])
     for kind, t in zip(case.bias, bias, strict=True):
         if kind == "table":
-            axes = [a for a in layout.kv.grid.axes]
+            axes = list(layout.kv.grid.axes)
             grid = torch.cartesian_prod(*[torch.arange(n) for n in axes]).reshape(-1, len(axes))
             step = grid[None] - grid[:, None] + t.shape[-1] // 2
             inside = ((step >= 0) & (step < t.shape[-1])).all(-1)
@@ -113,7 +113,7 @@ def _with_grads(out: Tensor, lse: Tensor, inputs: list[Tensor]) -> Result:
 
 
 def assert_close(found: Result, exact: Result, usual: Result, dtype: torch.dtype) -> None:
-    """Largest and root-mean-square error at most twice that of plain torch at the same precision, plus a small floor."""
+    """Largest and RMS error at most twice that of plain torch at the same precision, plus a small floor."""
     for name, want in exact.named.items():
         have, other = found.named[name].double(), usual.named[name].double()
         assert have.shape == want.shape, name

@@ -1,8 +1,8 @@
 """Attention from block lists in plain tensor code: gather key blocks, compute tile by tile, scatter rows back.
 
-Memory is that of one tile beside inputs and outputs. Every sum runs in a fixed order, so results are bit-equal from call
-to call. Keys with NaN or infinite entries are computed as zeros and then charged to the rows that see them, and to
-those alone: such rows become NaN.
+Memory is that of one tile beside inputs and outputs. Every sum runs in a fixed order, so results are bit-equal from
+call to call. Keys with NaN or infinite entries are computed as zeros and then charged to the rows that see them, and
+to those alone: such rows become NaN.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class _Work:
 
 @dataclass(frozen=True, eq=False)
 class _Tile:
-    """One chunk for a portion of members: where its rows start, its keys, its additive mask, its place in the tokens."""
+    """One chunk for a portion of members: its tokens, what it adds to the logits, and how it gathers keys."""
 
     chunk: Chunk
     at: Tokens
@@ -104,7 +104,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, limits: Limits) -> tupl
                 _paste(tile_out, o, tile.chunk, call)
                 _paste(tile_lse[..., None], l[..., None], tile.chunk, call)
             _scatter(out, lse, tile_out, tile_lse, members, job.q_tokens)
-    return out.view(b, hq, nq, -1).to(q.dtype), lse.view(b, hq, nq)
+    return out.view(b, hq, nq, v.shape[3]).to(q.dtype), lse.view(b, hq, nq)
 
 
 def backward(
@@ -272,9 +272,7 @@ def _scatter(out: Tensor, lse: Tensor, tile_out: Tensor, tile_lse: Tensor, membe
     rounds = _rounds(tokens)
     for places in rounds:
         some = tokens[places]
-        o, l = (
-            t if len(rounds) == 1 and some.numel() == tokens.numel() else t[:, :, places] for t in (tile_out, tile_lse)
-        )
+        o, l = (t if some.numel() == tokens.numel() else t[:, :, places] for t in (tile_out, tile_lse))
         if len(rounds) > 1:
             old, old_lse = (t.index_select(0, members).index_select(2, some) for t in (out, lse))
             both = torch.logaddexp(old_lse, l)

@@ -1,8 +1,8 @@
 """Cut a block plan into batches of equal shape, so that a few large matrix products do the work of many small ones.
 
-A job holds the samples and heads that share lists and orders. Inside a job, query blocks with the same number of visited
-key blocks are batched; blocks with the same key list are joined into one longer block, which shares one gather of the
-keys. Blocks that need a mask are kept apart from blocks that see whole key blocks only.
+A job holds the samples and heads that share lists and orders. Inside a job, query blocks with the same number of
+visited key blocks are batched; blocks with the same key list are joined into one longer block, which shares one gather
+of the keys. Blocks that need a mask are kept apart from blocks that see whole key blocks only.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _chunks(
 
 
 def _joined(plan: PlanTensors, owner: int) -> tuple[Tensor, Tensor, list[int], list[bool]]:
-    """Full and partial entries of each query block in one row, the mask of each, how many, and whether masks are needed.
+    """Full and partial entries of each query block in one row, their masks, how many, and whether masks are needed.
 
     Full entries point to row M of the mask table (all seen), entries beyond the count to row M + 1 (nothing seen).
     """

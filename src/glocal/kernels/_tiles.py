@@ -63,7 +63,7 @@ class MaskRows:
 
 @dataclass(frozen=True, eq=False)
 class Lookup:
-    """Places of a bias tile in its flat values, int64 broadcastable to [n, g, r, rows, L]; `inside` where they exist."""
+    """Places of a bias tile in its flat values, int64 broadcastable to [n, g, r, rows, L]; `inside`: they exist."""
 
     place: Tensor
     inside: Tensor | None
@@ -147,6 +147,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None, scale: float) ->
         v = pad(v, (0, d - dv))
     elif d < dv:
         q, k = pad(q, (0, dv - d)), pad(k, (0, dv - d))
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))  # the kernel takes no other stride
     out, lse = _FLASH(q, k, v, attn_mask=add, scale=scale)
     return out[..., :dv], lse
 

@@ -1,7 +1,7 @@
 """Block-sparse attention on the CPU: gathered key blocks through torch's own fused CPU attention, batch by batch.
 
-The forward pass hands each batch of query blocks and its gathered keys to the flash kernel of torch, which also gives the
-LSE; a soft-cap takes the explicit softmax. The backward pass makes the weights again from the LSE with plain matrix
+The forward pass hands each batch of query blocks and its gathered keys to the flash kernel of torch, which also gives
+the LSE; a soft-cap takes the explicit softmax. The backward pass makes the weights again from the LSE with plain matrix
 products, which is faster here than the fused backward. Low precision is computed in float32.
 """
 

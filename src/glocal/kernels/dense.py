@@ -51,9 +51,8 @@ def backward(
         return _flash_backward(grad_out, q, k, v, out, lse, call)
     groups = q.shape[1] // k.shape[1]
     ready = _folded(q, k, v, groups)
-    grad, result = (
-        _fold(pad(t, (0, ready[2].shape[3] - t.shape[3])), groups).to(ready[0].dtype) for t in (grad_out, out)
-    )
+    size = ready[2].shape[3]
+    grad, result = (_fold(pad(t, (0, size - t.shape[3])), groups).to(ready[0].dtype) for t in (grad_out, out))
     found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, *ready, result, _fold(lse[..., None], groups)[..., 0], 0.0, False, scale=call.scale
     )

@@ -55,7 +55,7 @@ def backward(
 
 @dataclass(frozen=True, eq=False)
 class _Weights:
-    """p: probabilities; kept: p after dropout; drop: its factor; tanh: of the capped logits; k, v: one for each query head."""
+    """p: probabilities; kept: p after dropout; drop: its factor; tanh: of the capped logits; k, v: by query head."""
 
     p: Tensor
     kept: Tensor
