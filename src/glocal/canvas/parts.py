@@ -27,14 +27,15 @@ class Part:
     name: unique in its canvas.
     shape: a tuple of axis lengths makes a grid (patterns speak about pairs inside one grid); an int makes a flat run.
     times: how often the part is repeated; the repeat is the leading axis of a repeated grid.
-    scale, offset: cell x of the grid lies at ``x * scale + offset`` of the frame that all parts share.
+    scale, offset: cell x of the grid lies at ``x * scale + offset`` of the frame that all parts share; one value, or
+        one for each axis.
     """
 
     name: str
     shape: int | tuple[int, ...]
     times: int = 1
-    scale: float = 1.0
-    offset: float = 0.0
+    scale: float | tuple[float, ...] = 1.0
+    offset: float | tuple[float, ...] = 0.0
 
     def __post_init__(self) -> None:
         shape = self.shape if isinstance(self.shape, int) else tuple(int(n) for n in self.shape)
