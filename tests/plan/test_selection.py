@@ -176,7 +176,7 @@ def test_repeats_count_in_attention(generator: torch.Generator) -> None:
 def test_gradients_reach_what_was_selected(generator: torch.Generator) -> None:
     q, k, v = (torch.randn(1, 2, 12, 4, dtype=torch.float64, generator=generator).requires_grad_() for _ in range(3))
     selection = pooled_topk(q, k, Canvas((12,)), 3, 2, within=Causal())
-    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, selection), (q, k, v))
+    assert torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, selection), (q, k, v), fast_mode=True)
 
 
 def test_no_pads_no_pattern_means_full_blocks_only(generator: torch.Generator) -> None:
@@ -219,3 +219,26 @@ def test_empty_rows_give_zero(generator: torch.Generator) -> None:
     found = attend(q, k, v, selection)
     assert found.out.eq(0).all() and found.lse.eq(-torch.inf).all()
     assert Keep(top=0).select(torch.zeros(1, 1, part.groups, part.groups)).index.shape[-1] == 0
+
+
+@pytest.mark.parametrize("kind", ["repeats", "ragged", "tokens", "pattern", "dedupe"])
+def test_the_cpu_backend_equals_the_reference(kind: str, generator: torch.Generator) -> None:
+    """Out, LSE and gradients; repeated blocks, pads, lists for each head, grouped heads."""
+    n = 48
+    layout = Layout.of(Canvas((6, 8)))
+    part = Partition.blocks(layout.q, 16 if kind != "pattern" else (3, 4))
+    keys = {"ragged": Partition.chunks(torch.tensor([[0, 20, 21, n], [0, 1, 30, n]]))}.get(kind, part)
+    keys = Partition.blocks(layout.q, 1) if kind == "tokens" else keys
+    within = Neighborhood(5) if kind == "pattern" else None
+    selection = drawn(layout, part, keys, generator, (2, 2), within, kind == "dedupe")
+    found = []
+    data = [torch.randn(2, h, n, 8, dtype=torch.float64, generator=generator) for h in (4, 2, 2)]
+    weight = torch.randn(2, 4, n, 8, dtype=torch.float64, generator=generator)
+    for backend in ("reference", "cpu"):
+        q, k, v = (t.clone().requires_grad_() for t in data)
+        result = attend(q, k, v, selection, backend=backend)
+        loss = (result.out * weight).sum() + torch.where(result.lse.isinf(), 0, result.lse).square().sum()
+        loss.backward()
+        found.append((result.out, result.lse, q.grad, k.grad, v.grad))
+    for name, a, b in zip(("out", "lse", "q", "k", "v"), *found, strict=True):
+        torch.testing.assert_close(a, b, msg=lambda words, name=name: f"{name}: {words}")

@@ -80,7 +80,7 @@ def _defined(pattern: Pattern, layout: Layout, q_part: Partition, kv_part: Parti
 def _closed(pattern: Pattern, layout: Layout, q_part: Partition, kv_part: Partition, head: int | None) -> Tensor | None:
     """From one-axis tables, [1, 1, query groups, key groups]; None where the shapes do not allow it."""
     whole = (layout.nq, layout.nk) == (layout.q.size, layout.kv.size) and layout.q == layout.kv
-    if not whole or len(layout.q.parts) > 1 or not layout.q.parts[0].is_grid:
+    if not whole or len(layout.q.grids) != 1 or layout.q.grid.tokens != layout.q.size:
         return None
     boxes = [p.order.regions for p in (q_part, kv_part) if p.order is not None and p.canvas == layout.q]
     if [len(regions) for regions in boxes] != [1, 1]:
