@@ -116,7 +116,9 @@ class BackboneTester:
             return
         torch._dynamo.reset()
         model, images = self.model(), self.image(self.sizes[0])
-        close(torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images), self.tolerance, "compiled")
+        close(
+            torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images), self.tolerance, "compiled"
+        )
 
     def test_exports(self) -> None:
         if not self.compiles:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from glocal.models import create_model
 from glocal.models.checkpoints import fill
 from glocal.testing.case import Case
+
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 def is_manifest(case: Case) -> bool:
@@ -44,7 +47,7 @@ def expected(case: Case) -> dict[str, Tensor]:
     return manifest_expected(case) if is_manifest(case) else case.results()
 
 
-def ready(model: nn.Module, case: Case, state: Mapping[str, Tensor] | None = None) -> nn.Module:
+def ready(model: _Model, case: Case, state: Mapping[str, Tensor] | None = None) -> _Model:
     """`model` in evaluation mode on the case's device, strictly filled with `state` (None: that of the case)."""
     fill(model, case.group("state") if state is None else state, case.name)
     return model.to(case["in.x"].device).eval()
