@@ -1,4 +1,4 @@
-"""Hosts: how to find the attention sites of a model and put something in their place. One adapter a family of models."""
+"""Hosts: how to find the attention sites of a model and put something in their place. One adapter a model family."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class HostAdapter(Protocol):
 
     def wrap(self, model: Any, point: Point, name: str, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
         """Replace a forward by ``wrapper(original)``: of the attention module `name` (point "module"), of the layer
-        that holds it ("layer") or of the whole model ("forward", name "")."""
+        that holds it ("layer") or of the whole model ("forward", name "").
+        """
         ...
 
 
@@ -60,12 +61,16 @@ def host_of(model: Any) -> HostAdapter:
             return _REGISTERED[name]
         if name in _BUILT_IN:
             return import_module(_BUILT_IN[name]).ADAPTER
+    private = import_module("glocal.adapt.private")
+    if private.is_private(model):
+        return private.ADAPTER
     known = sorted({*_REGISTERED, *_BUILT_IN})
     near = get_close_matches(names[0], known, n=1, cutoff=0.3)
     raise ValueError(
         f"No host adapter for {names[0]}. Known: {', '.join(known)}."
         + (f" Nearest: {near[0]}." if near else "")
-        + " Write one with glocal.adapt.register_host, or put glocal.adapt.site() where the model computes attention."
+        + " Write one with glocal.adapt.register_host, or put glocal.adapt.site() where the model computes attention "
+        "and show it once to glocal.adapt.discover(model, ...)."
     )
 
 
@@ -82,4 +87,3 @@ def replace_forward(module: nn.Module, wrapper: Callable[[Wrapper], Wrapper]) ->
             del module.__dict__["forward"]
 
     return undo
-

@@ -45,6 +45,7 @@ class RunState:
     step counts executed steps (several forwards of guidance are one step); total: steps of the run, None if unknown.
     timestep: the noise level in [0, 1] (1 is pure noise) of a generator, else the host's own number.
     rows: (sample, guidance branch) of every row of the batch. expert: name of the active sub-model.
+    call: forwards of this step before this one. branches: guidance branches seen in this step.
     store: whatever methods remember, keyed (site name, own name); it is cleared when a run starts.
     """
 
@@ -55,18 +56,37 @@ class RunState:
     rows: tuple[tuple[int, Branch], ...] = ()
     expert: str | None = None
     call: int = 0
+    branches: set[Branch] = field(default_factory=set)
     store: dict[tuple[str, Hashable], Any] = field(default_factory=dict)
 
     @property
     def branch(self) -> Branch:
         """The guidance branch that all rows share, else "both"."""
-        branches = {branch for _, branch in self.rows}
+        branches: set[Branch] = {branch for _, branch in self.rows}
         return branches.pop() if len(branches) == 1 else "both"
 
     def begin(self, total: int | None = None) -> None:
         """A run starts: forget what the last one left."""
-        self.step, self.timestep, self.total = -1, None, total
+        self.step, self.timestep, self.total, self.call = -1, None, total, 0
+        self.branches.clear()
         self.store.clear()
+
+    def advance(self, timestep: float, branch: Branch) -> None:
+        """A forward at noise level `timestep` begins, for `branch`.
+
+        A higher level than the last one starts a run, a lower one starts a step, the same one is another call of the
+        step. A branch that comes again at the first level starts a run too: the run before had one step.
+        """
+        again = self.step == 0 and timestep == self.timestep and branch in self.branches
+        if self.timestep is None or timestep > self.timestep or again:
+            self.begin(self.total)
+        if timestep != self.timestep:
+            self.step, self.call = self.step + 1, 0
+            self.branches.clear()
+        else:
+            self.call += 1
+        self.timestep = timestep
+        self.branches.add(branch)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from glocal.adapt.host import CoreFactory, Point, Undo, Wrapper, replace_forward
 from glocal.adapt.records import Branch, Core, RunState, Site, SiteCall
 from glocal.canvas import Canvas, Layout
-from glocal.models.generation.video_dit import AttentionSite, VideoDiT
+from glocal.models.generation.video_dit import AttentionSite, VideoAttention, VideoDiT
 
 
 class VideoDiTHost:
@@ -27,20 +27,14 @@ class VideoDiTHost:
         ]
 
     def watch(self, model: VideoDiT, state: RunState) -> Undo:
-        """A higher noise level than the last one starts a run, a lower one starts a step."""
+        """Noise level and condition of every forward say where the run is (`RunState.advance`)."""
 
         def before(module: VideoDiT, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             sigma = float((args[1] if len(args) > 1 else kwargs["sigma"]).flatten()[0])
             condition = args[2] if len(args) > 2 else kwargs.get("condition")
             clip = args[0] if args else kwargs["x"]
-            if state.timestep is None or sigma > state.timestep:
-                state.begin(state.total)
-            if sigma != state.timestep:
-                state.step, state.call = state.step + 1, 0
-            else:
-                state.call += 1
-            state.timestep = sigma
             branch: Branch = "uncond" if condition is None else "cond"
+            state.advance(sigma, branch)
             state.rows = tuple((row, branch) for row in range(clip.shape[0]))
 
         return model.register_forward_pre_hook(before, with_kwargs=True).remove
@@ -48,6 +42,7 @@ class VideoDiTHost:
     def wrap_core(self, model: VideoDiT, site: Site, state: RunState, core: CoreFactory) -> Undo:
         """Replace the `core` attribute of the attention module."""
         module = model.get_submodule(site.name)
+        assert isinstance(module, VideoAttention)
         had, original = "core" in module.__dict__, module.core
 
         def inner(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> Tensor:
