@@ -101,13 +101,15 @@ def _run(
     score = Score() if score is None else score
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
-    layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
-    layout_size_check(layout, q4.shape[2], k4.shape[2])
-    segments = layout.segments(q4.shape[0], q.device)
-    bias = _lower(score, layout, q4.shape[1])
+    segments, bias = None, ()
+    if pattern is not None or canvas is not None or score.bias:  # plain dense attention needs no layout
+        layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
+        layout_size_check(layout, q4.shape[2], k4.shape[2])
+        segments = layout.segments(q4.shape[0], q.device)
+        bias = _lower(score, layout, q4.shape[1])
     facts = _facts(q4, k4, v4, pattern, bias, segments, score)
     if isinstance(pattern, BlockPlan):
-        pattern.check(layout.nq, layout.nk)
+        pattern.check(q4.shape[2], k4.shape[2])
         picked, compiled, data = _ready(pattern, facts, backend)
     elif isinstance(pattern, Selection):
         picked, compiled, data = _ready(plan_selection(pattern, device=q.device), facts, backend)
