@@ -20,6 +20,7 @@ from glocal.advise.hull import Hulls, lower_hulls
 
 _TURNS = 40  # tangents moved at most so often; a handful is usual
 _ROUNDS = 64  # passes that use up what the price of time left over
+_ROUNDING = 1e-12  # sums of the same times in another order differ by so much
 
 
 class Measured(Protocol):
@@ -130,8 +131,10 @@ class Items:
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """choice [items]: column of the method. time: of all items, seconds. error: predicted end to end. squared [buckets]:
-    S_b. tangent [buckets]: price of squared error there, w_b / (2 sqrt(S_b)). price: of a second, in predicted error.
+    """choice [items]: column of the method. time: seconds of all items. error: predicted end to end.
+
+    squared [buckets]: S_b. tangent [buckets]: price of squared error there, w_b / (2 sqrt(S_b)). price: of a second, in
+    predicted error.
     """
 
     choice: Tensor
@@ -145,7 +148,7 @@ class Allocation:
 def bucket_weights(
     step_weights: Sequence[float], lengths: Sequence[float], coherence: Sequence[float] | float = 1.0
 ) -> Tensor:
-    """w_b [buckets] = step weight u_b x summed length of the bucket's steps in sigma x coherence of heads and layers."""
+    """w_b [buckets]: step weight u_b x summed length of the bucket's steps in sigma x coherence of heads and layers."""
     if len(step_weights) != len(lengths):
         raise ValueError(f"step_weights has {len(step_weights)} entries and lengths {len(lengths)}; one each a bucket.")
     together = torch.tensor(coherence, dtype=torch.float64)
@@ -298,7 +301,7 @@ def _price(
     def fits(price: float) -> bool:
         total, squared = paths.at(price, tangent)
         if time_budget is not None:
-            return total <= time_budget * (1 + 1e-12)
+            return total <= time_budget * (1 + _ROUNDING)
         assert error_budget is not None
         return float((weights * squared.sqrt()).sum()) > error_budget
 
@@ -314,7 +317,7 @@ def _price(
 
 def _spend(items: Items, paths: _Paths, corner: Tensor, tangent: Tensor, budget: float) -> Tensor:
     """Take the next edges that still fit the time, those that save most for their time first."""
-    left = budget - float(paths.fast_time.sum()) - _walked(paths.hulls.rise, corner)
+    left = budget * (1 + _ROUNDING) - paths.least_time - float(_walked(paths.hulls.rise, corner).sum())
     for _ in range(_ROUNDS):
         rise = paths.hulls.rise.gather(1, corner[:, None])[:, 0]
         merit = paths.slopes.gather(1, corner[:, None])[:, 0] * tangent[items.bucket]
@@ -332,7 +335,7 @@ def _spend(items: Items, paths: _Paths, corner: Tensor, tangent: Tensor, budget:
 
 def _save(items: Items, weights: Tensor, paths: _Paths, corner: Tensor, tangent: Tensor, budget: float) -> Tensor:
     """Undo the last edges where the error still fits, those that cost most time for their saving first."""
-    squared = paths.worst.clone().index_add_(0, items.bucket, -_walked_each(paths.hulls.fall, corner))
+    squared = paths.worst.clone().index_add_(0, items.bucket, -_walked(paths.hulls.fall, corner))
     for _ in range(_ROUNDS):
         last = (corner - 1).clamp(min=0)[:, None]
         fall = torch.where(corner > 0, paths.hulls.fall.gather(1, last)[:, 0], torch.inf)
@@ -354,13 +357,9 @@ def _save(items: Items, weights: Tensor, paths: _Paths, corner: Tensor, tangent:
     return corner
 
 
-def _walked_each(part: Tensor, corner: Tensor) -> Tensor:
+def _walked(part: Tensor, corner: Tensor) -> Tensor:
     """Sum of the first `corner` edges of every item [items]."""
     return torch.where(torch.arange(part.shape[1])[None] < corner[:, None], part, 0).sum(1)
-
-
-def _walked(part: Tensor, corner: Tensor) -> float:
-    return float(_walked_each(part, corner).sum())
 
 
 def _rank(found: Allocation, by_error: bool) -> tuple[float, float]:

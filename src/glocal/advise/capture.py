@@ -1,7 +1,8 @@
 """Captured attention calls in a safetensors file: for operator figures of models that are not here.
 
-Tensors are named ``<call>.q``, ``<call>.k``, ``<call>.v``, shapes [B, H, N, D], [B, Hkv, Nk, D], [B, Hkv, Nk, Dv]. The
-file's metadata hold ``format`` = "glocal.capture/1" and ``<call>`` = JSON of `CallInfo`. docs/advise-capture.md shows it.
+Tensors are named ``<call>.q``, ``<call>.k``, ``<call>.v``, shapes [B, H, N, D], [B, Hkv, N, D], [B, Hkv, N, Dv]. The
+metadata of the file hold ``format`` = "glocal.capture/1" and ``<call>`` = JSON of `CallInfo`; docs/advise-capture.md
+shows an example.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class CallInfo:
     """What is known of one captured call.
 
     name: of the call in the file. site: of the attention ("" if unknown). layer, step, total: its layer, the step of
-    the run and the number of steps. sigma: noise level. branch: both, cond or uncond. seed: of the sample. scale: of the
-    logits, None for D ** -0.5. shape, before, after: the canvas, a grid with that many other tokens around it.
+    the run and the number of steps. sigma: noise level. branch: both, cond or uncond. seed: of the sample. scale: of
+    the logits, None for D ** -0.5. shape, before, after: the canvas, a grid with that many other tokens around it.
     """
 
     name: str

@@ -52,7 +52,7 @@ def lower_hulls(time: Tensor, error: Tensor) -> Hulls:
 
 def _wrap(time: Tensor, error: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gift wrapping from the fastest point; every turn moves all clouds that are not done by one corner."""
-    items, points = time.shape
+    items = len(time)
     time = torch.where(error.isinf(), torch.inf, time)
     fastest = time.amin(1, keepdim=True)  # [items, 1]
     here = torch.where(time == fastest, error, torch.inf).argmin(1)  # [items]

@@ -1,6 +1,4 @@
-"""Rules of a recipe from an allocation, and the plain recipes that compete with it: one method everywhere with dense
-early steps, and the settings that papers publish.
-"""
+"""Rules of a recipe from an allocation, and the settings that papers publish, which compete with it."""
 
 from __future__ import annotations
 
@@ -31,8 +29,8 @@ def allocation_rules(
     """Disjoint rules that say an allocation: equal neighbours in noise level, heads and layers are one rule.
 
     buckets: the noise levels of each bucket, noisiest first, each beginning where the one before ends; together they
-    are taken for the whole run. What stays dense gets no rule. Expected figures are means over the items of a rule: share of pairs and of mass kept, root
-    mean squared error, and time over that of dense.
+    are taken for the whole run. What stays dense gets no rule. Expected figures are means over the items of a rule:
+    share of pairs and of mass kept, root mean squared error, and time over that of dense.
     """
     _check(items, buckets)
     choice = allocation.choice
@@ -47,18 +45,6 @@ def allocation_rules(
     ways = [_runs(chosen, len(buckets)), _common_runs(chosen, len(buckets))]
     found = min((_collect(spans, heads_of) for spans in ways), key=len)
     return tuple(_rule(items, choice, block, buckets, heads_of, component) for block in found)
-
-
-def single_method_rules(
-    method_id: str, layers: int, dense_from_sigma: float = 1.0, *, component: str = "transformer"
-) -> tuple[Rule, ...]:
-    """One method at all heads of `layers` layers at noise levels up to `dense_from_sigma`; above it steps are dense."""
-    if layers < 1:
-        raise ValueError(f"layers={layers}; legal: at least 1.")
-    if not 0 < dense_from_sigma <= 1:
-        raise ValueError(f"dense_from_sigma={dense_from_sigma}; legal: above 0, up to 1 (no dense steps).")
-    phase = Phase() if dense_from_sigma == 1 else Phase("sigma", 0.0, float(dense_from_sigma))
-    return (Rule(method_id, ((0, layers - 1),), "all", phase, component),)
 
 
 @dataclass(frozen=True)
@@ -206,11 +192,11 @@ def _rule(
     whole = block.first == 0 and block.last == len(buckets) - 1
     phase = Phase() if whole else Phase("sigma", buckets[block.last].low, buckets[block.first].high)
     heads: tuple[int, ...] | Literal["all"] = "all" if every else block.heads
-    return Rule(items.methods[block.method], _ranges(block.layers), heads, phase, component, expected=expected)
+    return Rule(items.methods[block.method], layer_ranges(block.layers), heads, phase, component, expected=expected)
 
 
-def _ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Rising numbers as inclusive ranges."""
+def layer_ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Rising layer numbers as inclusive ranges."""
     found: list[tuple[int, int]] = []
     for n in numbers:
         if found and found[-1][1] == n - 1:

@@ -2,20 +2,21 @@
 
 Plan memory, captured graphs and readers all want few distinct rules. Each merge is judged by what it adds to the priced
 sum of squared error and time at the allocation (its tangent): that is the change of the predicted error at equal time,
-to first order. What comes out is allocated again and evaluated with the true prediction.
+to first order. What comes out is allocated again and evaluated with the true prediction; where that says more than
+was planned, less is merged.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from glocal.advise.allocate import Allocation, Items, allocate, evaluate
-from glocal.advise.rules import allocation_rules
 
-__all__ = ["Structure", "StructureSpec", "allocation_rules", "simplify"]
+_BACKING_OFF = (1.0, 0.5, 0.2, 0.0)  # shares of the loss tried: first-order losses may be far too small
 
 
 @dataclass(frozen=True)
@@ -60,22 +61,55 @@ def simplify(
     budget.
     """
     spec = StructureSpec() if spec is None else spec
-    weights = weights.double()
+    best: Structure | None = None
+    for share in _BACKING_OFF:
+        found = _merge(items, allocation, weights.double(), spec, share * spec.loss * allocation.error, error_budget)
+        if found is None:
+            continue
+        if best is None or (found.error, found.time) < (best.error, best.time):
+            best = found
+        if _within_loss(found, allocation, spec, error_budget):
+            return found
+    if best is None:
+        raise ValueError(
+            f"with at most {spec.ranges} step ranges and {spec.methods} methods no choice takes "
+            f"{allocation.time:.6g} s or less; allow more of them, or more time."
+        )
+    return best  # what the limits on ranges and methods force costs more than the loss aimed at
+
+
+def _within_loss(found: Structure, first: Allocation, spec: StructureSpec, error_budget: float | None) -> bool:
+    """Whether merging heads and ranges cost no more than planned: in error, or in time where the error is given."""
+    if error_budget is None:
+        return found.error <= first.error * (1 + 2 * spec.loss)
+    return found.time <= first.time * (1 + 2 * spec.loss)
+
+
+def _merge(
+    items: Items,
+    allocation: Allocation,
+    weights: Tensor,
+    spec: StructureSpec,
+    allowed: float,
+    error_budget: float | None,
+) -> Structure | None:
+    """Merge while first-order losses stay within `allowed`, in units of predicted error, and choose again.
+
+    None where even the fastest choice of the merged heads and ranges takes longer than the allocation.
+    """
     cost = _priced(items, allocation)
-    allowed = spec.loss * allocation.error
     ranges, range_of = _merge_ranges(items, cost, spec.ranges, allowed)
-    cost_of_heads, layers, heads = _by_range(items, cost, range_of)
-    whole = _merge_heads(cost_of_heads, layers, allowed)
+    whole = _merge_heads(items, cost, range_of, allowed)
     group, names = _groups(items, range_of, whole)
-    grouped = _sum(cost, group, len(names))
-    kept = _few_methods(grouped, spec.methods)
+    kept = _few_methods(_sum(cost, group, len(names)), spec.methods, allocation.choice.tolist())
     smaller = items.only([items.methods[i] for i in kept])
     if error_budget is None:
+        if _least_time(smaller, group, len(names)) > allocation.time * (1 + 1e-9):
+            return None
         found = _again(smaller, weights, allocation, group, len(names), allocation.time)
     else:
         found = _within(smaller, weights, allocation, group, len(names), error_budget)
-    columns = torch.tensor([0, *(i for i in kept if i)])
-    choice = columns[found.choice]
+    choice = torch.tensor(kept)[found.choice]
     final = evaluate(items, choice, weights, price=allocation.price)
     loss = final.error / allocation.error - 1 if allocation.error > 0 else 0.0
     used = tuple(items.methods[i] for i in sorted(set(choice.tolist())) if i)
@@ -99,14 +133,14 @@ def _loss(parts: Tensor, whole: Tensor) -> Tensor:
 def _merge_ranges(items: Items, cost: Tensor, most: int, allowed: float) -> tuple[tuple[tuple[int, ...], ...], Tensor]:
     """Join neighbouring buckets while there are too many or it costs little; ranges, and the range of every bucket."""
     places, place = torch.unique(torch.stack([items.layer, items.head]), dim=1, return_inverse=True)
-    ranges = [(b,) for b in range(items.buckets)]
+    ranges: list[tuple[int, ...]] = [(b,) for b in range(items.buckets)]
     parts = []
     for bucket in range(items.buckets):
         rows = items.bucket == bucket
         parts.append(_sum(cost[rows], place[rows], places.shape[1]))  # [places, methods]
     spent = 0.0
     while len(ranges) > 1:
-        losses = [float(_loss(torch.stack([a, b], 1), a + b).sum()) for a, b in zip(parts[:-1], parts[1:], strict=True)]
+        losses = [float(_loss(torch.stack([a, b], 1), a + b).sum()) for a, b in pairwise(parts)]
         at = min(range(len(losses)), key=lambda i: losses[i])
         if len(ranges) <= most and spent + losses[at] > allowed:
             break
@@ -119,22 +153,17 @@ def _merge_ranges(items: Items, cost: Tensor, most: int, allowed: float) -> tupl
     return tuple(ranges), range_of
 
 
-def _by_range(items: Items, cost: Tensor, range_of: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Cost summed over the buckets of a range [rows, methods], with layer and range of each row [rows, 2], and head."""
-    keys, group = torch.unique(
-        torch.stack([items.layer, range_of[items.bucket], items.head]), dim=1, return_inverse=True
-    )
-    return _sum(cost, group, keys.shape[1]), keys[:2].T, keys[2]
-
-
-def _merge_heads(cost: Tensor, places: Tensor, allowed: float) -> set[tuple[int, int]]:
+def _merge_heads(items: Items, cost: Tensor, range_of: Tensor, allowed: float) -> set[tuple[int, int]]:
     """(layer, range) whose heads shall be alike: the cheapest first, as long as all together cost little."""
-    keys, group = torch.unique(places, dim=0, return_inverse=True)
-    whole = _sum(cost, group, len(keys)).amin(1)
-    single = torch.zeros_like(whole).index_add_(0, group, cost.amin(1))
-    loss, order = (whole - single).sort()
+    places = torch.stack([items.layer, range_of[items.bucket], items.head])
+    places, group = torch.unique(places, dim=1, return_inverse=True)
+    single = _sum(cost, group, places.shape[1])  # [layers * ranges * heads, methods]
+    keys, group = torch.unique(places[:2], dim=1, return_inverse=True)
+    whole = _sum(single, group, keys.shape[1])  # [layers * ranges, methods]
+    apart = torch.zeros_like(whole[:, 0]).index_add_(0, group, single.amin(1))
+    loss, order = (whole.amin(1) - apart).sort()
     count = int((loss.cumsum(0) <= allowed * (1 + 1e-12)).sum())
-    return {(int(keys[i, 0]), int(keys[i, 1])) for i in order[:count]}
+    return {(int(keys[0, i]), int(keys[1, i])) for i in order[:count]}
 
 
 def _groups(items: Items, range_of: Tensor, whole: set[tuple[int, int]]) -> tuple[Tensor, list[tuple[int, int, int]]]:
@@ -149,9 +178,11 @@ def _groups(items: Items, range_of: Tensor, whole: set[tuple[int, int]]) -> tupl
     return torch.tensor([where[key] for key in keys]), names
 
 
-def _few_methods(cost: Tensor, most: int) -> list[int]:
-    """Columns to keep: unused ones go, then again and again the one whose loss is least. Dense (0) always stays."""
-    kept = sorted({0, *cost.argmin(1).tolist()})
+def _few_methods(cost: Tensor, most: int, chosen: list[int]) -> list[int]:
+    """Columns to keep: those chosen before and those chosen by price, less again and again the one whose loss is least.
+    Dense (0) always stays.
+    """
+    kept = sorted({0, *chosen, *cost.argmin(1).tolist()})
     while len(kept) - 1 > most:
         totals = {i: float(cost[:, [k for k in kept if k != i]].amin(1).sum()) for i in kept if i}
         kept.remove(min(totals, key=lambda i: totals[i]))
@@ -176,7 +207,7 @@ def _again(items: Items, weights: Tensor, first: Allocation, group: Tensor, grou
 
 def _within(items: Items, weights: Tensor, first: Allocation, group: Tensor, groups: int, limit: float) -> Allocation:
     """The least time whose allocation of whole groups stays within an error (bisection)."""
-    low, high = float(_merged(items, first.tangent, group, groups).time.amin(1).sum()), items.dense_time
+    low, high = _least_time(items, group, groups), items.dense_time
     best = _again(items, weights, first, group, groups, high)
     for _ in range(30):
         middle = (low + high) / 2
@@ -186,6 +217,11 @@ def _within(items: Items, weights: Tensor, first: Allocation, group: Tensor, gro
         else:
             low = middle
     return best
+
+
+def _least_time(items: Items, group: Tensor, groups: int) -> float:
+    """Seconds of the fastest choice of whole groups."""
+    return float(_sum(items.time.double(), group, groups).amin(1).sum())
 
 
 def _merged(items: Items, tangent: Tensor, group: Tensor, groups: int) -> Items:
