@@ -66,7 +66,8 @@ class Capability:
 
     needs: what it reads: block lists ("plan"), how often each pair is seen ("counts"), or nothing (dense).
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
-    most_pairs: batch * heads * Nq * Nk that it may hold in memory at once, None where it never holds them.
+    most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
+        it never holds them.
     deterministic: two calls give equal bits. note: how it computes, for people.
     """
 
@@ -92,6 +93,7 @@ class Capability:
     sparse: bool = True
     dense: bool = True
     most_pairs: int | None = None
+    most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
 
 
@@ -136,7 +138,8 @@ def refusals(
         if wanted and not can:
             out.append(f"{name} (not supported)")
     pairs = r.batch * r.q_heads * r.nq * r.nk
-    if c.most_pairs is not None and pairs > c.most_pairs:
+    limited = not c.most_pairs_on or r.device in c.most_pairs_on
+    if c.most_pairs is not None and limited and pairs > c.most_pairs:
         out.append(f"{pairs:,} query-key pairs at once (legal: up to {c.most_pairs:,}, it holds them all)")
     return out
 

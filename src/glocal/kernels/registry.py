@@ -43,10 +43,10 @@ class Picked:
 
 @dataclass(frozen=True)
 class Backend:
-    """A backend on this machine: its record, and what is missing here (None if it can run)."""
+    """A backend on this machine: its record, and what is missing here for a device (None if nothing)."""
 
     capability: Capability
-    missing: str | None
+    missing: Callable[[str], str | None]
 
     @property
     def name(self) -> str:
@@ -57,7 +57,7 @@ class Backend:
 Kept = float | Callable[[tuple[int, int]], float]
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "reference")
+_ORDER = ("dense", "cpu", "flex", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}
@@ -159,14 +159,14 @@ def _named(name: str) -> Backend:
 
 
 def _reasons(backend: Backend, request: Request, blocks: tuple[int, int] | None) -> list[str]:
-    missing = [] if backend.missing is None else [backend.missing]
-    return missing + refusals(backend.capability, request, blocks if backend.capability.needs == "plan" else None)
+    lacking = backend.missing(request.device)
+    reasons = refusals(backend.capability, request, blocks if backend.capability.needs == "plan" else None)
+    return reasons if lacking is None else [lacking, *reasons]
 
 
 def _backend(name: str) -> Backend:
     module = _module(name)
-    missing = getattr(module, "missing", None)
-    return Backend(module.CAPABILITY, missing() if missing is not None else None)
+    return Backend(module.CAPABILITY, getattr(module, "missing", lambda device: None))
 
 
 def _module(name: str) -> ModuleType:
