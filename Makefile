@@ -57,7 +57,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 
 parity: $(VENV)/.base
-	$(BIN)/glocal parity $(GOLDEN)/*/* -o results/parity.csv
+	$(BIN)/glocal parity $(GOLDEN)/*/* --backend all -o results/parity.csv
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -68,6 +68,21 @@ def test_a_known_system_without_an_adapter_is_skipped(tmp_path: Path) -> None:
     assert check(tmp_path / "aila" / "a.json").skipped == "no adapter: aila is not built yet"
 
 
+def test_a_case_that_cannot_run_fails_in_words() -> None:
+    def broken(case: Case, where: Run) -> dict[str, torch.Tensor]:
+        raise RuntimeError("no memory")
+
+    done = check_case(CASE, Adapter("gna", broken), Run())
+    assert not done.passed and done.verdict == "FAILED: RuntimeError: no memory"
+
+
+def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"no attention backend is called 'referense'; closest: reference; legal: auto"
+    ):
+        check(tmp_path / "a.json", backend="referense")
+
+
 def test_an_unusable_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="device='nowhere' cannot be used here"):
         check(tmp_path / "a.json", device="nowhere")

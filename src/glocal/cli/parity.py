@@ -17,7 +17,7 @@ def command(
         list[Path], typer.Argument(help="golden cases (.safetensors, .json), each in its system's folder")
     ],
     device: Annotated[str, typer.Option(help="torch device: cpu, cuda, ...")] = "cpu",
-    backend: Annotated[list[str] | None, typer.Option(help="attention backend; repeat for several")] = None,
+    backend: Annotated[list[str] | None, typer.Option(help="attention backend, or all; repeat for several")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="write the results as CSV")] = None,
     json: Json = False,
     quiet: Quiet = False,

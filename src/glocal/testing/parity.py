@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import importlib
 import io
 import pkgutil
@@ -15,6 +16,7 @@ import torch
 
 from glocal import systems
 from glocal._progress import Progress
+from glocal.kernels import registry
 from glocal.testing import adapters as _folder
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.case import Case, load
@@ -73,7 +75,7 @@ def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseR
     path: a file whose folder is named after its system. backend: "auto" or the name of an attention backend.
     Raises FileNotFoundError, or ValueError for a file that is no golden case, an unknown system or backend.
     """
-    _usable(device)
+    _usable(device, backend)
     case = load(path)
     found = adapter(case.system)
     if found is None:
@@ -85,20 +87,35 @@ def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseR
 def check_all(
     paths: Iterable[str | Path], device: str, backends: Sequence[str], progress: Progress
 ) -> tuple[CaseResult, ...]:
-    """`check` for files and backends; a case that runs no attention, or is skipped, runs once."""
-    paths = list(paths)
+    """`check` for files and backends ("all": every one of the device that can run patterns).
+
+    A case that runs no attention, or has no adapter, runs once.
+    """
+    paths, names = list(paths), [n for b in backends for n in (backends_of(device) if b == "all" else (b,))]
     results: list[CaseResult] = []
     progress.stage("parity", len(paths))
     for path in paths:
-        for backend in backends:
-            results.append(check(path, device, backend))
-            if results[-1].skipped or not results[-1].backend:
+        for name in names:
+            results.append(check(path, device, name))
+            if not results[-1].backend:
                 break
         progress.step()
     return tuple(results)
 
 
-def _usable(device: str) -> None:
+def backends_of(device: str) -> tuple[str, ...]:
+    """The backends of a device that run patterns and lack nothing on this machine."""
+    kind = torch.device(device).type
+    here = (b for b in registry.backends() if b.missing is None)
+    return tuple(b.name for b in here if kind in b.capability.devices and b.capability.needs != "nothing")
+
+
+def _usable(device: str, backend: str) -> None:
+    legal = ("auto", *registry.names())
+    if backend not in legal:
+        close = difflib.get_close_matches(backend, legal, n=1)
+        hint = f"closest: {close[0]}; " if close else ""
+        raise ValueError(f"no attention backend is called {backend!r}; {hint}legal: {', '.join(legal)}")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -112,9 +129,15 @@ def check_case(case: Case, found: Adapter, run: Run) -> CaseResult:
     skipped = found.skip(case)
     if skipped is not None:
         return CaseResult(case.system, case.name, backend, run.device, passed=False, skipped=skipped)
-    expected = dict(found.expected(case))
-    left_out = {name: why for name, why in found.left_out(case).items() if name in expected}
-    ours = found.run(case.to(run.device), run)
+    try:
+        expected = dict(found.expected(case))
+        left_out = {name: why for name, why in found.left_out(case).items() if name in expected}
+        ours = found.run(case.to(run.device), run)
+    except Exception as error:  # a case that cannot run is a failed case, and the others still run
+        if run.backend != "auto" and str(error).startswith(f"backend={run.backend!r} cannot run this call"):
+            return CaseResult(case.system, case.name, backend, run.device, passed=False, skipped=str(error))
+        why = f"{type(error).__name__}: {error}"
+        return CaseResult(case.system, case.name, backend, run.device, passed=False, why=why)
     unknown = sorted(set(ours) - set(expected))
     missing = sorted(set(expected) - set(ours) - set(left_out))
     compared = tuple(
