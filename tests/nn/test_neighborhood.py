@@ -102,9 +102,10 @@ def test_two_windows_in_one_compiled_model(generator: torch.Generator) -> None:
     )
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for size in ((1, 6, 7, 8), (2, 6, 7, 8), (3, 9, 5, 8), (4, 5, 5, 8)):
+    for size in ((2, 6, 7, 8), (3, 6, 7, 8), (2, 9, 5, 8)):
         x = torch.randn(size, generator=generator)
-        torch.testing.assert_close(compiled(x), model(x))
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x))
 
 
 @pytest.mark.parametrize("kind", [NeighborhoodAttention1d, NeighborhoodAttention2d, NeighborhoodAttention3d])

@@ -105,15 +105,14 @@ class LayerTester:
         layer = self.layer()
         torch._dynamo.reset()
         compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-        for shape in self.shapes:
-            x = draw(shape, 0, torch.float32)
-            a, b = (x.clone().requires_grad_() for _ in range(2))
-            eager, other = layer(a), compiled(b)
-            close(other, eager, 1e-5, str(shape))
-            for y in (eager, other):
-                y.backward(draw(shape, 1, torch.float32))
-            assert a.grad is not None and b.grad is not None
-            close(b.grad, a.grad, 1e-5, f"{shape}: gradient")
+        x = draw(self.shapes[0], 0, torch.float32)
+        a, b = (x.clone().requires_grad_() for _ in range(2))
+        eager, other = layer(a), compiled(b)
+        close(other, eager, 1e-5, "compiled")
+        for y in (eager, other):
+            y.backward(draw(y.shape, 1, torch.float32))
+        assert a.grad is not None and b.grad is not None
+        close(b.grad, a.grad, 1e-5, "compiled gradient")
 
     def test_state_saves_and_loads(self) -> None:
         layer, fresh = self.layer(), self.make().eval()
