@@ -174,5 +174,5 @@ def _check(path: str, info: CallInfo, shapes: Mapping[str, tuple[int, ...]]) -> 
         )
     if info.shape and not info.canvas.size == q[2] == k[2]:
         raise ValueError(
-            f"{where} has {q[2]} queries and {k[2]} keys, but its canvas {info.canvas!r} has {info.canvas.size}."
+            f"{where} has {q[2]} queries and {k[2]} keys; its canvas {info.canvas!r} has {info.canvas.size} tokens."
         )

@@ -115,7 +115,7 @@ class MethodSpec:
         """The router on `layout`."""
         if self.kind != "route":
             raise ValueError(f"{self.words()} is a pattern, not a router.")
-        return PooledTopK(self.orders(layout.kv), Keep(ratio=float(self.params["keep"])))
+        return PooledTopK(self.orders(layout.kv), Keep(ratio=float(self.params["keep"]), at_least=1))
 
     def run(
         self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None
@@ -135,14 +135,14 @@ class System:
 
 
 def extent(value: Mapping[str, float] | int, length: int, *, unit: int = 1, odd: bool = False) -> int:
-    """An extent in units of `unit` tokens on an axis of `length`: at least 1, at most the axis, rounded (to odd if asked)."""
+    """An extent in units of `unit` tokens on an axis of `length`: from 1 to the axis, rounded (to odd if asked)."""
     most = -(-length // unit)
     if isinstance(value, int):
         wanted = float(value) / unit
     elif "tokens" in value:
         wanted = float(value["tokens"]) / unit
     else:
-        wanted = float(value["fraction"]) * length / unit
+        wanted = float(value["fraction"]) * most  # units, so that 1.0 is the whole axis
     found = max(1, min(most, round(wanted)))
     if odd and found % 2 == 0 and found < most:
         found += 1 if wanted >= found else -1
@@ -238,7 +238,7 @@ def _splits(rank: int) -> list[tuple[float, ...]]:
         out.append(tuple(1.0 if a == axis else 0.5 for a in range(rank)))
     out.append(tuple(0.75 for _ in whole))
     out.append(tuple(0.5 for _ in whole))
-    return out
+    return list(dict.fromkeys(out))
 
 
 def default_tile(shape: Sequence[int], size: int = 64) -> tuple[int, ...]:
