@@ -1,0 +1,116 @@
+"""Attention inside windows (Swin, arXiv 2103.14030): plain or rolled, with or without a relative bias.
+
+Maps are padded with zeros at the bottom and the right to multiples of the window; the padding comes before the qkv
+projection and its tokens are ordinary keys, as in the published models that use it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glocal.nn.blocks.layout import pad_multiple
+from glocal.nn.blocks.relative import relative_index, window_bias
+from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
+from glocal.nn.mixer import register_mixer
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """What is rarely changed.
+
+    scale: of the logits, None is head size ** -0.5. mask: whether tokens that rolling brought together from opposite
+    borders stay apart. attn_drop, proj_drop: dropout of attention weights and of the output, in training.
+    """
+
+    qkv_bias: bool = True
+    scale: float | None = None
+    mask: bool = True
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside windows of a map, x: [B, H, W, dim].
+
+    window: side of a window. shift: the map is rolled by -shift on both axes first, and back after. relative_bias: a
+    learned `relative_position_bias_table` [(2 window - 1)**2, heads], looked up by query minus key.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int = 7,
+        shift: int = 0,
+        relative_bias: bool = False,
+        spec: WindowSpec = WindowSpec(),
+    ) -> None:
+        super().__init__()
+        check_heads(type(self).__name__, dim, heads)
+        if not 0 <= shift < window:
+            raise ValueError(f"WindowAttention: shift={shift} must lie in [0, window={window}); usual: {window // 2}.")
+        self.dim, self.heads, self.window, self.shift, self.spec = dim, heads, window, shift, spec
+        self.qkv = nn.Linear(dim, 3 * dim, bias=spec.qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(spec.proj_drop)
+        self.relative_position_bias_table: nn.Parameter | None = None
+        if relative_bias:
+            self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
+            nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+            self.register_buffer("index", relative_index(window, window), persistent=False)
+
+    def forward(self, x: Tensor, stage: object = None) -> Tensor:
+        """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        height, width = x.shape[1:3]
+        x = pad_multiple(x, self.window)
+        size, sides = (x.shape[1], x.shape[2]), (self.window, self.window)
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        qkv = self.qkv(to_windows(x, sides))  # [B, windows, N, 3 dim]
+        b, windows, n, _ = qkv.shape
+        parts = qkv.reshape(b * windows, n, 3, self.heads, self.dim // self.heads)
+        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, N, head size]
+        dropout = self.spec.attn_drop if self.training else 0.0
+        bias = self._bias(q, size, b)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.spec.scale)
+        out = from_windows(out.transpose(1, 2).reshape(b, windows, n, self.dim), size, sides)
+        if self.shift:
+            out = out.roll((self.shift, self.shift), (1, 2))
+        return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def _bias(self, q: Tensor, size: tuple[int, int], batch: int) -> Tensor | None:
+        """What is added to the logits: None, [1, heads, N, N], or [B * windows, heads | 1, N, N]."""
+        bias = None
+        if self.relative_position_bias_table is not None:
+            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None]
+        if not (self.shift and self.spec.mask):
+            return bias
+        sides = (self.window, self.window)
+        seen = rolled_visible(size, sides, (self.shift, self.shift), q.device)[:, None]  # [windows, 1, N, N]
+        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+        both = hidden if bias is None else hidden + bias
+        return both[None].expand(batch, *both.shape).flatten(0, 1)
+
+    def extra_repr(self) -> str:
+        """The settings, for printing a model."""
+        return f"dim={self.dim}, heads={self.heads}, window={self.window}, shift={self.shift}"
+
+
+def check_heads(layer: str, dim: int, heads: int) -> None:
+    """Raise ValueError unless `heads` divides `dim`."""
+    if heads < 1 or dim % heads:
+        legal = [h for h in range(1, dim + 1) if dim % h == 0]
+        nearest = min(legal, key=lambda h: abs(h - heads))
+        raise ValueError(f"{layer}: heads={heads} must divide dim={dim}; nearest number of heads that does: {nearest}.")
+
+
+@register_mixer("swin")
+def swin(dim: int, heads: int, block: int = 0, window: int = 7) -> WindowAttention:
+    """Swin's attention of one block: relative bias, windows rolled by half their side in odd blocks."""
+    return WindowAttention(dim, heads, window, shift=window // 2 if block % 2 else 0, relative_bias=True)
