@@ -6,7 +6,10 @@ the torch profiler records, exact for tensors (memory that numpy or C libraries 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,8 +41,14 @@ def peak_memory(fn: Callable[[], object], *, device: torch.device | str) -> Peak
 
 
 def _cpu_peak(fn: Callable[[], object]) -> int:
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
+    with _no_stderr():
+        profile.start()
+    try:
         fn()
+    finally:
+        with _no_stderr():
+            profile.stop()
     results = profile.profiler.kineto_results if profile.profiler is not None else None
     if results is None:
         raise RuntimeError("the torch profiler returned no records; peak memory on the CPU cannot be counted")
@@ -52,3 +61,17 @@ def _cpu_peak(fn: Callable[[], object]) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """torch 2.13 writes a line past Python's stderr whenever its profiler starts or stops; nobody needs those."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
