@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from glocal.patterns.axis import AxisWindow
+from glocal.patterns.runs import Box, split_run
 from glocal.plan.checks import check_axes
-
-Box = tuple[tuple[int, int], ...]  # per axis: first coordinate, one past the last
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def simulate_raster(
     visits = []
     for first in range(0, tokens, q_block):
         steps = torch.zeros(math.ceil(tokens / kv_block) + 1, dtype=torch.int64)
-        for box in _boxes(first, min(first + q_block, tokens), shape):
+        for box in split_run(first, min(first + q_block, tokens), shape):
             _mark(box, seen, shape, kv_block, steps)
         visits.append(int((steps.cumsum(0) > 0).sum()))
     return RasterVisits(
@@ -108,23 +107,6 @@ class _AxisSight:
             at = torch.arange(self.length)
             self._known[key] = steps.cumsum(1)[self.group, at // self.dilation] > 0
         return self._known[key]
-
-
-def _boxes(first: int, stop: int, shape: tuple[int, ...]) -> list[Box]:
-    """Split raster tokens first..stop-1 into boxes: a head, whole slices, a tail, recursively per axis."""
-    if first >= stop:
-        return []
-    if len(shape) == 1:
-        return [((first, stop),)]
-    size = math.prod(shape[1:])
-    a, b = -(-first // size), stop // size  # whole slices a..b-1
-    if a > b:  # inside one slice
-        return [((b, b + 1), *box) for box in _boxes(first - b * size, stop - b * size, shape[1:])]
-    boxes: list[Box] = [((a - 1, a), *box) for box in _boxes(first - (a - 1) * size, size, shape[1:])]
-    if a < b:
-        boxes.append(((a, b), *((0, length) for length in shape[1:])))
-    boxes += [((b, b + 1), *box) for box in _boxes(0, stop - b * size, shape[1:])]
-    return boxes
 
 
 def _mark(box: Box, seen: list[_AxisSight], shape: tuple[int, ...], kv_block: int, steps: Tensor) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from glocal.canvas import Layout, Order, Region
 from glocal.patterns.base import And, AxisRelation, Not, Or, Pattern, PerHead, Term
+from glocal.patterns.runs import runs_see
 
 NONE, PART, FULL, OPEN, SILENT = range(5)
 _OR = torch.tensor(
@@ -138,10 +139,13 @@ def _causal(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leaf(pattern: Pattern, layout: Layout, q: Side, k: Side, head: int | None) -> States:
-    """A grid pattern: exact from its terms where both orders consist of boxes, else open."""
+    """A grid pattern: exact from its terms where both orders consist of boxes, else open.
+
+    Runs of raster tokens are decided where they are hidden or plainly full, and else open.
+    """
     out = _unknown(q, k)
     if not q.order.regions or not k.order.regions:
-        return out
+        return _raster_runs(pattern, layout, q, k, head, out)
     for a in q.order.regions:
         rows = q.region(a)
         for b in k.order.regions:
@@ -158,6 +162,18 @@ def _leaf(pattern: Pattern, layout: Layout, q: Side, k: Side, head: int | None) 
             if found is not None:
                 out.state[where], out.sig[where] = found.state, found.sig
     return out
+
+
+def _raster_runs(pattern: Pattern, layout: Layout, q: Side, k: Side, head: int | None, out: States) -> States:
+    grids = layout.q.grids
+    if len(grids) != 1 or layout.kv.grids != grids or {layout.q.size, layout.kv.size} != {grids[0].tokens}:
+        return out
+    terms = pattern.terms(grids[0].axes, head)
+    found = None if terms is None else runs_see(terms, grids[0].axes, q.index, k.index)
+    if found is None:
+        return out
+    state = torch.where(found[0], torch.where(found[1], FULL, OPEN), NONE).to(torch.int8)
+    return settle(state, out.sig)
 
 
 def _union(terms: object, shape: tuple[int, ...], q: tuple[Region, Tensor], k: tuple[Region, Tensor]) -> States | None:

@@ -1,7 +1,7 @@
 """Which groups of keys a pattern lets a group of queries see at all: at least one visible pair.
 
-Blocks of an order that are boxes of one grid are decided axis by axis where the pattern has a closed form; all else
-by the pattern's definition, chunk by chunk. Results for fixed groups are cached.
+Runs of raster tokens and boxes of one grid are decided axis by axis where the pattern has a closed form; all else by
+the pattern's definition, chunk by chunk. Results for fixed groups are cached.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from glocal.canvas import Layout, Region
 from glocal.patterns.base import Pattern
+from glocal.patterns.runs import LIMIT, runs_see
 from glocal.routing.partition import Partition
 
 _CACHE: OrderedDict[Hashable, Tensor] = OrderedDict()
 _CACHE_SIZE = 32
 _CHUNK = 1 << 22  # pairs evaluated at once
-_AXIS = 2048  # longest axis that gets a table
 
 
 def visible_groups(pattern: Pattern, layout: Layout, q_part: Partition, kv_part: Partition) -> Tensor:
@@ -82,13 +82,18 @@ def _closed(pattern: Pattern, layout: Layout, q_part: Partition, kv_part: Partit
     whole = (layout.nq, layout.nk) == (layout.q.size, layout.kv.size) and layout.q == layout.kv
     if not whole or len(layout.q.grids) != 1 or layout.q.grid.tokens != layout.q.size:
         return None
+    shape = layout.q.grid.axes
+    terms = pattern.terms(shape, head)
+    if terms is None:
+        return None
+    runs = runs_see(terms, shape, q_part.members[0, 0].long(), kv_part.members[0, 0].long().to(q_part.members.device))
+    if runs is not None:
+        return runs[0][None, None]
     boxes = [p.order.regions for p in (q_part, kv_part) if p.order is not None and p.canvas == layout.q]
     if [len(regions) for regions in boxes] != [1, 1]:
         return None
     q, k = boxes[0][0], boxes[1][0]
-    shape = layout.q.grid.axes
-    terms = pattern.terms(shape, head)
-    if terms is None or max(shape) > _AXIS:
+    if max(shape) > LIMIT:
         return None
     device = q_part.members.device
     out = torch.zeros(q_part.groups, kv_part.groups, dtype=torch.bool, device=device)
