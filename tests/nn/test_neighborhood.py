@@ -89,6 +89,16 @@ def test_padded_tokens_are_keys_that_carry_the_bias_of_qkv(generator: torch.Gene
     torch.testing.assert_close(layer(x), layer.proj(out))
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_learns_after_inference(backend: str, generator: torch.Generator) -> None:
+    layer = NeighborhoodAttention2d(8, 2, 3, relative_bias=True, spec=NeighborhoodSpec(backend=backend))
+    x = torch.randn(1, 6, 13, 8, generator=generator)  # a size that no other test has left in a cache
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.rpb is not None and layer.rpb.grad is not None
+
+
 def test_dropout_acts_in_training_alone(generator: torch.Generator) -> None:
     layer = NeighborhoodAttention1d(8, 2, 5, spec=NeighborhoodSpec(attn_drop=0.5))
     x = torch.randn(2, 9, 8, generator=generator)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -123,6 +124,18 @@ def _codes(
     present: first token and count of each side. rules: what is added to the codes of each side, and the code of tokens
     outside the grid. where: name of the grid, steps and signed strides of its axes, device.
     """
+    return _known_codes(q, k, present, rules, where)
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what evaluation leaves in the cache serves training too
+def _known_codes(
+    q: Canvas,
+    k: Canvas,
+    present: tuple[tuple[int, int], tuple[int, int]],
+    rules: tuple[tuple[int, int], tuple[int, int]],
+    where: tuple[str, tuple[int, ...], tuple[int, ...], str],
+) -> tuple[Tensor, Tensor]:
     name, steps, strides, device = where
     codes = []
     for canvas, (start, count), (offset, other) in zip((q, k), present, rules, strict=True):

@@ -66,7 +66,8 @@ def plan(
     if key in _CACHE:
         _CACHE.move_to_end(key)
         return _CACHE[key]
-    built = _build(pattern, layout, _orders(pattern, layout, spec), spec, torch.device(device))
+    with torch.inference_mode(False):  # a plan first made for evaluation serves training too
+        built = _build(pattern, layout, _orders(pattern, layout, spec), spec, torch.device(device))
     _CACHE[key] = built
     if len(_CACHE) > _CACHE_SIZE:
         _CACHE.popitem(last=False)

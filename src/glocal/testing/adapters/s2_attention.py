@@ -26,7 +26,7 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
     inputs = leaves(case, ("query", "key", "value"))
     swap = config["seq_dim"] == 1  # [B, S, H, D]
     q, k, v = (t.transpose(1, 2) if swap else t for t in inputs.values())  # [B, H, S, D]
-    pattern, canvas = _pattern(case), Canvas((q.shape[2],))
+    pattern, canvas = _pattern(case, k.shape[1]), Canvas((q.shape[2],))
     done = attend(q, k, v, pattern, canvas=canvas, score=Score(config["sm_scale"]), backend=where.backend)
     outputs = {"output": done.out.transpose(1, 2) if swap else done.out}
     grads = {"output": case["in.grad_output"]}
@@ -35,11 +35,15 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
     return outputs_and_gradients(outputs, grads, inputs)
 
 
-def _pattern(case: Case) -> Pattern:
+def _pattern(case: Case, kv_heads: int) -> Pattern:
+    block, causal = case.config["block_size"], case.config["causal"]
     if "in.sparse_pattern" in case:
-        block = case.config["block_size"]
-        return Blocks(case["in.sparse_pattern"].bool().cpu(), block, block) & Causal()
-    return _shards(case.config)
+        blocks = case["in.sparse_pattern"].bool().cpu()
+    elif _shards(case.config).heads in (None, kv_heads):
+        return _shards(case.config)
+    else:  # keys come repeated for the query heads, but the pattern is made for fewer key heads
+        blocks = _blocks(case.config)
+    return Blocks(blocks, block, block) & Causal() if causal else Blocks(blocks, block, block)
 
 
 def _shards(config: Mapping[str, Any]) -> StridedShards:
