@@ -7,7 +7,7 @@ import torch
 
 from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.advise.methods import MethodSpec, candidates, default_tile
-from glocal.advise.probe import ProbeSpec, candidate, measure, partial_sums, spread
+from glocal.advise.probe import ProbeSpec, candidates_at, measure, partial_sums, spread
 from glocal.canvas import Canvas, Layout
 from glocal.ops import attend
 
@@ -35,8 +35,8 @@ def test_probe_equals_direct_attention(number: int, generator: torch.Generator) 
         rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block].long()
         rows = rows[rows >= 0]
         part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-        out, mass = candidate(part, plan, block, q[0, :, rows], k[0], v[0])
-        torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
+        out, mass = candidates_at(part, [plan], block, q[0, :, rows], k[0], v[0])
+        torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
         assert bool(((mass > 0) & (mass <= 1 + 1e-5)).all())
 
 
@@ -49,18 +49,20 @@ def test_partial_blocks_are_recomputed(generator: torch.Generator) -> None:
     rows = plan.q_order[0, 0].reshape(-1, 16)[3].long()
     rows = rows[rows >= 0]
     part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-    out, _ = candidate(part, plan, 3, q[0, :, rows], k[0], v[0])
-    torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
+    out, _ = candidates_at(part, [plan], 3, q[0, :, rows], k[0], v[0])
+    torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
 
 
 def test_all_blocks_are_dense_attention(generator: torch.Generator) -> None:
     q, k, v = tensors(generator, 2, 240)
     method = MethodSpec("dense", {}, {"tile": [2, 2, 4]}, (16, 16))
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
-    part = partial_sums(q[0, :, :16], k[0], v[0], plan, None)
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, :, :16]
-    full = torch.ones(2, part.mass.shape[-1], dtype=torch.bool)
-    torch.testing.assert_close(part.out(full), dense, rtol=0, atol=1e-5)
+    rows = plan.q_order[0, 0, :16].long()
+    part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
+    out, mass = candidates_at(part, [plan], 0, q[0, :, rows], k[0], v[0])
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, :, rows]
+    torch.testing.assert_close(out[0], dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(mass, torch.ones_like(mass))
 
 
 def test_records_hold_what_a_head_adds_to_the_stream(generator: torch.Generator) -> None:
@@ -87,6 +89,8 @@ def test_blocks_are_spread_over_the_canvas() -> None:
     assert spread(9, 1) == [4]
 
 
-@pytest.mark.parametrize(("shape", "tile"), [((16, 16, 16), (4, 4, 4)), ((64, 64), (8, 8)), ((2, 3), (2, 2)), ((4096,), (64,))])
+@pytest.mark.parametrize(
+    ("shape", "tile"), [((16, 16, 16), (4, 4, 4)), ((64, 64), (8, 8)), ((2, 3), (2, 2)), ((4096,), (64,))]
+)
 def test_default_tile(shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
     assert default_tile(shape) == tile

@@ -1,1 +1,40 @@
-"""advise."""
+"""Where sparse attention pays on a model: candidates, measurement, step weights, allocation, recipe, proof."""
+
+from glocal.advise.apply import RecipeMethod, attach
+from glocal.advise.methods import MethodSpec, candidates
+from glocal.advise.objective import Frames, Latents, Objective, Operator, Output
+from glocal.advise.preflight import AdviceError, Preflight, preflight
+from glocal.advise.recipe import Phase, Recipe, RecipeError, Rule
+from glocal.advise.run import EFFORTS, Advice, AdviseOptions, Effort, Target, advise
+from glocal.advise.validation import Validation, validate_pairs
+from glocal.advise.workload import Sample, Workload, demo_workload
+
+__all__ = [
+    "EFFORTS",
+    "Advice",
+    "AdviceError",
+    "AdviseOptions",
+    "Effort",
+    "Frames",
+    "Latents",
+    "MethodSpec",
+    "Objective",
+    "Operator",
+    "Output",
+    "Phase",
+    "Preflight",
+    "Recipe",
+    "RecipeError",
+    "RecipeMethod",
+    "Rule",
+    "Sample",
+    "Target",
+    "Validation",
+    "Workload",
+    "advise",
+    "attach",
+    "candidates",
+    "demo_workload",
+    "preflight",
+    "validate_pairs",
+]

@@ -20,8 +20,8 @@ from glocal.advise.recipe import Recipe
 
 @dataclass
 class SiteStats:
-    """Of one site: calls, head-calls by method, kernels that ran, kept and visited shares (mean over sparse head-calls),
-    and head-calls left dense by reason.
+    """Of one site: calls, head-calls by method, kernels that ran, kept and visited shares summed over sparse
+    head-calls, and head-calls left dense by reason.
     """
 
     calls: int = 0

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.attach import Method
-from glocal.adapt.records import Core, Site, SiteCall
+from glocal.adapt.records import Core, SiteCall
 from glocal.advise.methods import MethodSpec
 from glocal.plan.blockplan import BlockPlan, unpack
 
@@ -103,7 +103,6 @@ def measure(
 ) -> list[ProbeRecord]:
     """Records of one call: q, k, v [1, H, N, D] (a batch is probed at its first row)."""
     first = next(iter(plans.values()))
-    heads = q.shape[1]
     chosen = spread(first.q_blocks, spec.blocks)
     names = list(plans)
     sums: dict[tuple[int, str], list[Tensor]] = {}
@@ -111,21 +110,11 @@ def measure(
         rows = first.q_order[0, 0].reshape(-1, first.q_block)[block].long()
         rows = rows[rows >= 0]
         part = partial_sums(q[0, :, rows], k[0], v[0], first, call.site.scale)
-        dense = part.out(torch.ones(heads, part.mass.shape[-1], dtype=torch.bool, device=q.device))
-        stream = None if call.residual is None else call.residual[0, rows].float()  # [R, C]
-        for name in names:
-            out, mass = candidate(part, plans[name], block, q[0, :, rows], k[0], v[0])
-            error = out - dense  # [H, R, D]
-            added = error if call.contribution is None else call.contribution(error[None].to(q.dtype))[0].float()
-            scale = dense if stream is None else stream
-            for head, delta in [*enumerate(added), (-1, added.sum(0))]:
-                base = scale.norm(dim=-1) if scale.dim() == 2 else scale.norm(dim=-1)[head]
-                rel = delta.norm(dim=-1) / base.clamp(min=1e-12)  # [R]
-                one = slice(None) if head < 0 else head
-                local = error[one].flatten(0, -2).norm(dim=-1) / dense[one].flatten(0, -2).norm(dim=-1).clamp(min=1e-12)
-                sums.setdefault((head, name), []).append(
-                    torch.stack([rel, _fit(local, rel), _fit(mass[one].flatten(), rel)])
-                )
+        outs, masses = candidates_at(part, list(plans.values()), block, q[0, :, rows], k[0], v[0])
+        dense = part.value.sum(2) / part.mass.sum(2)[..., None]  # [H, R, D]
+        for name, out, mass in zip(names, outs, masses, strict=True):
+            for head, columns in _compare(out, dense, mass, rows, call):
+                sums.setdefault((head, name), []).append(columns)
     records = []
     for (head, name), parts in sums.items():
         rel, local, mass = torch.cat(parts, 1)
@@ -152,9 +141,19 @@ def measure(
     return records
 
 
-def _fit(values: Tensor, like: Tensor) -> Tensor:
-    """Values of all heads [H * R] as a mean over heads [R]; values of one head as they are."""
-    return values if values.numel() == like.numel() else values.reshape(-1, like.numel()).mean(0)
+def _compare(out: Tensor, dense: Tensor, mass: Tensor, rows: Tensor, call: SiteCall) -> list[tuple[int, Tensor]]:
+    """For every head and for all together (-1): residual error, output error and mass of each row, [3, R]."""
+    error = out - dense  # [H, R, D]
+    base = dense.norm(dim=-1)  # [H, R]
+    local, added = error.norm(dim=-1) / base.clamp(min=1e-12), error
+    whole = error.square().sum((0, -1)).sqrt() / base.square().sum(0).sqrt().clamp(min=1e-12)  # [R]
+    if call.contribution is not None and call.residual is not None:
+        added = call.contribution(error[None].to(call.residual.dtype))[0].float()  # [H, R, C]
+        base = call.residual[0, rows].float().norm(dim=-1).expand(len(error), -1)
+    single = added.norm(dim=-1) / base.clamp(min=1e-12)
+    together = added.sum(0).norm(dim=-1) / base.square().mean(0).sqrt().clamp(min=1e-12)
+    heads = torch.stack([single, local, mass], 1)  # [H, 3, R]
+    return [*enumerate(heads), (-1, torch.stack([together, whole, mass.mean(0)]))]
 
 
 def spread(blocks: int, count: int) -> list[int]:
@@ -175,13 +174,6 @@ class PartialSums:
     top: Tensor
     scale: float
 
-    def out(self, picked: Tensor) -> Tensor:
-        """Attention over the blocks picked, bool [H|1, blocks] -> [H, R, D]; rows without mass give 0."""
-        weight = picked.float()
-        total = torch.einsum("hrb,hb->hr", self.mass, weight.expand(self.mass.shape[0], -1))
-        value = torch.einsum("hrbd,hb->hrd", self.value, weight.expand(self.mass.shape[0], -1))
-        return value / torch.where(total > 0, total, 1)[..., None]
-
 
 def partial_sums(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None) -> PartialSums:
     """q [H, R, D] rows; k, v [Hkv, N, D] all keys, in the key blocks of `plan` (one order for all heads)."""
@@ -198,43 +190,57 @@ def partial_sums(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float 
     return PartialSums(p.sum(-1), value, top, factor)
 
 
-def candidate(part: PartialSums, plan: BlockPlan, block: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [H, R, D] and mass kept [H, R] of one plan for the rows of one query block."""
+def candidates_at(
+    part: PartialSums, plans: Sequence[BlockPlan], block: int, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
+
+    Whole blocks of all plans are one product of [plans, key blocks] with the partial sums; partial blocks are added.
+    """
     heads = q.shape[0]
-    owner = plan.owner[0].long()
-    lists = owner.repeat_interleave(heads // owner.numel()) if owner.numel() > 1 else owner.expand(heads)
-    blocks = part.mass.shape[-1]
-    full = torch.zeros(heads, blocks, device=q.device)
-    rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block] >= 0
-    extra_mass = torch.zeros_like(part.top)
-    extra_value = torch.zeros(*part.top.shape, v.shape[-1], device=q.device)
-    bits = None
-    assert plan.partial.mask is not None
-    for head in range(heads):
-        at = lists[head]
-        count = int(plan.full.count[at, block])
-        full[head].index_add_(0, plan.full.index[at, block, :count].long(), torch.ones(count, device=q.device))
-        for slot in range(int(plan.partial.count[at, block])):
-            if bits is None:
-                bits = unpack(plan.masks, plan.kv_block)
-            number = int(plan.partial.index[at, block, slot])
-            seen = bits[int(plan.partial.mask[at, block, slot])][rows]  # [R, kv_block]
-            order = plan.kv_order[0, 0].reshape(-1, plan.kv_block)[number].long()
-            group = head // (heads // k.shape[0])
-            s = q[head].float() @ k[group, order.clamp(min=0)].float().T * part.scale
-            p = torch.where(seen, torch.exp(s - part.top[head][:, None]), 0)
-            extra_mass[head] += p.sum(-1)
-            extra_value[head] += p @ v[group, order.clamp(min=0)].float()
-    mass = torch.einsum("hrb,hb->hr", part.mass, full) + extra_mass
-    value = torch.einsum("hrbd,hb->hrd", part.value, full) + extra_value
+    picked = torch.stack([_full(plan, block, heads) for plan in plans], 1)  # [H, C, blocks]
+    mass = (picked @ part.mass.transpose(1, 2)).transpose(0, 1).contiguous()  # [C, H, R]
+    value = picked @ part.value.transpose(1, 2).flatten(2)  # [H, C, R * D]
+    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
+    for number, plan in enumerate(plans):
+        _add_partial(mass[number], value[number], part, plan, block, (q, k, v))
     return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(-1)
 
 
-def site_names(records: Sequence[ProbeRecord]) -> list[str]:
-    """Sites seen, in layer order."""
-    return [name for _, name in sorted({(r.layer, r.site) for r in records})]
+def _lists(plan: BlockPlan, heads: int) -> Tensor:
+    """The list of every query head, [H]."""
+    owner = plan.owner[0].long()
+    return owner.repeat_interleave(heads // owner.numel())
 
 
-def wants(site: Site) -> bool:
-    """Probes measure self-attention over media tokens."""
-    return site.kind == "self" and not site.causal
+def _full(plan: BlockPlan, block: int, heads: int) -> Tensor:
+    """How often each head visits each key block in full, float [H, blocks]."""
+    lists = _lists(plan, heads)
+    index = plan.full.index[lists, block].long()  # [H, most]
+    live = torch.arange(index.shape[1], device=index.device) < plan.full.count[lists, block][:, None]
+    out = torch.zeros(heads, plan.kv_blocks, device=index.device)
+    return out.scatter_add_(1, index, live.float())
+
+
+def _add_partial(
+    mass: Tensor, value: Tensor, part: PartialSums, plan: BlockPlan, block: int, qkv: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    """Add the partly visible key blocks of one plan to mass [H, R] and value [H, R, D]."""
+    q, k, v = qkv
+    heads, lists = q.shape[0], _lists(plan, q.shape[0])
+    counts = plan.partial.count[lists, block]
+    if int(counts.max()) == 0:
+        return
+    assert plan.partial.mask is not None
+    rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block] >= 0
+    order = plan.kv_order[0, 0].reshape(-1, plan.kv_block).long()
+    for head in range(heads):
+        count, at = int(counts[head]), lists[head]
+        keys = order[plan.partial.index[at, block, :count].long()].flatten()  # [count * kv_block]
+        bits = unpack(plan.masks[plan.partial.mask[at, block, :count].long()], plan.kv_block)[:, rows]  # [count, R, kv]
+        seen = bits.transpose(0, 1).flatten(1)
+        group = head // (heads // k.shape[0])
+        s = q[head].float() @ k[group, keys.clamp(min=0)].float().T * part.scale
+        p = torch.where(seen, torch.exp(s - part.top[head][:, None]), 0)
+        mass[head] += p.sum(-1)
+        value[head] += p @ v[group, keys.clamp(min=0)].float()

@@ -17,9 +17,9 @@ from glocal.advise.methods import MethodSpec, candidates
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight
 from glocal.advise.probe import Probe, ProbeRecord, ProbeSpec
-from glocal.advise.recipe import Recipe
-from glocal.advise.search import Rung, allocated, measure_rung, published, single
-from glocal.advise.steptime import StepTime, time_steps
+from glocal.advise.recipe import Fallback, Recipe
+from glocal.advise.rules import layer_ranges
+from glocal.advise.search import Found, Rung, allocated, measure_rung, published, single
 from glocal.advise.timing import Times, time_methods
 from glocal.advise.validation import Validation, timed, validate_pairs
 from glocal.advise.weights import Bucket, Weights, make_buckets, step_weights
@@ -44,10 +44,11 @@ class Effort:
     pairs: int = 8
     rounds: int = 7
     steps_a_bucket: int = 2
+    published: int = 4
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 2, (0.7, 0.5), 4, 3, 1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
     "standard": Effort("standard"),
     "thorough": Effort("thorough", pairs=19, plain=3),
@@ -80,6 +81,7 @@ class AdviseOptions:
     methods: tuple[str, ...] = ()
     keep_dense: tuple[str, ...] = ()
     candidates: tuple[MethodSpec, ...] = ()
+    min_tokens: int = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +107,6 @@ class Advice:
     ladder: tuple[Rung, ...] = ()
     chosen: Rung | None = None
     anchors: tuple[float, float] | None = None
-    steps: StepTime | None = None
     validation: Validation | None = None
     stages: Mapping[str, float] = field(default_factory=dict)
 
@@ -206,7 +207,8 @@ def _advise(run: _Run, split: Split) -> Advice:
     base = replace(base, records=tuple(records))
 
     run.stage("step weights", len(buckets) * len(plain))
-    layers = 1 + max(s.layer for s in before.sites)
+    layers = tuple(sorted({r.layer for r in records}))
+    fallback = Fallback(min_tokens=run.options.min_tokens)
     weights = step_weights(
         run.model,
         weight_sample,
@@ -215,11 +217,12 @@ def _advise(run: _Run, split: Split) -> Advice:
         plain,
         other.records,
         (other.output, other.latents),
-        layers=layers,
+        layers=layer_ranges(layers),
+        fallback=fallback,
         advance=run.progress.step,
     )
 
-    ladder = _ladder(run, records, times, weights, methods, layers)
+    ladder = _ladder(run, Found(records, times, weights, methods, layers, fallback), before.shape)
     run.stage("ladder", len(ladder))
     dense, seconds = timed(lambda: run.objective.run(run.model, probe_sample))
     if not torch.equal(dense.tensor, probed.output.tensor):
@@ -235,11 +238,8 @@ def _advise(run: _Run, split: Split) -> Advice:
         run.stage(None)
         return replace(base, reason=why)
 
-    run.stage("step time")
     recipe = _with_canvas(chosen.recipe, before)
     chosen = replace(chosen, recipe=recipe)
-    steps = time_steps(run.model, recipe, probe_sample, run.objective, rounds=run.effort.rounds)
-
     run.stage("validation", len(split.validate))
     found = validate_pairs(
         run.model,
@@ -261,7 +261,7 @@ def _advise(run: _Run, split: Split) -> Advice:
         else "Validation failed: " + "; ".join(found.verdict.failures) + "."
     )
     final = replace(recipe, status=status)
-    return replace(base, recipe=final, status=status, reason=reason, chosen=chosen, steps=steps, validation=found)
+    return replace(base, recipe=final, status=status, reason=reason, chosen=chosen, validation=found)
 
 
 def _needed(target: Target) -> float:
@@ -308,6 +308,8 @@ def _times(
 
 def _refusal(run: _Run, before: Preflight, times: Times) -> str | None:
     needed = _needed(run.target)
+    if before.tokens < run.options.min_tokens:
+        return f"A call has {before.tokens} tokens; below {run.options.min_tokens} every method stays dense."
     if before.ceiling < max(needed, 1.02):
         return (
             f"Attention is {before.share:.0%} of a forward, so no method can give more than {before.ceiling:.2f}x; "
@@ -363,21 +365,11 @@ def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[
     return {pool[p]: methods[pool[p]] for p in places}
 
 
-def _ladder(
-    run: _Run,
-    records: Sequence[ProbeRecord],
-    times: Times,
-    weights: Weights,
-    methods: Mapping[str, MethodSpec],
-    layers: int,
-) -> list[Rung]:
+def _ladder(run: _Run, found: Found, shape: Sequence[int]) -> list[Rung]:
     out: list[Rung] = []
     for budget in run.effort.budgets:
-        out.append(allocated(records, times, weights, methods, budget))
-        plain = single(records, times, weights, methods, budget, layers)
-        if plain is not None:
-            out.append(plain)
-    out += published(records, times, weights, methods, layers)
+        out += [rung for rung in (allocated(found, budget), single(found, budget)) if rung is not None]
+    out += published(found, shape, run.objective.levels)[: run.effort.published]
     seen: set[str] = set()
     return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
 

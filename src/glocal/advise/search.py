@@ -3,36 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from glocal.advise.allocate import Allocation, Item, allocate
+import torch
+
+from glocal.advise.allocate import Items, allocate
 from glocal.advise.apply import attach
 from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.probe import ProbeRecord
-from glocal.advise.recipe import Phase, Recipe, Rule
-from glocal.advise.structure import rules, simplify
+from glocal.advise.recipe import Fallback, Phase, Recipe, Rule
+from glocal.advise.rules import allocation_rules, layer_ranges, published_defaults
+from glocal.advise.structure import simplify
 from glocal.advise.timing import Times
 from glocal.advise.validation import timed
-from glocal.advise.weights import Bucket, Weights, residual_total, uniform_rule
+from glocal.advise.weights import Bucket, Weights, residual_total
 from glocal.advise.workload import Sample
+from glocal.canvas import Canvas, Layout
 
 Kind = Literal["allocation", "single", "published"]
+Measure = Literal["residual", "output"]
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One recipe of the ladder. budget: attention time over dense that it was made for. predicted: end-to-end error;
-    seconds, dense_seconds, error: measured on one sample, None before.
+    """One recipe of the ladder. budget: attention time over dense that it was made for, attention_ratio: forecast of
+    it, predicted: end-to-end error; None for published settings. seconds, dense_seconds, error: measured on one sample,
+    None before.
     """
 
     name: str
     kind: Kind
     recipe: Recipe
-    budget: float
-    attention_ratio: float
-    predicted: float
+    budget: float | None
+    attention_ratio: float | None
+    predicted: float | None
     seconds: float | None = None
     dense_seconds: float | None = None
     error: float | None = None
@@ -43,122 +49,111 @@ class Rung:
         return None if self.seconds is None or self.dense_seconds is None else self.dense_seconds / self.seconds
 
 
-def items(
-    records: Sequence[ProbeRecord], times: Times, buckets: Sequence[Bucket], value: str = "residual"
-) -> list[Item]:
-    """One item for each (layer, head, bucket): squared error (the worst of steps, branches and samples) and seconds of
-    every method over all steps of the bucket.
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What the search works on. layers: those it may touch, in order. fallback: of every recipe it makes."""
+
+    records: Sequence[ProbeRecord]
+    times: Times
+    weights: Weights
+    methods: Mapping[str, MethodSpec]
+    layers: tuple[int, ...]
+    fallback: Fallback
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The step ranges."""
+        return self.weights.buckets
+
+    @property
+    def heads(self) -> int:
+        """Heads of a site."""
+        return 1 + max(r.head for r in self.records)
+
+    def items(self, measure: Measure = "residual") -> Items:
+        """One item for each layer, head and step range."""
+
+        def seconds(method: str, layer: int, bucket: int) -> float:
+            return self.times.dense.median * self.times.ratio(method) * self.buckets[bucket].steps / self.heads
+
+        return Items.from_records(self.records, seconds, measure=measure)
+
+    def recipe(self, methods: Sequence[str], rules: Sequence[Rule]) -> Recipe:
+        """A recipe over these methods."""
+        return Recipe("candidate", {m: self.methods[m] for m in methods}, tuple(rules), fallback=self.fallback)
+
+    def uniform(self, method: str, sparse: Sequence[Bucket]) -> Recipe:
+        """One method at all layers and heads, in the step ranges `sparse` (the last ones of the run)."""
+        rule = Rule(method, layer_ranges(self.layers), "all", Phase("sigma", 0.0, sparse[0].high))
+        return self.recipe([method], [rule])
+
+    def uniform_error(self, method: str, sparse: Sequence[Bucket]) -> float:
+        """Its predicted end-to-end error."""
+        return sum(self.weights.weight[b.number] * residual_total(self.records, method, b.number) for b in sparse)
+
+    def uniform_ratio(self, method: str, sparse: Sequence[Bucket]) -> float:
+        """Its attention time over dense."""
+        share = sum(b.steps for b in sparse) / sum(b.steps for b in self.buckets)
+        return 1 - share + share * self.times.ratio(method)
+
+
+def allocated(found: Found, budget: float, measure: Measure = "residual") -> Rung | None:
+    """The allocation whose attention takes `budget` of the dense time, made simple enough to read; None if even the
+    fastest methods take longer.
     """
-    heads = 1 + max(r.head for r in records)
-    worst: dict[tuple[int, int, int], dict[str, float]] = {}
-    for r in records:
-        if r.head >= 0:
-            mine = worst.setdefault((r.layer, r.head, r.bucket), {})
-            mine[r.method] = max(mine.get(r.method, 0.0), getattr(r, value) ** 2)
-    out = []
-    for (layer, head, bucket), errors in sorted(worst.items()):
-        steps = buckets[bucket].steps
-        seconds = {"dense": times.dense.median * steps / heads}
-        seconds.update({name: times.methods[name].median * steps / heads for name in errors})
-        out.append(Item(layer, head, bucket, {"dense": 0.0, **errors}, seconds))
-    return out
+    items = found.items(measure)
+    if float(items.time.amin(1).sum()) > budget * items.dense_time:
+        return None
+    weights = torch.tensor(found.weights.weight, dtype=torch.float64)
+    best = allocate(items, weights, time_budget=budget * items.dense_time)
+    made = simplify(items, best, weights)
+    rules = allocation_rules(items, made, found.buckets)
+    used = sorted({r.use for r in rules if r.use != "dense"})
+    name = "allocation" if measure == "residual" else "allocation by relative error"
+    return Rung(name, "allocation", found.recipe(used, rules), budget, made.time / items.dense_time, made.error)
 
 
-def allocated(
-    records: Sequence[ProbeRecord],
-    times: Times,
-    weights: Weights,
-    methods: Mapping[str, MethodSpec],
-    budget: float,
-    *,
-    value: str = "residual",
-) -> Rung:
-    """The allocation whose attention takes `budget` of the dense time."""
-    table = items(records, times, weights.buckets, value)
-    dense = sum(i.time["dense"] for i in table)
-    found: Allocation = simplify(
-        allocate(table, weights.weight, time_budget=budget * dense), table, weights.weight, time_budget=budget * dense
-    )
-    made = rules(found, table, weights.buckets, records)
-    used = {r.use: methods[r.use] for r in made if r.use != "dense"}
-    name = "allocation" if value == "residual" else "allocation by relative error"
-    return Rung(name, "allocation", Recipe("candidate", used, made), budget, found.time / dense, found.error)
-
-
-def single(
-    records: Sequence[ProbeRecord],
-    times: Times,
-    weights: Weights,
-    methods: Mapping[str, MethodSpec],
-    budget: float,
-    layers: int,
-) -> Rung | None:
+def single(found: Found, budget: float) -> Rung | None:
     """The best single method with dense early steps within `budget`; None if none is fast enough."""
     best: Rung | None = None
-    total = sum(b.steps for b in weights.buckets)
-    for name in methods:
-        for dense_buckets in range(len(weights.buckets)):
-            sparse = weights.buckets[dense_buckets:]
-            share = sum(b.steps for b in sparse) / total
-            ratio = 1 - share + share * times.ratio(name)
-            if ratio > budget:
+    for name in found.methods:
+        for skipped in range(len(found.buckets)):
+            sparse = found.buckets[skipped:]
+            ratio, error = found.uniform_ratio(name, sparse), found.uniform_error(name, sparse)
+            if ratio > budget or (best is not None and best.predicted is not None and error >= best.predicted):
                 continue
-            error = sum(weights.weight[b.number] * residual_total(records, name, b.number) for b in sparse)
-            if best is None or error < best.predicted:
-                rule = uniform_rule(name, layers, Phase("sigma", 0.0, sparse[0].high))
-                best = Rung(
-                    f"{methods[name].words()}, {dense_buckets} of {len(weights.buckets)} step ranges dense",
-                    "single",
-                    Recipe("candidate", {name: methods[name]}, (rule,)),
-                    budget,
-                    ratio,
-                    error,
-                )
+            words = f"{found.methods[name].words()}, {skipped} of {len(found.buckets)} step ranges dense"
+            best = Rung(words, "single", found.uniform(name, sparse), budget, ratio, error)
     return best
 
 
-def published(
-    records: Sequence[ProbeRecord], times: Times, weights: Weights, methods: Mapping[str, MethodSpec], layers: int
-) -> list[Rung]:
-    """What the papers run: Radial Attention with its first quarter of steps dense (arXiv 2506.19852), a neighbourhood
-    of half an axis at every step (arXiv 2504.16922).
-    """
+def published(found: Found, shape: Sequence[int], levels: Sequence[float]) -> list[Rung]:
+    """What papers run on their models, carried over to this canvas and this run; measured, not predicted."""
     out = []
-    total = sum(b.steps for b in weights.buckets)
-    for system, quarter in (("radial", 1), ("gna", 0)):
-        name = next((n for n, m in methods.items() if m.system == system), None)
-        if name is None or name not in times.methods:
+    layers = 1 + max(found.layers)
+    for plain in published_defaults(shape, layers):
+        rules = [replace(r, phase=_as_sigma(r.phase, levels)) for r in plain.rules]
+        recipe = Recipe("candidate", {plain.method.id: plain.method}, tuple(rules), fallback=found.fallback)
+        try:
+            plain.method.plan(Layout.of(Canvas(tuple(shape))))
+        except ValueError:  # a published setting that does not fit this canvas is no competitor
             continue
-        skipped, dense_steps = 0, round(0.25 * total) if quarter else 0
-        while skipped < len(weights.buckets) and sum(b.steps for b in weights.buckets[: skipped + 1]) <= dense_steps:
-            skipped += 1
-        sparse = weights.buckets[skipped:]
-        share = sum(b.steps for b in sparse) / total
-        rule = uniform_rule(name, layers, Phase("sigma", 0.0, sparse[0].high))
-        error = sum(weights.weight[b.number] * residual_total(records, name, b.number) for b in sparse)
-        ratio = 1 - share + share * times.ratio(name)
-        recipe = Recipe("candidate", {name: methods[name]}, (rule,))
-        out.append(Rung(f"{methods[name].words()}, as published", "published", recipe, ratio, ratio, error))
+        out.append(Rung(plain.name, "published", recipe, None, None, None))
     return out
+
+
+def _as_sigma(phase: Phase, levels: Sequence[float]) -> Phase:
+    """A phase of progress as noise levels of a run."""
+    if phase.coordinate != "progress":
+        return phase
+    steps = len(levels) - 1
+    first, last = round(phase.low * steps), round(phase.high * steps)
+    return Phase("sigma", levels[last], levels[first])
 
 
 def measure_rung(model: Any, rung: Rung, sample: Sample, objective: Latents, dense: tuple[Output, float]) -> Rung:
     """Run the rung on a sample whose dense result and seconds are known."""
     with attach(model, rung.recipe):
         out, seconds = timed(lambda: objective.run(model, sample))
-    return Rung(
-        rung.name,
-        rung.kind,
-        rung.recipe,
-        rung.budget,
-        rung.attention_ratio,
-        rung.predicted,
-        seconds,
-        dense[1],
-        main_error(objective.distance(dense[0], out)),
-    )
-
-
-def covered_layers(made: Sequence[Rule]) -> int:
-    """How many layers some rule makes sparse."""
-    return len({n for r in made if r.use != "dense" for a, b in r.layers for n in range(a, b + 1)})
+    error = main_error(objective.distance(dense[0], out))
+    return replace(rung, seconds=seconds, dense_seconds=dense[1], error=error)

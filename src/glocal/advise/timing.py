@@ -1,4 +1,4 @@
-"""The time model: a few calls timed inside a real one, interleaved with dense; every other plan's time is arithmetic."""
+"""The time model: a few calls timed inside a real one, interleaved with dense; other plans are arithmetic."""
 
 from __future__ import annotations
 

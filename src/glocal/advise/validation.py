@@ -19,12 +19,22 @@ from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.apply import attach
 from glocal.advise.objective import Latents, Output, main_error
+from glocal.advise.preflight import Stopwatch
 from glocal.advise.recipe import Recipe
 from glocal.advise.workload import Sample
-from glocal.measure.stats import Acceptance, accept, drift
+from glocal.measure.stats import Acceptance, Interval, accept, drift, log_ratio
 from glocal.ops import Score, attend
 from glocal.patterns import Dense
 from glocal.plan.build import PlanSpec, plan
+
+
+@dataclass(frozen=True)
+class Spent:
+    """Seconds of one run: whole, in its steps (forwards of the model), and in their attention."""
+
+    whole: float
+    steps: float
+    attention: float
 
 
 @dataclass(frozen=True)
@@ -32,8 +42,8 @@ class Pair:
     """One sample, dense and sparse: seconds, main error, the two anchors, drift, and the domain's own measures."""
 
     sample: str
-    dense_time: float
-    sparse_time: float
+    dense: Spent
+    sparse: Spent
     error: float
     floor: float
     ceiling: float
@@ -47,10 +57,14 @@ class Pair:
 
 @dataclass(frozen=True, eq=False)
 class Validation:
-    """pairs: one for each sample. verdict: the acceptance rule over them. outputs: (dense, sparse, floor) by sample."""
+    """pairs: one for each sample. verdict: the acceptance rule over them. outputs: (dense, sparse, floor) by sample.
+    operator, step: speed-ups of the attention and of the forwards, over the same pairs; verdict.speedup is end to end.
+    """
 
     pairs: tuple[Pair, ...]
     verdict: Acceptance
+    operator: Interval
+    step: Interval
     outputs: Mapping[str, tuple[Output, Output, Output]]
 
 
@@ -86,42 +100,40 @@ def validate_pairs(
     """Pairs over `samples` (at least two), order of dense and sparse alternated, and the verdict over them."""
     pairs, outputs = [], {}
     for number, sample in enumerate(samples):
-
-        def dense_run(sample: Sample = sample) -> Output:
-            return objective.run(model, sample)
-
-        def sparse_run(sample: Sample = sample) -> Output:
-            with attach(model, recipe):
-                return objective.run(model, sample)
-
-        if number % 2 == 0:
-            dense, dense_time = timed(dense_run)
-            sparse, sparse_time = timed(sparse_run)
-        else:
-            sparse, sparse_time = timed(sparse_run)
-            dense, dense_time = timed(dense_run)
+        runs: dict[str, tuple[Output, Spent]] = {}
+        for name in ("dense", "sparse") if number % 2 == 0 else ("sparse", "dense"):
+            runs[name] = spent_on(model, recipe if name == "sparse" else None, sample, objective)
+        (dense, dense_spent), (sparse, sparse_spent) = runs["dense"], runs["sparse"]
         with attach_method(model, OtherKernel()):
             other = objective.run(model, sample)
-        measures = objective.distance(dense, sparse)
-        pairs.append(
-            Pair(
-                sample.id,
-                dense_time,
-                sparse_time,
-                main_error(objective.distance(dense, sparse)),
-                main_error(objective.distance(dense, other)),
-                main_error(objective.distance(dense, objective.ceiling(model, sample))),
-                measures,
-            )
-        )
+        measures = dict(objective.distance(dense, sparse))
+        floor = main_error(objective.distance(dense, other))
+        ceiling = main_error(objective.distance(dense, objective.ceiling(model, sample)))
+        pairs.append(Pair(sample.id, dense_spent, sparse_spent, main_error(measures), floor, ceiling, measures))
         outputs[sample.id] = (dense, sparse, other)
         if advance is not None:
             advance()
     verdict = accept(
         [p.drift for p in pairs],
-        [p.dense_time for p in pairs],
-        [p.sparse_time for p in pairs],
+        [p.dense.whole for p in pairs],
+        [p.sparse.whole for p in pairs],
         limit=limit,
         target=target,
     )
-    return Validation(tuple(pairs), verdict, outputs)
+    operator = log_ratio([p.dense.attention for p in pairs], [p.sparse.attention for p in pairs])
+    step = log_ratio([p.dense.steps for p in pairs], [p.sparse.steps for p in pairs])
+    return Validation(tuple(pairs), verdict, operator, step, outputs)
+
+
+def spent_on(model: Any, recipe: Recipe | None, sample: Sample, objective: Latents) -> tuple[Output, Spent]:
+    """Run a sample, dense or with a recipe, with a watch on its steps and its attention."""
+    watch, marks = Stopwatch(), [0.0]
+    handles = [] if recipe is None else [attach(model, recipe)]
+    handles.append(attach_method(model, watch))
+    try:
+        marks[0] = time.perf_counter()
+        out, whole = timed(lambda: objective.run(model, sample, on_step=lambda _: marks.append(time.perf_counter())))
+    finally:
+        for handle in reversed(handles):
+            handle.undo()
+    return out, Spent(whole, marks[-1] - marks[0], watch.seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,7 @@ from glocal.advise.apply import attach
 from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.probe import ProbeRecord
-from glocal.advise.recipe import Phase, Recipe, Rule
+from glocal.advise.recipe import Fallback, Phase, Recipe, Rule
 from glocal.advise.workload import Sample
 from glocal.models.generation import SampleStep
 
@@ -58,8 +59,8 @@ class StepWeight:
 
 @dataclass(frozen=True)
 class Weights:
-    """weight: end-to-end error for one unit of residual error, by bucket. step: the same for one unit of summed one-step
-    error (u_b). gain: one-step error for one unit of residual error (head coherence and the model's own gain).
+    """weight: end-to-end error for one unit of residual error, by bucket. step: the same for one unit of summed
+    one-step error (u_b). gain: one-step error for one unit of residual error (head coherence and the model's own gain).
     """
 
     buckets: tuple[Bucket, ...]
@@ -84,13 +85,8 @@ def make_buckets(levels: Sequence[float], count: int) -> tuple[Bucket, ...]:
     count = min(count, steps)
     edges = [round(i * steps / count) for i in range(count + 1)]
     return tuple(
-        Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
+        Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(pairwise(edges))
     )
-
-
-def uniform_rule(method: str, layers: int, phase: Phase | None = None) -> Rule:
-    """One method at all layers and heads."""
-    return Rule(method, ((0, layers - 1),), "all", Phase() if phase is None else phase)
 
 
 def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int, value: str = "residual") -> float:
@@ -112,16 +108,20 @@ def step_weights(
     records: Sequence[ProbeRecord],
     dense: tuple[Output, Sequence[Tensor]],
     *,
-    layers: int,
+    layers: tuple[tuple[int, int], ...],
+    fallback: Fallback,
     advance: Any = None,
 ) -> Weights:
-    """Measure the weights. dense: the dense output and the latents before every step of the same sample."""
+    """Measure the weights. dense: the dense output and the latents before every step of the same sample; layers: which
+    ones are made sparse, as inclusive ranges.
+    """
     output, latents = dense
     scale = float(output.tensor.float().norm())
     runs = []
     for bucket in buckets:
         for name, method in methods.items():
-            recipe = Recipe("candidate", {name: method}, (uniform_rule(name, layers, bucket.phase),))
+            rule = Rule(name, layers, "all", bucket.phase)
+            recipe = Recipe("candidate", {name: method}, (rule,), fallback=fallback)
             after: list[SampleStep] = []
             with attach(model, recipe):
                 sparse = objective.run(

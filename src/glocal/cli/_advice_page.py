@@ -30,6 +30,7 @@ from glocal.report import (
 )
 
 if TYPE_CHECKING:
+    from glocal.advise.recipe import Recipe
     from glocal.advise.run import Advice
     from glocal.measure.stats import Interval
 
@@ -108,8 +109,8 @@ def _headline(advice: Advice, facts: Mapping[str, str]) -> Headline:
         n=n,
         reason=advice.reason,
         end_to_end=None if found is None else _estimate(found.verdict.speedup),
-        step=None if advice.steps is None else _estimate(advice.steps.step),
-        operator=None if advice.steps is None else _estimate(advice.steps.operator),
+        step=None if found is None else _estimate(found.step),
+        operator=None if found is None else _estimate(found.operator),
         drift=None if found is None else _estimate(found.verdict.drift),
         worst=None if worst is None else worst.drift,
         worst_sample=None if worst is None else worst.sample,
@@ -154,13 +155,13 @@ def _curve(advice: Advice) -> Curve | None:
             CurvePoint(
                 "this recipe, unseen pairs",
                 "chosen",
-                _estimate(paired([p.sparse_time for p in pairs])) or Estimate(0.0),
+                _estimate(paired([p.sparse.whole for p in pairs])) or Estimate(0.0),
                 _estimate(paired([p.error for p in pairs])) or Estimate(0.0),
                 len(pairs),
             )
         )
         points.append(
-            CurvePoint("dense", "dense", Estimate(_mean([p.dense_time for p in pairs])), Estimate(max(floor, 1e-6)))
+            CurvePoint("dense", "dense", Estimate(_mean([p.dense.whole for p in pairs])), Estimate(max(floor, 1e-6)))
         )
     band: tuple[BandPoint, ...] = ()
     if advice.weights is not None and advice.weights.band <= 2:
@@ -210,9 +211,11 @@ def _strip(role: str, sample: str, a: Any, b: Any, caption: str, labels: tuple[s
     return Strip(role, sample, len(frames[0]), sheets[0], sheets[1], width, height, caption, labels=labels)
 
 
-def _chosen_rules(advice: Advice) -> Any:
-    recipe = advice.recipe if advice.recipe.rules else (advice.chosen.recipe if advice.chosen else None)
-    return recipe
+def _chosen_rules(advice: Advice) -> Recipe | None:
+    """The recipe that was validated, also where it was rejected."""
+    if advice.recipe.rules:
+        return advice.recipe
+    return None if advice.chosen is None else advice.chosen.recipe
 
 
 def _kept(advice: Advice) -> KeptMap | None:
@@ -232,26 +235,31 @@ def _kept(advice: Advice) -> KeptMap | None:
                     layer, head, component="transformer", kind="self", branch="cond", sigma=bucket.high, progress=None
                 )
                 sparse |= name != "dense"
-                shares.append(1.0 if name == "dense" else advice.times.methods[name].kept)
+                shares.append(1.0 if name == "dense" else _kept_share(advice, recipe, name))
             row.append(_mean(shares) if sparse else None)
         values.append(tuple(row))
     names = tuple(f"{b.high:.2f}–{b.low:.2f}" for b in buckets)
     return KeptMap(tuple(str(n) for n in layers), names, tuple(values))
 
 
+def _kept_share(advice: Advice, recipe: Recipe, name: str) -> float:
+    """Share of pairs a method keeps on this canvas; published settings were not timed one by one."""
+    if name in advice.times.methods:
+        return advice.times.methods[name].kept
+    from glocal.canvas import Canvas, Layout
+
+    return recipe.methods[name].plan(Layout.of(Canvas(advice.preflight.shape))).kept
+
+
 def _bars(advice: Advice) -> tuple[TimeBar, ...]:
-    steps = advice.steps
-    if steps is None:
+    found = advice.validation
+    if found is None:
         before = advice.preflight
         return (TimeBar("dense", (("attention", before.attention), ("rest", before.forward - before.attention))),)
-    rounds = len(steps.dense) // (sum(b.steps for b in advice.weights.buckets) if advice.weights else len(steps.dense))
     out = []
-    for name, whole, inside in (
-        ("dense", steps.dense, steps.dense_attention),
-        ("sparse", steps.sparse, steps.sparse_attention),
-    ):
-        attention, total = sum(inside) / rounds, sum(whole) / rounds
-        out.append(TimeBar(name, (("attention", attention), ("rest", max(total - attention, 0.0)))))
+    for name, runs in (("dense", [p.dense for p in found.pairs]), ("sparse", [p.sparse for p in found.pairs])):
+        attention, whole = _mean([r.attention for r in runs]), _mean([r.whole for r in runs])
+        out.append(TimeBar(name, (("attention", attention), ("rest", max(whole - attention, 0.0)))))
     return tuple(out)
 
 
@@ -267,12 +275,12 @@ def _forecast(advice: Advice) -> Forecast | None:
     ranks = advice.weights is None or advice.weights.band > 2
     error = []
     if not ranks:
-        error = [ForecastPoint(r.name, r.predicted, r.error) for r in advice.ladder if r.error and r.predicted > 0]
+        error = [ForecastPoint(r.name, r.predicted, r.error) for r in advice.ladder if r.error and r.predicted]
     note = None
     if advice.weights is not None and ranks:
         note = (
-            f"The 90 % band of left-out predictions is a factor of {advice.weights.band:.1f}, wider than 2: predictions "
-            "rank recipes, and no predicted error is shown."
+            f"The 90 % band of left-out predictions is a factor of {advice.weights.band:.1f}, wider than 2: "
+            "predictions rank recipes, and no predicted error is shown."
         )
     return Forecast(
         tuple(time),
@@ -372,7 +380,7 @@ def _sites(advice: Advice) -> Table | None:
     )
     table = []
     for layer, head, level, name, found, share in rows_out:
-        words = "dense" if name == "dense" else advice.methods[name].words()
+        words = "dense" if name == "dense" else recipe.methods[name].words()
         mass, out, res = (None, None, None) if found is None else (found[0].mass, found[0].output, found[0].residual)
         table.append((layer, head, level, words, mass, out, res, share / total if total and found else None))
     return Table(columns, tuple(table))
@@ -405,7 +413,7 @@ def _pairs(advice: Advice) -> tuple[Pair, ...]:
     if advice.validation is None:
         return ()
     return tuple(
-        Pair(p.sample, p.dense_time, p.sparse_time, p.error, p.drift, p.floor, p.ceiling, dict(p.measures))
+        Pair(p.sample, p.dense.whole, p.sparse.whole, p.error, p.drift, p.floor, p.ceiling, dict(p.measures))
         for p in advice.validation.pairs
     )
 

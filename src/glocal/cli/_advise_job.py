@@ -129,9 +129,8 @@ def evidence(advice: Any) -> dict[str, Any]:
         out["floor"] = sum(p.floor for p in pairs) / len(pairs)
         out["ceiling"] = sum(p.ceiling for p in pairs) / len(pairs)
         out["speedup"] = {"end_to_end": _ends(verdict.speedup)}
-        if advice.steps is not None:
-            out["speedup"]["step"] = _ends(advice.steps.step)
-            out["speedup"]["operator"] = _ends(advice.steps.operator)
+        out["speedup"]["step"] = _ends(advice.validation.step)
+        out["speedup"]["operator"] = _ends(advice.validation.operator)
     if advice.weights is not None:
         out["prediction"] = {"loo_p90": advice.weights.band}
         out["ladder"] = [
@@ -173,10 +172,8 @@ def _summary(advice: Any, out: Path) -> dict[str, Any]:
         drift, speed = found.verdict.drift, found.verdict.speedup
         fields["end to end"] = f"{speed.mean:.2f}x [{speed.low:.2f}, {speed.high:.2f}]"
         fields["drift"] = f"{drift.mean:.3f} [{drift.low:.3f}, {drift.high:.3f}], worst {found.verdict.worst:.3f}"
-    if advice.steps is not None:
-        fields["step"] = f"{advice.steps.step.mean:.2f}x [{advice.steps.step.low:.2f}, {advice.steps.step.high:.2f}]"
-        operator = advice.steps.operator
-        fields["operator"] = f"{operator.mean:.2f}x [{operator.low:.2f}, {operator.high:.2f}]"
+        for name, speed in (("step", found.step), ("operator", found.operator)):
+            fields[name] = f"{speed.mean:.2f}x [{speed.low:.2f}, {speed.high:.2f}]"
     fields["page"] = str(out / "report.html")
     fields["recipe"] = str(out / "recipe.json")
     return fields

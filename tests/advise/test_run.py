@@ -1,0 +1,115 @@
+"""The main job on a tiny video model: every stage runs, outputs are whole, refusals say why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, run
+from glocal.advise.methods import candidates
+from glocal.advise.run import Advice
+from glocal.advise.timing import MethodTime, Times, blocks_of
+from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
+
+EFFORT = Effort(
+    "tiny", buckets=2, blocks=4, plain=2, budgets=(0.8, 0.6), pairs=2, rounds=2, steps_a_bucket=1, published=1
+)
+OPTIONS = AdviseOptions(candidates=tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))), min_tokens=64)
+OBJECTIVE = Frames(SampleSpec(steps=4), frames=4, height=32, width=32)
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoDiT:
+    torch.manual_seed(0)
+    config = VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=(("shape", ("disc", "square")),))
+    made = VideoDiT(config).eval()
+    for parameter in made.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+
+
+def times_by_pairs(q, k, v, call, methods, *, rounds):
+    """A machine on which time follows the pairs visited, whatever the real one does at this size."""
+
+    def one(name: str, visited: float, kept: float, full: float) -> MethodTime:
+        seconds = 1e-3 * (0.05 + 0.95 * visited)
+        return MethodTime(name, seconds, seconds, seconds, rounds, full, 0.0, kept, visited, "cpu")
+
+    plans = {name: method.plan(call.layout, q, k) for name, method in methods.items()}
+    timed = {n: one(n, p.visited, p.kept, blocks_of(p, q.shape[1])[0]) for n, p in plans.items()}
+    return Times(one("dense", 1.0, 1.0, 0.0), timed, None)
+
+
+@pytest.fixture(scope="module")
+def advice(model: VideoDiT) -> Iterator[Advice]:
+    wide = Target(limits={"drift": 1e6})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "time_methods", times_by_pairs)
+        yield advise(model, distinct(), objective=OBJECTIVE, target=wide, effort=EFFORT, options=OPTIONS)
+
+
+def distinct() -> Workload:
+    """Four samples whose arguments differ pairwise."""
+    made = [{"shape": shape, **({"frames": 4} if extra else {})} for shape in ("disc", "square") for extra in (0, 1)]
+    return Workload.from_calls(made, range(4))
+
+
+def test_every_stage_leaves_its_records(advice: Advice) -> None:
+    assert set(advice.stages) >= {"preflight", "time model", "probe", "step weights", "ladder"}
+    assert {r.layer for r in advice.records} == {0, 1}
+    assert advice.weights is not None and all(w > 0 for w in advice.weights.weight)
+    assert {r.kind for r in advice.ladder} >= {"allocation"}
+    assert all(r.error is not None and r.seconds for r in advice.ladder)
+
+
+def test_recipe_survives_save_load_and_another_step_count(advice: Advice, model: VideoDiT, tmp_path: Path) -> None:
+    recipe = next(r.recipe for r in advice.ladder if r.kind == "allocation")
+    recipe.save(tmp_path / "recipe.json")
+    again = Recipe.load(tmp_path / "recipe.json")
+    assert again.id == recipe.id and again.rules == recipe.rules
+    longer = Frames(SampleSpec(steps=6), frames=4, height=32, width=32)
+    sample = distinct().samples[0]
+    with attach(model, tmp_path / "recipe.json") as handle:
+        longer.run(model, sample)
+        stats = handle.method.stats  # type: ignore[attr-defined]
+    assert sum(s.sparse for s in stats.values()) > 0
+    assert all(s.calls == 6 for s in stats.values())
+
+
+def test_undo_is_bit_equal(advice: Advice, model: VideoDiT) -> None:
+    sample = distinct().samples[1]
+    before = OBJECTIVE.run(model, sample).tensor
+    with attach(model, next(r.recipe for r in advice.ladder if r.kind == "allocation")):
+        inside = OBJECTIVE.run(model, sample).tensor
+    assert not torch.equal(before, inside)
+    assert torch.equal(before, OBJECTIVE.run(model, sample).tensor)
+
+
+def test_short_sequences_are_refused(model: VideoDiT) -> None:
+    found = advise(model, distinct(), objective=OBJECTIVE, effort=EFFORT, options=replace(OPTIONS, min_tokens=1024))
+    assert found.status == "dense" and "256 tokens" in found.reason and not found.recipe.rules
+
+
+def test_an_unreachable_target_is_refused_by_amdahl(model: VideoDiT) -> None:
+    target = Target(speedup=1000.0)
+    found = advise(model, distinct(), objective=OBJECTIVE, target=target, effort=EFFORT, options=OPTIONS)
+    assert found.status == "dense" and "1000.00x" in found.reason
+
+
+def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
+    from glocal.cli._advice_page import advice_page, rows
+    from glocal.report import render_advice
+
+    page = advice_page(advice, model="tiny", workload="4", created="now", reproduce="glocal", facts={"device": "cpu"})
+    html = render_advice(page)
+    assert "://" not in html.replace("http://www.w3.org", "")
+    assert all(rung.name in html for rung in advice.ladder)
+    kinds = {row["kind"] for row in rows(advice)}
+    assert kinds >= {"probe", "time", "rung", "stage"}
+    json.dumps(rows(advice))
