@@ -152,7 +152,6 @@ def compare(spec: CompareSpec, names: Sequence[str] | None = None, progress: Pro
         bar.stage("time in rounds", None)
         flush = where.type == "cuda"
         times = compare_paired(runs, spec.rounds, where, generator, baseline=baseline, warmup=1, flush=flush)
-    bar.close()
     timed = [_timed(row, times) for row in rows.values()]
     timed.sort(key=lambda r: (r.name not in dense, r.time.median if r.time is not None else 0.0))
     return Comparison(spec, (*timed, *skipped), baseline, limit, count)

@@ -47,7 +47,11 @@ def command(
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"-o {str(out)!r} is a file; give a folder")
     names = None if patterns is None else [name.strip() for name in patterns.split(";")]
-    found = compare(spec, names, progress(quiet or json))
+    bar = progress(quiet or json)
+    try:
+        found = compare(spec, names, bar)
+    finally:
+        bar.close()
     known = facts(spec.device)
     if out is not None:
         _write(found, known, out)
