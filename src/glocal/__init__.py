@@ -12,13 +12,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from glocal import adapt, advise, canvas, kernels, measure, nn, ops, patterns, plan, routing
+    from glocal import adapt, advise, canvas, kernels, measure, nn, ops, patterns, plan, routing, systems
     from glocal.advise import Recipe, attach
     from glocal.canvas import Canvas, Layout, Part
     from glocal.ops import Attended, Score, attend, attention, explain
     from glocal.patterns import Neighborhood, Pattern, per_head
     from glocal.plan import BlockPlan
-    from glocal.systems import System, system, systems
 
 __version__ = "0.1.0"
 
@@ -32,16 +31,13 @@ _HOMES = {
     "Pattern": "patterns",
     "Recipe": "advise",
     "Score": "ops",
-    "System": "systems",
     "attach": "advise",
     "attend": "ops",
     "attention": "ops",
     "explain": "ops",
     "per_head": "patterns",
-    "system": "systems",
-    "systems": "systems",
 }
-_ROOMS = ("adapt", "advise", "canvas", "kernels", "measure", "nn", "ops", "patterns", "plan", "routing")
+_ROOMS = ("adapt", "advise", "canvas", "kernels", "measure", "nn", "ops", "patterns", "plan", "routing", "systems")
 
 __all__ = [
     "Attended",
@@ -53,7 +49,6 @@ __all__ = [
     "Pattern",
     "Recipe",
     "Score",
-    "System",
     "adapt",
     "advise",
     "attach",
@@ -69,7 +64,6 @@ __all__ = [
     "per_head",
     "plan",
     "routing",
-    "system",
     "systems",
 ]
 
