@@ -1,8 +1,8 @@
-"""FlexAttention (arXiv 2412.05496) from a block plan: our block lists as its BlockMask, our mask bits as its mask_mod.
+"""FlexAttention (arXiv 2412.05496) from a block plan: our block lists and mask bits as its BlockMask.
 
-Tokens are gathered into plan order first and rows are scattered back. On CUDA the compiled kernel runs and gives out and
-LSE. On the CPU its compiled form gives no LSE, so the eager form runs, which holds every query-key pair. The backward
-pass is the block-by-block one in plain tensor code, since autograd is off below an operator.
+Tokens are gathered into plan order first and rows are scattered back. On CUDA the compiled kernel runs and gives out
+and LSE. On the CPU its compiled form gives no LSE, so the eager form runs, which holds every query-key pair. The
+backward pass is the block-by-block one in plain tensor code, since autograd is off below an operator.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ CAPABILITY = Capability(
     needs="plan",
     devices=("cpu", "cuda"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="FlexAttention, compiled on CUDA, eager and only for small inputs on the CPU; backward block by block in torch",
+    note="FlexAttention, compiled on CUDA, eager and only for small inputs on the CPU; backward in blocks",
     head_dims=Sizes(16, 256, 16),
     value_dims=Sizes(16, 256, 16),
     block_sizes=Sizes(128, multiple=128),
@@ -70,6 +71,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         _score_mod(call, tokens),
         _block_mask(call, plan, table, tokens, q.shape[1]),
         call.scale,
+        (call.softcap is None, call.segments is None, *map(type, call.bias)),
     )
     empty = (lse == -torch.inf)[..., None]
     return _return_rows(out.masked_fill(empty, 0), lse, q_tokens, q.shape[2])
@@ -82,11 +84,15 @@ def backward(
     return _blockwise.backward(grad_out, grad_lse, q, k, v, out, lse, call, _BACKWARD)
 
 
-def _run(ordered: list[Tensor], score_mod: Mod, block_mask: Any, scale: float) -> tuple[Tensor, Tensor]:
+def _run(
+    ordered: list[Tensor], score_mod: Mod, block_mask: Any, scale: float, kinds: tuple[Any, ...]
+) -> tuple[Tensor, Tensor]:
+    """out and LSE in plan order. kinds: what the functions depend on beside shapes."""
     q, k, v = ordered
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cuda":
-        return _compiled()(q, k, v, score_mod, block_mask, scale, grouped, return_lse=True)
+        kind = (q.dtype, q.shape, k.shape, v.shape, kinds)
+        return _compiled(kind)(q, k, v, score_mod, block_mask, scale, grouped, return_lse=True)
     from torch.nn.attention.flex_attention import flex_attention_hop
 
     if grouped:
@@ -96,11 +102,15 @@ def _run(ordered: list[Tensor], score_mod: Mod, block_mask: Any, scale: float) -
     return out, lse * math.log(2)
 
 
-@lru_cache(maxsize=1)
-def _compiled() -> Callable[..., Any]:
+@lru_cache(maxsize=64)
+def _compiled(kind: tuple[Any, ...]) -> Callable[..., Any]:
+    """A compiled function of its own for every kind of call: the compiler keeps few variants of one function."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, fullgraph=True)
+    code = flex_attention.__code__.replace()
+    own = FunctionType(code, flex_attention.__globals__, "flex_attention", flex_attention.__defaults__)
+    own.__kwdefaults__ = flex_attention.__kwdefaults__
+    return torch.compile(own, fullgraph=True)
 
 
 def _by_query_head(t: Tensor, heads: int) -> Tensor:

@@ -4,6 +4,7 @@ from glocal.ops import merge
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
 from glocal.ops.epilogue import Epilogue
+from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
@@ -27,6 +28,7 @@ __all__ = [
     "SoftmaxPool",
     "attend",
     "attention",
+    "explain",
     "heads",
     "merge",
     "pool",
