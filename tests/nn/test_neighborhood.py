@@ -99,6 +99,14 @@ def test_learns_after_inference(backend: str, generator: torch.Generator) -> Non
     assert layer.rpb is not None and layer.rpb.grad is not None
 
 
+def test_macs_count_visible_pairs() -> None:
+    layer = NeighborhoodAttention2d(8, 2, 3, dilation=2, spec=PAD)
+    pairs = 42 * 9  # 4 x 7 is padded to 6 x 7
+    assert layer.macs(torch.zeros(2, 4, 7, 8)) == 2 * (42 * 3 * 64 + pairs * 2 * 8 + 28 * 64)
+    causal = NeighborhoodAttention1d(8, 2, 3, causal=True)
+    assert causal.macs(torch.zeros(1, 5, 8)) == 5 * 4 * 64 + (1 + 2 + 3 + 3 + 3) * 2 * 8
+
+
 def test_dropout_acts_in_training_alone(generator: torch.Generator) -> None:
     layer = NeighborhoodAttention1d(8, 2, 5, spec=NeighborhoodSpec(attn_drop=0.5))
     x = torch.randn(2, 9, 8, generator=generator)

@@ -7,6 +7,7 @@ are those of the published layers: `qkv.*`, `proj.*`, and `rpb` where there is a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal
 
 import torch
@@ -114,6 +115,15 @@ class _NeighborhoodAttention(nn.Module):
         for axis, length in enumerate(size):
             out = out.narrow(axis + 1, 0, length)
         return self.proj_drop(self.proj(out))
+
+    def macs(self, x: Tensor) -> int:
+        """Multiply-adds of the layer on x: [B, *map, dim]: both projections and the visible pairs."""
+        padded = self._padded(x[:1, ..., :1]).shape[1:-1]
+        pairs = 1
+        for rule, length in zip(self.pattern.axes(padded), padded, strict=True):
+            place = torch.arange(length)
+            pairs *= int(rule.sees(place[:, None], place[None], length).sum())
+        return x.shape[0] * self.dim * (3 * self.dim * prod(padded) + 2 * pairs + self.dim * prod(x.shape[1:-1]))
 
     def _padded(self, x: Tensor) -> Tensor:
         if self.spec.small_maps == "error":
