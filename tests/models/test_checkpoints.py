@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 
 from glocal.models import CheckpointError, create_model, infer_variant, load_published, read_state
 from glocal.models.checkpoints import fill
+from glocal.models.vision.dinat import BlockSpec
+from glocal.nn.blocks import resize_table
 
 SMALL = {"dim": 8, "depths": (1, 1), "heads": (1, 2), "num_classes": 3}
 
@@ -72,6 +74,16 @@ def test_says_what_does_not_fit(small: torch.nn.Module, mini: dict[str, torch.Te
     assert "norm.weight is (7,), the model has (16,)" in text
     with pytest.raises(CheckpointError, match="the file has the weights of dinat_mini or nat_mini"):
         fill(small, mini, "other.pth")
+
+
+def test_tables_of_another_window_are_resized_when_asked(small: torch.nn.Module, tmp_path: Path) -> None:
+    torch.save(small.state_dict(), tmp_path / "weights.pth")
+    wide = create_model("nat_mini", spec=BlockSpec(window=11), **SMALL)
+    with pytest.raises(CheckpointError, match=r"load_published\(\.\.\., resize=True\) interpolates them"):
+        load_published(tmp_path / "weights.pth", wide)
+    load_published(tmp_path / "weights.pth", wide, resize=True)
+    name = "levels.1.blocks.0.attn.rpb"
+    assert torch.equal(wide.state_dict()[name], resize_table(small.state_dict()[name], (21, 21)))
 
 
 def test_files_that_are_none(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import argparse
 import difflib
 from collections.abc import Mapping
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from glocal._errors import GlocalError
 from glocal.models.registry import create_model, list_models, variant
+from glocal.nn.blocks import resize_flat_table, resize_table
 
 Shapes = dict[str, tuple[int, ...]]
 _WRAPPERS = ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params", "module")
@@ -29,12 +31,13 @@ class CheckpointError(GlocalError, ValueError):
     """A file holds other weights than the model needs; the message lists which."""
 
 
-def load_published(path: str | Path, model: nn.Module | str | None = None) -> nn.Module:
+def load_published(path: str | Path, model: nn.Module | str | None = None, *, resize: bool = False) -> nn.Module:
     """Load a published checkpoint strictly and return the model, in evaluation mode.
 
     path: `.safetensors`, or a file of torch.save.
     model: the model to fill; or the name of a variant; or None, and the variant is found by the names and shapes in
         the file (its file name decides between variants of equal shapes, such as nat_tiny and dinat_tiny).
+    resize: relative position tables of another window are interpolated (bicubic, head by head) instead of refused.
 
     The classifier gets as many classes as the file has. A `features_only` model takes the trunk of a classifier, and
     keeps its own level norms if the file has none. Raises FileNotFoundError; CheckpointError in words.
@@ -47,7 +50,7 @@ def load_published(path: str | Path, model: nn.Module | str | None = None) -> nn
         found = variant(model)
         ready = getattr(found.make, "convert", dict)(state)
         model = create_model(model, num_classes=_classes(found.make, ready))
-    fill(model, state, str(path))
+    fill(model, state, str(path), resize=resize)
     return model.eval()
 
 
@@ -80,11 +83,16 @@ def unwrap(content: Any, where: str) -> dict[str, Tensor]:
     return state
 
 
-def fill(model: nn.Module, state: Mapping[str, Tensor], where: str = "state") -> None:
-    """Copy `state` into `model`, every tensor of it. Raises CheckpointError for missing, strange or misshapen ones."""
+def fill(model: nn.Module, state: Mapping[str, Tensor], where: str = "state", *, resize: bool = False) -> None:
+    """Copy `state` into `model`, every tensor of it. Raises CheckpointError for missing, strange or misshapen ones.
+
+    resize: as in `load_published`.
+    """
     state = getattr(type(model), "convert", dict)(state)
     wanted: Shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     state = {name: value for name, value in state.items() if name in wanted or not _unneeded(model, name)}
+    if resize:
+        state = {name: _resized(model, name, value, wanted.get(name)) for name, value in state.items()}
     optional = {name for name in wanted if _optional(model, name)}
     missing = sorted(set(wanted) - set(state) - optional)
     strange = sorted(set(state) - set(wanted))
@@ -148,6 +156,21 @@ def _optional(model: nn.Module, name: str) -> bool:
     return getattr(model, "features_only", False) and name.startswith(levels)
 
 
+def _layout(model: nn.Module, name: str) -> str | None:
+    """How the relative table `name` lies, None for other tensors."""
+    tables: Mapping[str, str] = getattr(model, "tables", {})
+    return next((layout for ending, layout in tables.items() if name.endswith(ending)), None)
+
+
+def _resized(model: nn.Module, name: str, value: Tensor, shape: tuple[int, ...] | None) -> Tensor:
+    layout = _layout(model, name)
+    if layout is None or shape is None or tuple(value.shape) == shape:
+        return value
+    if layout == "heads_first":
+        return resize_table(value, (shape[1], shape[2]))
+    return resize_flat_table(value, (isqrt(shape[0]) + 1) // 2)
+
+
 def _complaint(
     where: str,
     model: nn.Module,
@@ -164,6 +187,8 @@ def _complaint(
     if misshapen:
         shown = [f"{n} is {tuple(state[n].shape)}, the model has {wanted[n]}" for n in misshapen[:4]]
         lines.append(f"  {len(misshapen)} of another shape: {'; '.join(shown)}{'; ...' if len(misshapen) > 4 else ''}")
+    if any(_layout(model, name) is not None for name in misshapen):
+        lines.append("  relative tables of another window: load_published(..., resize=True) interpolates them.")
     fits = [name for name in list_models() if _fits(name, state)]
     if fits:
         lines.append(f"  the file has the weights of {' or '.join(fits)}.")

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from glocal.models import create_model
-from glocal.models.vision.dinat import NAT, BlockSpec, DiNATs, IsotropicNAT, largest_dilations
+from glocal.models.checkpoints import fill
+from glocal.models.vision.dinat import (
+    DENSE_DILATIONS,
+    NAT,
+    BlockSpec,
+    DiNATs,
+    IsotropicNAT,
+    gradual_dilations,
+    largest_dilations,
+)
 from glocal.testing import check
 from glocal.testing.backbone_tester import BackboneTester
 
@@ -79,6 +88,45 @@ def test_dilation_opens_the_whole_map() -> None:
         seen = (tokens.grad[0].abs().sum(-1) > 0).nonzero()
         reach[dilation] = tuple((seen.max(0).values - seen.min(0).values + 1).tolist())
     assert reach == {1: (13, 13), 4: (28, 28)}
+
+
+TRANSFORMERS = (
+    ("patch_embed.proj", "dinat.embeddings.patch_embeddings.projection"),
+    ("patch_embed.norm", "dinat.embeddings.norm"),
+    ("levels", "dinat.encoder.levels"),
+    ("blocks", "layers"),
+    ("norm1", "layernorm_before"),
+    ("norm2", "layernorm_after"),
+    ("attn.proj", "attention.output.dense"),
+    ("attn", "attention.self"),
+    ("mlp.fc1", "intermediate.dense"),
+    ("mlp.fc2", "output.dense"),
+    ("head", "classifier"),
+)
+
+
+def test_reads_the_layout_of_transformers() -> None:
+    model = NAT(8, spec=BlockSpec(window=3, layer_scale=0.5), num_classes=3, **TINY)
+    state, other = model.state_dict(), {}
+    for name, value in state.items():
+        renamed = "dinat.layernorm" + name[4:] if name.startswith("norm.") else name
+        for ours, theirs in TRANSFORMERS:
+            renamed = renamed.replace(ours, theirs, 1)
+        if ".qkv." in renamed:
+            for part, piece in zip(("query", "key", "value"), (value + 1).chunk(3)):
+                other[renamed.replace("qkv", part)] = piece
+        elif "gamma1" in renamed:
+            both = torch.stack((value, state[name.replace("gamma1", "gamma2")])) + 1
+            other[renamed.replace("gamma1", "layer_scale_parameters")] = both
+        elif "gamma2" not in renamed:
+            other[renamed] = value + 1
+    wanted = {name: value + 1 for name, value in state.items()}
+    fill(model, other)
+    assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+def test_gradual_dilations_take_turns() -> None:
+    assert gradual_dilations((3, 4, 6, 5), DENSE_DILATIONS["detection"])[2] == (1, 3, 1, 5, 1, 7)
 
 
 def test_largest_dilations_alternate() -> None:

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glocal.nn.blocks import to_nchw
+
+TableLayout = Literal["heads_first", "flat"]  # [heads, 2h-1, 2w-1], or Swin's [(2h-1)(2w-1), heads]
 
 
 class VisionBackbone(nn.Module, ABC):
@@ -28,6 +30,7 @@ class VisionBackbone(nn.Module, ABC):
 
     ignored: ClassVar[tuple[str, ...]] = ()  # endings of checkpoint keys that hold no weights (indices, masks)
     classifier: ClassVar[str] = "head"  # the layer whose size follows the number of classes
+    tables: ClassVar[Mapping[str, TableLayout]] = {}  # endings of relative tables, and how they lie
     undecayed: ClassVar[tuple[str, ...]] = ()  # endings of parameters that weight decay leaves alone
 
     channels: tuple[int, ...]

@@ -7,13 +7,16 @@ the isotropic forms are single-level with patches of 16.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
 from glocal.nn.blocks import (
     DropPath,
     Mlp,
@@ -94,6 +97,7 @@ class _Neighborhood(VisionBackbone):
     """What the three shapes share: levels of blocks, mean of normalised tokens, linear head."""
 
     undecayed: ClassVar[tuple[str, ...]] = ("rpb",)
+    tables: ClassVar[dict[str, TableLayout]] = {"rpb": "heads_first"}
     parts: ClassVar[str] = "levels"  # name of the list of levels in the published keys
 
     def build(
@@ -139,6 +143,11 @@ class _Neighborhood(VisionBackbone):
     def pool(self, last: Tensor) -> Tensor:
         """Mean of the normalised tokens."""
         return self.norm(last).mean((1, 2))
+
+    @classmethod
+    def convert(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The names of transformers' former Nat and Dinat classes to the authors'."""
+        return _from_transformers(state) if any(".attention.self.query." in name for name in state) else dict(state)
 
 
 class NAT(_Neighborhood):
@@ -241,6 +250,58 @@ class IsotropicNAT(_Neighborhood):
                 f"or build with spec.window for your size."
             )
         return self.maps_of(x)
+
+
+_TRANSFORMERS = (
+    (r"^(nat|dinat)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+    (r"^encoder\.", ""),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+
+
+def _from_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    named = {}
+    for name, value in state.items():
+        for pattern, replacement in _TRANSFORMERS:
+            name = re.sub(pattern, replacement, name)
+        named[name] = value
+    out = {}
+    for name, value in named.items():
+        if name.endswith(".layer_scale_parameters"):  # [2, dim]: both factors of a block
+            block = name.removesuffix("layer_scale_parameters")
+            out[f"{block}gamma1"], out[f"{block}gamma2"] = value[0], value[1]
+        elif ".attn.query." in name:
+            parts = [named[name.replace(".query.", f".{part}.")] for part in ("query", "key", "value")]
+            out[name.replace(".query.", ".qkv.")] = torch.cat(parts)
+        elif ".attn.key." not in name and ".attn.value." not in name:
+            out[name] = value
+    return out
+
+
+def gradual_dilations(depths: tuple[int, ...], odd: Dilations) -> Dilations:
+    """1 in the even blocks of a level, the entries of `odd` in turn in the odd ones: for large maps.
+
+    The authors' dense-prediction models use `odd` = DENSE_DILATIONS[task].
+    """
+    return tuple(
+        tuple(1 if j % 2 == 0 else row[j // 2 % len(row)] for j in range(n)) for n, row in zip(depths, odd, strict=True)
+    )
+
+
+DENSE_DILATIONS: dict[str, Dilations] = {
+    "detection": ((28,), (7, 14), (3, 5, 7), (3,)),
+    "segmentation": ((16,), (4, 8), (2, 3, 4), (2,)),
+}
 
 
 def largest_dilations(depths: tuple[int, ...], largest: tuple[int, ...]) -> Dilations:
