@@ -257,8 +257,8 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = []
     logits = Rows.logits
 
-    def spy(self: Rows, rows: Tensor, keys: Tensor | None = None, lift: bool = True) -> Tensor:
-        s = logits(self, rows, keys, lift)
+    def spy(self: Rows, rows: Tensor, keys: Tensor | None = None) -> Tensor:
+        s = logits(self, rows, keys)
         sizes.append(s.numel())
         return s
 

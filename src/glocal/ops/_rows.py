@@ -20,7 +20,7 @@ Relation = Pattern | Selection | BlockPlan | None
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a row of logits needs. q [B, Hq, Nq, D], k [B, Hkv, Nk, D]; use `Rows.make`."""
+    """What a row of logits needs. q [B, Hq, Nq, D], k [B, Hkv, Nk, D], float32 or float64; use `Rows.make`."""
 
     q: Tensor
     k: Tensor
@@ -63,21 +63,25 @@ class Rows:
         score = Score() if score is None else score
         scale = q.shape[-1] ** -0.5 if score.scale is None else score.scale
         bias = tuple(term.lower(layout) for term in score.bias)
-        return Rows(q, k, layout, relation, bias, scale, score.softcap, layout.segments(q.shape[0], q.device))
+        high = torch.promote_types(q.dtype, torch.float32)
+        segments = layout.segments(q.shape[0], q.device)
+        return Rows(q.to(high), k.to(high), layout, relation, bias, scale, score.softcap, segments)
 
     @property
     def heads(self) -> int:
         """Query heads."""
         return self.q.shape[1]
 
-    def logits(self, rows: Tensor, keys: Tensor | None = None, lift: bool = True) -> Tensor:
-        """Logits of queries `rows` [n] against all keys (or those of `keys`), -inf where hidden; repeats add log m.
+    @property
+    def plain(self) -> bool:
+        """Whether every query sees every key for sure, so that no row can be empty."""
+        return self.relation is None and self.segments is None and not self.bias
 
-        Float32, or float64 for float64. lift=False leaves hidden pairs as they are.
-        """
-        q, k = self._high(self.q[:, :, rows]), self._high(self.k)
-        k = k if keys is None else k[:, :, keys]
-        times = self.times(rows) if lift else None  # [b|1, h|1, n, Nk]
+    def logits(self, rows: Tensor, keys: Tensor | None = None) -> Tensor:
+        """Logits of queries `rows` [n] against all keys (or those of `keys`), -inf where hidden; repeats add log m."""
+        q = self.q[:, :, rows]
+        k = self.k if keys is None else self.k[:, :, keys]
+        times = self.times(rows)  # [b|1, h|1, n, Nk]
         if times is not None and keys is not None:
             times = times[..., keys]
         if times is not None and q.requires_grad | k.requires_grad:  # 0 * NaN of a key nobody sees must not leak
@@ -87,9 +91,11 @@ class Rows:
         s = (q.unflatten(1, (k.shape[1], groups)) @ k.transpose(-1, -2)[:, :, None]).flatten(1, 2)
         s = self.shaped(s)
         for bias in self.bias:
-            s = s + self._high(_bias_rows(bias, rows, keys))
+            s = s + _bias_rows(bias, rows, keys).to(s.dtype)
         if times is None:
             return s
+        if times.dtype == torch.bool:
+            return torch.where(times, s, -torch.inf)
         seen = times > 0
         return torch.where(seen, s + times.clamp(min=1).to(s.dtype).log(), -torch.inf)
 
@@ -99,15 +105,12 @@ class Rows:
         s = s * (scale.to(s.dtype).reshape(-1, *(1,) * (s.dim() - 2)) if isinstance(scale, Tensor) else scale)
         return s if self.softcap is None else self.softcap * torch.tanh(s / self.softcap)
 
-    def _high(self, x: Tensor) -> Tensor:
-        return x if x.dtype == torch.float64 else x.float()
-
     def _grouped(self, seen: Tensor, kv_heads: int) -> Tensor:
         """Bool [b|1, h|1, Nk] as seen by any query head of each key head."""
         return seen if seen.shape[1] in (1, kv_heads) else seen.unflatten(1, (kv_heads, -1)).any(2)
 
     def times(self, rows: Tensor) -> Tensor | None:
-        """How often each query of `rows` sees each key, int [B|1, Hq|1, n, Nk]; None if all see all once."""
+        """How often each query of `rows` sees each key, bool or int [B|1, Hq|1, n, Nk]; None if all see all once."""
         found = None
         if isinstance(self.relation, Pattern):
             found = _pattern_rows(self.relation, self.layout, rows)
@@ -118,7 +121,7 @@ class Rows:
         if self.segments is not None:
             mine, theirs = self.segments[0][:, rows], self.segments[1]
             same = (mine[:, :, None] == theirs[:, None]) & (mine >= 0)[:, :, None]  # [B, n, Nk]
-            found = same[:, None].int() if found is None else found * same[:, None]
+            found = same[:, None] if found is None else found * same[:, None]
         return found
 
 
@@ -127,7 +130,7 @@ def _pattern_rows(pattern: Pattern, layout: Layout, rows: Tensor) -> Tensor:
     k = layout.kv_coords(torch.arange(layout.nk, device=rows.device)).unsqueeze(0)
     heads = [None] if pattern.heads is None else range(pattern.heads)
     shape = (rows.numel(), layout.nk)
-    return torch.stack([pattern.allows(q, k, layout, head).expand(shape) for head in heads])[None].int()
+    return torch.stack([pattern.allows(q, k, layout, head).expand(shape) for head in heads])[None]
 
 
 def _plan_rows(plan: BlockPlan, rows: Tensor) -> Tensor:

@@ -46,11 +46,9 @@ def slot_keys(rows: Rows, pattern: Neighborhood, queries: Tensor) -> tuple[Tenso
 def slot_logits(rows: Rows, pattern: Neighborhood, queries: Tensor) -> Tensor:
     """Logits [B, H, n, slots], -inf in hidden slots."""
     keys, seen = slot_keys(rows, pattern, queries)
-    q = rows.q[:, :, queries]
-    high = torch.promote_types(q.dtype, torch.float32)
-    near = rows.k[:, :, keys].to(high)  # [B, Hkv, n, slots, D]
-    groups = q.shape[1] // near.shape[1]
-    q = q.to(high).unflatten(1, (near.shape[1], groups))  # [B, Hkv, groups, n, D]
+    near = rows.k[:, :, keys]  # [B, Hkv, n, slots, D]
+    q = rows.q[:, :, queries].unflatten(1, (near.shape[1], -1))  # [B, Hkv, groups, n, D]
+    high = near.dtype
     s = rows.shaped((near[:, :, None] @ q[..., None]).squeeze(-1).flatten(1, 2))  # [B, H, n, slots]
     for bias in rows.bias:
         if isinstance(bias, DenseBias):

@@ -1,7 +1,7 @@
 """What people read off attention maps, without the maps: reductions of P computed from (q, k) a few rows at a time.
 
 P = softmax of the logits, or exp(logits - lse) where the LSE of an attention call is given. Time is rows x keys; memory
-is `budget` entries however long the sequence. Users: maps received and rollout (DCAL, arXiv 2205.02151; SG-Former,
+is `budget` entries, however long the sequence. Users: maps received and rollout (DCAL, arXiv 2205.02151; SG-Former,
 arXiv 2308.12216), block statistics (PAROAttention, arXiv 2506.16054), sinks (arXiv 2509.22650), window logits (FNA,
 arXiv 2403.04690).
 """
@@ -53,7 +53,7 @@ class Capture:
     keys: indices [n] of a key subset; columns are these keys, in this order.
     differentiable: results carry gradients to q, k, biases and lse (chunks are recomputed in backward, so memory
         stays bounded); otherwise they are detached.
-    budget: entries of P held at once.
+    budget: entries of P held at once; None is 2 million on a CPU (its cache) and 128 million elsewhere.
     """
 
     q: Tensor
@@ -64,7 +64,7 @@ class Capture:
     lse: Tensor | None = None
     keys: Tensor | None = None
     differentiable: bool = False
-    budget: int = 1 << 24
+    budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.lse is not None and self.lse.shape != self.q.shape[:3]:
@@ -155,18 +155,20 @@ class Capture:
         keys = kv_part.to(self.q.device)
         b, h = self.q.shape[:2]
         shape = (b, h, q_part.groups + 1, kv_part.groups)  # the last row takes queries of no group
+        pads = (keys.members < 0).sum(-1)[:, :, None]  # [b|1, h|1, 1, key groups]
         zero = torch.zeros(shape, dtype=self._dtype, device=self.q.device)
         total, square, top, below = zero, zero, zero, zero
 
         def step(part: Tensor) -> tuple[Tensor, ...]:
-            p = self._probabilities(part).transpose(2, 3)  # [B, H, Nk, n]
-            groups, valid = keys.gather(p), (keys.members >= 0)[..., None]  # [B, H, groups, most, n]
-            low = ((groups < (0.0 if eps is None else eps)) & valid).sum(3)
-            return groups.sum(3), groups.square().sum(3), groups.amax(3), low.to(p.dtype)
+            groups = _columns(self._probabilities(part), keys)  # [B, H, n, groups, most], pads are 0
+            low = groups.new_zeros(groups.shape[:-1])
+            if eps is not None and eps > 0:
+                low = ((groups < eps).sum(-1) - pads).to(groups.dtype)
+            return groups.sum(-1), groups.square().sum(-1), groups.amax(-1), low
 
         width = max(1, keys.groups * keys.most)
         for part in self._chunks(torch.arange(self.q.shape[2], device=self.q.device), width):
-            found = [x.transpose(2, 3) for x in self._apply(step, part)]  # each [B, H, n, key groups]
+            found = self._apply(step, part)  # each [B, H, n, key groups]
             place = label[..., part].expand(b, h, -1)[..., None].expand(found[0].shape)
             total, square, below = (
                 t.scatter_add(2, place, x) for t, x in ((total, found[0]), (square, found[1]), (below, found[3]))
@@ -206,7 +208,8 @@ class Capture:
 
     def _chunks(self, index: Tensor, width: int | None = None) -> tuple[Tensor, ...]:
         width = self.columns if width is None else max(width, self.columns)
-        return index.split(max(1, self.budget // max(1, self.q.shape[0] * self.q.shape[1] * width)))
+        budget = (1 << 21 if self.q.device.type == "cpu" else 1 << 27) if self.budget is None else self.budget
+        return index.split(max(1, budget // max(1, self.q.shape[0] * self.q.shape[1] * width)))
 
     def _logits(self, part: Tensor) -> Tensor:
         return self._rows.logits(part, self.keys)
@@ -215,13 +218,13 @@ class Capture:
         return self._normalised(self._logits(part), part)
 
     def _normalised(self, s: Tensor, part: Tensor) -> Tensor:
-        seen = s > -torch.inf
         if self.lse is not None:
             z = self.lse[:, :, part].to(s.dtype)[..., None]
-        else:  # the gradient of a row that sees nothing is 0, not NaN
-            z = torch.where(seen.any(-1, keepdim=True), s, 0).logsumexp(-1, keepdim=True)
-        shift = torch.where(seen, s, 0) - torch.where(z > -torch.inf, z, 0)
-        return torch.where(seen, shift.exp(), 0)
+            return (s - torch.where(z > -torch.inf, z, 0)).exp()
+        if self._rows.plain:
+            return s.softmax(-1)
+        empty = s.detach().amax(-1, keepdim=True) == -torch.inf  # such a row is 0, and so is its gradient
+        return torch.where(empty, 0, torch.where(empty, 0, s).softmax(-1))
 
     def _apply(self, step: Callable[..., T], *args: Tensor) -> T:
         """Run one chunk: detached, or recomputed in backward."""
@@ -240,6 +243,21 @@ class Capture:
     def _each_row(self, step: Callable[[Tensor], Tensor]) -> Tensor:
         chunks = self._chunks(torch.arange(self.q.shape[2], device=self.q.device))
         return torch.cat([self._apply(step, part) for part in chunks], 2)
+
+
+def _columns(p: Tensor, part: Partition) -> Tensor:
+    """The columns of each group, [B, H, n, groups, most] of p [B, H, n, Nk]; pads are 0."""
+    members = part.members.long()
+    if part.shared and members.numel() == p.shape[3]:
+        plain = members.flatten()
+        if torch.equal(plain, torch.arange(plain.numel(), device=plain.device)):
+            return p.unflatten(3, members.shape[2:])
+    if part.shared:
+        found = p[..., members[0, 0].clamp(min=0)]
+    else:
+        index = members.clamp(min=0).flatten(2)[:, :, None].expand(*p.shape[:3], -1)
+        found = p.gather(3, index).unflatten(3, members.shape[2:])
+    return torch.where((members >= 0)[:, :, None], found, 0)
 
 
 def _labels(part: Partition, tokens: int) -> Tensor:
