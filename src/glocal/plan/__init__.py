@@ -2,5 +2,6 @@
 
 from glocal.plan.blockplan import BlockLists, BlockPlan
 from glocal.plan.build import PlanSpec, plan
+from glocal.plan.selection import plan_selection
 
-__all__ = ["BlockLists", "BlockPlan", "PlanSpec", "plan"]
+__all__ = ["BlockLists", "BlockPlan", "PlanSpec", "plan", "plan_selection"]
