@@ -39,11 +39,13 @@ class MaskRows:
 
     def __init__(self, masks: Tensor, kv_block: int, dtype: torch.dtype) -> None:
         self.masks, self.kv_block, self.dtype = masks, kv_block, dtype
-        small = (masks.shape[0] + 2) * masks.shape[1] * kv_block <= _TABLE
-        self.table = self._unpacked(torch.arange(masks.shape[0] + 2, device=masks.device)) if small else None
+        self.small = (masks.shape[0] + 2) * masks.shape[1] * kv_block <= _TABLE
+        self.table: Tensor | None = None  # made on first use
 
     def add(self, ids: Tensor, shared: int) -> Tensor:
         """ids: [lists * shared, m] -> [1, lists, shared * q_block, m * kv_block]."""
+        if self.small and self.table is None:
+            self.table = self._unpacked(torch.arange(self.masks.shape[0] + 2, device=ids.device))
         table = self.table
         if table is None:
             used, ids = torch.unique(ids, return_inverse=True)

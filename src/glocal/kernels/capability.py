@@ -77,8 +77,8 @@ class Capability:
     dtypes: tuple[torch.dtype, ...]
     note: str
     min_torch: tuple[int, int] = (2, 11)
-    head_dims: Sizes = Sizes(0)
-    value_dims: Sizes = Sizes(0)
+    head_dims: Sizes = Sizes(1)
+    value_dims: Sizes = Sizes(1)
     equal_dims: bool = False
     group_ratios: Sizes = Sizes(1)
     block_sizes: Sizes = Sizes(1)
@@ -133,7 +133,7 @@ def refusals(
         ("gradients", r.grad, c.backward),
         ("a pattern", r.sparse, c.sparse),
         ("dense attention", not r.sparse, c.dense),
-        ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk, r.head_dim, r.value_dim), c.empty),
+        ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk), c.empty),
     ):
         if wanted and not can:
             out.append(f"{name} (not supported)")

@@ -114,7 +114,7 @@ def _in_pieces(q: Tensor, k: Tensor, call: Call) -> Call:
         part_count=torch.zeros(1, rows, **where),
         part_index=none,
         part_mask=none,
-        masks=torch.zeros(0, piece, -(-nk // 32), **where),
+        masks=torch.zeros(0, piece, -(-max(1, nk) // 32), **where),
         owner=torch.zeros(1, 1, **where),
     )
     return Call(

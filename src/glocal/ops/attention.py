@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 from operator import index
 from typing import Any
 
@@ -25,7 +26,8 @@ from glocal.routing.selection import Selection
 @dataclass(frozen=True, eq=False)
 class Attended:
     """out: [..., Hq, Nq, Dv]. lse: natural-log normaliser [..., Hq, Nq], float32 (float64 for float64), differentiable.
-    picked: which backend ran and why. plan: the plan it ran on, None for a dense or reference call."""
+    picked: which backend ran and why. plan: the plan it ran on, None for a dense or reference call.
+    """
 
     out: Tensor
     lse: Tensor
@@ -100,7 +102,7 @@ def _run(
     _check(q, k, v)
     score = Score() if score is None else score
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
+    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
     segments, bias = None, ()
     if pattern is not None or canvas is not None or score.bias:  # plain dense attention needs no layout
         layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)

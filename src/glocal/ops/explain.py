@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ def explain(
     _check(q, k, v)
     score = Score() if score is None else score
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(-1, *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
+    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
     layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
     layout_size_check(layout, q4.shape[2], k4.shape[2])
     bias = _lower(score, layout, q4.shape[1])

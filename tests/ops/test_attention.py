@@ -1,0 +1,154 @@
+"""The operator boundary: gradcheck, opcheck, compile, fake tensors, FLOPs, broadcasting, errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from glocal.canvas import Canvas
+from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
+from glocal.ops import Dense, PerKey, Relative, Score, attend, attention
+from glocal.patterns import Neighborhood
+from glocal.plan.build import PlanSpec, plan
+
+CANVAS, PATTERN = Canvas((3, 5)), Neighborhood((3, 3))
+KINDS: dict[str, dict[str, Any]] = {
+    "cpu": {"pattern": PATTERN, "canvas": CANVAS, "backend": "cpu"},
+    "dense": {"backend": "dense"},
+    "reference": {"pattern": PATTERN, "canvas": CANVAS, "backend": "reference"},
+}
+
+
+def qkv(g: torch.Generator, heads: tuple[int, int] = (2, 1), n: int = 15, d: int = 3) -> list[Tensor]:
+    shapes = ((1, heads[0], n, d), (1, heads[1], n, d), (1, heads[1], n, d + 1))
+    return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_gradcheck_through_out_lse_and_biases(kind: str, generator: torch.Generator) -> None:
+    sizes = ((2, 15, 15), (1, 1, 15), (2, 3, 3))
+    bias = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in sizes]
+
+    def run(q: Tensor, k: Tensor, v: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+        score = Score(bias=tuple(made(t) for made, t in zip((Dense, PerKey, Relative), terms, strict=False)))
+        done = attend(q, k, v, score=score, **{"canvas": CANVAS, **KINDS[kind]})
+        return done.out, done.lse
+
+    assert torch.autograd.gradcheck(run, (*qkv(generator), *bias), fast_mode=True)
+    assert torch.autograd.gradcheck(run, tuple(qkv(generator)), fast_mode=True)
+
+
+def encoded(kind: str, g: torch.Generator) -> tuple[list[Tensor], str]:
+    bias = (
+        DenseBias(torch.randn(1, 2, 15, 15, generator=g, dtype=torch.float64).requires_grad_()),
+        TableBias(
+            torch.randn(2, 40, generator=g, dtype=torch.float64).requires_grad_(),
+            torch.arange(15),
+            torch.arange(15) + 15,
+        ),
+    )
+    made = plan(PATTERN, CANVAS, PlanSpec(4, 4))
+    call = {
+        "cpu": Call("cpu", 0.3, 2.0, 4, 4, plan=PlanTensors(*made.tensors().values()), bias=bias),
+        "dense": Call("dense", 0.3, bias=bias),
+        "reference": Call("reference", 0.3, counts=made.dense_counts(), bias=bias),
+    }[kind]
+    return call.encode()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_opcheck(kind: str, generator: torch.Generator) -> None:
+    data, spec = encoded(kind, generator)
+    q, k, v = qkv(generator)
+    torch.library.opcheck(torch.ops.glocal.attend, (q, k, v, data, spec))
+    with torch.no_grad():
+        out, lse = torch.ops.glocal.attend(q, k, v, data, spec)
+        grads = [torch.ones_like(out), torch.ones_like(lse)]
+        q, k, v = (t.detach() for t in (q, k, v))
+        still = [t.detach() for t in data]
+        torch.library.opcheck(torch.ops.glocal.attend_backward, (grads, q, k, v, out, lse, still, spec))
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_compiled_fullgraph_is_equal(kind: str, generator: torch.Generator) -> None:
+    inputs = qkv(generator)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q * 1.5, k, v, **KINDS[kind]).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), run(*inputs))
+    for a, b in zip(*(torch.autograd.grad(f(*inputs).sum(), inputs) for f in (compiled, run)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["dense"])
+def test_fake_tensors_have_the_shapes(kind: str) -> None:
+    with FakeTensorMode():
+        q, k, v = torch.empty(2, 4, 9, 8), torch.empty(2, 2, 9, 8), torch.empty(2, 2, 9, 5)
+        out, lse = torch.ops.glocal.attend(q, k, v, *Call(kind, 0.3).encode())
+    assert out.shape == (2, 4, 9, 5) and lse.shape == (2, 4, 9) and lse.dtype == torch.float32
+
+
+def test_flops_are_those_of_visited_blocks(generator: torch.Generator) -> None:
+    q, k, v = qkv(generator, (2, 2))
+    made = plan(PATTERN, CANVAS, PlanSpec(4, 4))
+    with FlopCounterMode(display=False) as counter:
+        attention(q, k, v, made, backend="cpu").sum().backward()
+    pairs = int(made.visited_pairs) * 2
+    forward, backward = pairs * 2 * (3 + 4), pairs * (6 * 3 + 4 * 4)
+    assert counter.get_total_flops() == forward + backward
+
+
+def test_leading_dimensions_broadcast(generator: torch.Generator) -> None:
+    q = torch.randn(3, 1, 2, 15, 4, generator=generator)
+    k, v = (torch.randn(4, 2, 15, 4, generator=generator) for _ in range(2))
+    for options in KINDS.values():
+        out = attention(q, k, v, **options)
+        assert out.shape == (3, 4, 2, 15, 4)
+        torch.testing.assert_close(out[1, 2], attention(q[1, 0], k[2], v[2], **options))
+
+
+def test_without_a_batch_axis(generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(2, 15, 4, generator=generator) for _ in range(3))
+    torch.testing.assert_close(
+        attention(q, k, v, PATTERN, canvas=CANVAS), attention(q[None], k[None], v[None], PATTERN, canvas=CANVAS)[0]
+    )
+
+
+def test_explain_says_what_attend_does(generator: torch.Generator) -> None:
+    from glocal.ops import explain
+
+    q, k, v = qkv(generator)
+    text = explain(q, k, v, PATTERN, canvas=CANVAS)
+    assert "15 queries x 15 keys, 2 heads on 1, head size 3, float64 on cpu" in text
+    assert f"runs: {attend(q, k, v, PATTERN, canvas=CANVAS).picked.name} " in text
+    assert "flex: refuses dtype float64" in text and "plan: Neighborhood" in text
+    assert "runs: dense" in explain(q, k, v)
+    assert "does not run: backend='dense'" in explain(q, k, v, PATTERN, canvas=CANVAS, backend="dense")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda q, k, v: (q[0, 0], k, v), r"q of shape \(15, 3\) needs at least"),
+        (lambda q, k, v: (q, k.float(), v), "k is torch.float32 on cpu, but q is torch.float64"),
+        (lambda q, k, v: (q.int(), k.int(), v.int()), "q is torch.int32; legal: float32"),
+        (lambda q, k, v: (q[..., :2], k, v), "head size of q is 2, of k 3"),
+        (lambda q, k, v: (q, k, v[:, :, :9]), r"k has \(heads, tokens\) \(1, 15\), v has \(1, 9\)"),
+        (
+            lambda q, k, v: (torch.cat([q, q[:, :1]], 1), k.expand(1, 2, 15, 3), v.expand(1, 2, 15, 4)),
+            "3 query heads do not",
+        ),
+        (lambda q, k, v: (q[:, :, :9], k, v), "q has 9 tokens, but"),
+    ],
+)
+def test_bad_input_is_named(change: Any, message: str, generator: torch.Generator) -> None:
+    with pytest.raises(ValueError, match=message):
+        attention(*change(*qkv(generator)), PATTERN, canvas=CANVAS)
