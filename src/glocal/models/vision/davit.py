@@ -152,6 +152,8 @@ _TIMM = (
     (r"^stages\.(\d+)\.downsample\.conv\.", r"patch_embeds.\1.proj."),
     (r"^stages\.(\d+)\.downsample\.norm\.", r"patch_embeds.\1.norm."),
     (r"^stages\.(\d+)\.blocks\.", r"main_blocks.\1."),
+    (r"\.spatial_block\.", ".0."),
+    (r"\.channel_block\.", ".1."),
     (r"\.cpe1\.", ".cpe.0."),
     (r"\.cpe2\.", ".cpe.1."),
     (r"^head\.norm\.", "norms."),
