@@ -76,6 +76,17 @@ def test_a_case_that_cannot_run_fails_in_words() -> None:
     assert not done.passed and done.verdict == "FAILED: RuntimeError: no memory"
 
 
+def test_a_backend_that_cannot_run_a_case_is_a_skip_with_its_reason() -> None:
+    def refuses(case: Case, where: Run) -> dict[str, torch.Tensor]:
+        raise ValueError(
+            f"backend={where.backend!r} cannot run this call: head size 6. For it, backends that can: cpu."
+        )
+
+    done = check_case(CASE, Adapter("gna", refuses), Run(backend="flex"))
+    assert done.skipped == "backend='flex' cannot run this call: head size 6"
+    assert not check_case(CASE, Adapter("gna", refuses), Run()).skipped  # "auto" must find one that can
+
+
 def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no attention backend is called 'referense'; closest: reference; legal: auto"

@@ -91,6 +91,7 @@ def check_all(
 
     A case that runs no attention, or has no adapter, runs once.
     """
+    _usable(device, "auto")
     paths, names = list(paths), [n for b in backends for n in (backends_of(device) if b == "all" else (b,))]
     results: list[CaseResult] = []
     progress.stage("parity", len(paths))
@@ -106,8 +107,8 @@ def check_all(
 def backends_of(device: str) -> tuple[str, ...]:
     """The backends of a device that run patterns and lack nothing on this machine."""
     kind = torch.device(device).type
-    here = (b for b in registry.backends() if b.missing is None)
-    return tuple(b.name for b in here if kind in b.capability.devices and b.capability.needs != "nothing")
+    able = (b for b in registry.backends() if b.capability.sparse and kind in b.capability.devices)
+    return tuple(b.name for b in able if b.missing(kind) is None)
 
 
 def _usable(device: str, backend: str) -> None:
@@ -134,8 +135,9 @@ def check_case(case: Case, found: Adapter, run: Run) -> CaseResult:
         left_out = {name: why for name, why in found.left_out(case).items() if name in expected}
         ours = found.run(case.to(run.device), run)
     except Exception as error:  # a case that cannot run is a failed case, and the others still run
+        refusal = str(error).split(". For it,")[0]
         if run.backend != "auto" and str(error).startswith(f"backend={run.backend!r} cannot run this call"):
-            return CaseResult(case.system, case.name, backend, run.device, passed=False, skipped=str(error))
+            return CaseResult(case.system, case.name, backend, run.device, passed=False, skipped=refusal)
         why = f"{type(error).__name__}: {error}"
         return CaseResult(case.system, case.name, backend, run.device, passed=False, why=why)
     unknown = sorted(set(ours) - set(expected))
