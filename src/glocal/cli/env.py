@@ -155,7 +155,8 @@ def _measure(device: str, out: Path | None, quiet: bool, json: bool) -> None:
 
 
 def _print_measured(table: DeviceTable) -> None:
-    print_fields({"device": table.title, "source": table.source, "launch": f"{1e6 * table.launch_seconds:.4g} us"})
+    launch = "not measured" if table.launch_seconds is None else f"{1e6 * table.launch_seconds:.4g} us"
+    print_fields({"device": table.title, "source": table.source, "launch": launch})
     print_fields({"copies": f"{table.copy_bytes_per_second / 1e9:.4g} GB/s ({table.copy_note})"})
     print()
     print_table(

@@ -1,0 +1,267 @@
+"""glocal run: generate with a recipe, say what ran at every site, and show it beside dense attention if asked."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from glocal.cli._common import Json, Quiet, print_fields, print_json, print_table, progress
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from glocal.advise.apply import SiteStats
+    from glocal.advise.recipe import Recipe
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="demo, or package.module:factory")],
+    recipe: Annotated[Path, typer.Option(help="recipe.json of `glocal advise`")],
+    seed: Annotated[int, typer.Option(help="of the first noise", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="steps of the run", min=1)] = 8,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale: two calls a step")] = None,
+    condition: Annotated[
+        list[str] | None, typer.Option("--condition", "-c", metavar="K=V", help="what to ask for, several times")
+    ] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="run dense too, from the same noise")] = False,
+    device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for clip, contact sheet and record")] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Generate with a recipe; counts what ran at every site."""
+    from glocal.advise.recipe import Recipe
+    from glocal.cli._machine import torch_device
+
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
+    wanted = _conditions([] if condition is None else condition)
+    loaded = Recipe.load(recipe)
+    generator = _generator(model, torch_device(device), _Settings(seed, steps, guidance, wanted))
+    bar = progress(quiet or json)
+    try:
+        found = _run(generator, loaded, compare, bar)
+    finally:
+        bar.close()
+    record = _record(found, model, loaded, generator.settings)
+    if out is not None:
+        _write(found, record, out)
+    if json:
+        print_json(record)
+        return
+    _print(record)
+    if out is not None:
+        print(f"\nwritten: {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+@dataclass(frozen=True)
+class _Settings:
+    seed: int
+    steps: int
+    guidance: float | None
+    condition: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """One clip of each kind (dense None unless asked for), its seconds, and what the recipe did."""
+
+    sparse: Tensor
+    seconds: float
+    stats: Mapping[str, SiteStats]
+    dense: Tensor | None = None
+    dense_seconds: float | None = None
+
+
+class _Demo:
+    """The built-in model and models of its class: rectified flow from a seeded noise."""
+
+    def __init__(self, model: Any, settings: _Settings) -> None:
+        self.model, self.settings = model, settings
+        fields = dict(model.config.fields)
+        for name, value in settings.condition.items():
+            for word, given, legal in (("field", name, list(fields)), ("value", value, list(fields.get(name, ())))):
+                if given not in legal:
+                    near = get_close_matches(given, legal, n=1, cutoff=0.0)
+                    hint = f"; nearest: {near[0]}" if near else ""
+                    raise ValueError(
+                        f"--condition {name}={value}: unknown {word} {given!r}; legal: {', '.join(legal)}{hint}"
+                    )
+
+    def generate(self) -> Tensor:
+        """The clip [T, C, H, W] in [0, 1]."""
+        from glocal.models.generation import SampleSpec, draw_noise, sample, to_pixels
+
+        s = self.settings
+        asked = self.model.condition(**s.condition) if s.condition else None
+        noise = draw_noise(s.seed, channels=self.model.config.channels)
+        return to_pixels(sample(self.model, noise, asked, SampleSpec(steps=s.steps, guidance=s.guidance)))[0]
+
+
+class _Foreign:
+    """What a factory returned: it has `generate(seed=, steps=, **condition)` and, where the recipe goes into something
+    else than itself, `model`.
+    """
+
+    def __init__(self, made: Any, settings: _Settings) -> None:
+        self.made, self.settings = made, settings
+        self.model = getattr(made, "model", made)
+
+    def generate(self) -> Tensor:
+        """What its own `generate` returns."""
+        import torch
+
+        extra = {} if self.settings.guidance is None else {"guidance": self.settings.guidance}
+        with torch.no_grad():
+            out = self.made.generate(
+                seed=self.settings.seed, steps=self.settings.steps, **extra, **self.settings.condition
+            )
+        if not isinstance(out, torch.Tensor):
+            raise ValueError(f"generate() returned a {type(out).__name__}; legal: a tensor, such as [T, C, H, W]")
+        return out
+
+
+def _generator(name: str, device: str, settings: _Settings) -> _Demo | _Foreign:
+    from glocal.cli._models import load_model
+    from glocal.models.generation import VideoDiT
+
+    made = load_model(name, device)
+    if isinstance(made, VideoDiT):
+        return _Demo(made, settings)
+    if not callable(getattr(made, "generate", None)):
+        raise ValueError(
+            f"MODEL {name!r} is a {type(made).__name__} without generate(); legal: an object with "
+            "generate(seed=..., steps=..., **condition) -> Tensor, and `model` if the recipe goes into a part of it"
+        )
+    return _Foreign(made, settings)
+
+
+def _run(generator: _Demo | _Foreign, recipe: Recipe, compare: bool, bar: Any) -> _Run:
+    from glocal.adapt import attach
+    from glocal.advise.apply import RecipeMethod
+
+    method = RecipeMethod(recipe)
+    with attach(generator.model, method) as handle:
+        handle.state.total = generator.settings.steps
+        bar.stage("generate with the recipe")
+        begin = time.perf_counter()
+        sparse = generator.generate()
+        seconds = time.perf_counter() - begin
+    if not compare:
+        return _Run(sparse, seconds, method.stats)
+    bar.stage("generate dense")
+    begin = time.perf_counter()
+    dense = generator.generate()
+    return _Run(sparse, seconds, method.stats, dense, time.perf_counter() - begin)
+
+
+def _conditions(words: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not name or not equals or not value:
+            raise ValueError(f"--condition {word!r}: expected K=V, such as shape=disc")
+        found[name] = value
+    return found
+
+
+def _record(found: _Run, name: str, recipe: Recipe, settings: _Settings) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "model": name,
+        "recipe": {"id": recipe.id, "status": recipe.status},
+        "settings": settings,
+        "shape": list(found.sparse.shape),
+        "seconds": found.seconds,
+        "sites": [
+            {
+                "site": site,
+                "calls": s.calls,
+                "sparse": s.sparse,
+                "kept": s.kept,
+                "visited": s.visited_sum / s.sparse if s.sparse else 1.0,
+                "methods": dict(s.methods),
+                "kernels": dict(s.kernels),
+                "dense": dict(s.dense),
+            }
+            for site, s in found.stats.items()
+        ],
+    }
+    if found.dense is not None:
+        from glocal.measure import max_error, relative_l2
+
+        record["dense"] = {
+            "seconds": found.dense_seconds,
+            "relative_l2": float(relative_l2(found.dense, found.sparse)),
+            "max_error": float(max_error(found.dense, found.sparse)),
+        }
+    return record
+
+
+def _print(record: dict[str, Any]) -> None:
+    print_fields(
+        {
+            "recipe": f"{record['recipe']['id'][:12]} ({record['recipe']['status']})",
+            "output": "x".join(map(str, record["shape"])),
+            "seconds": f"{record['seconds']:.3g}, planning included",
+        }
+    )
+    if "dense" in record:
+        dense = record["dense"]
+        print_fields(
+            {
+                "dense": f"{dense['seconds']:.3g} s; one run each is no measurement, `glocal advise` makes one",
+                "difference": f"{dense['relative_l2']:.3g} relative, at most {dense['max_error']:.3g}",
+            }
+        )
+    print()
+    rows = []
+    for s in record["sites"]:
+        heads = s["sparse"] + sum(s["dense"].values())
+        why = [f"{count} {reason}" for reason, count in s["dense"].items()]
+        kept = round(100 * s["kept"], 1) if s["sparse"] else None
+        visited = round(100 * s["visited"], 1) if s["sparse"] else None
+        rows.append((s["site"], s["calls"], f"{s['sparse']} of {heads}", kept, visited, list(s["kernels"]), why))
+    print_table(("site", "calls", "sparse head-calls", "kept %", "visited %", "kernels", "dense head-calls, why"), rows)
+
+
+def _write(found: _Run, record: dict[str, Any], out: Path) -> None:
+    import json
+
+    from safetensors.torch import save
+
+    from glocal._files import atomic_dir
+    from glocal.cli._common import plain
+
+    tensors = {"sparse": found.sparse.detach().cpu().contiguous()}
+    if found.dense is not None:
+        tensors["dense"] = found.dense.detach().cpu().contiguous()
+    sheet = _sheet(tensors)
+    text = json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
+    with atomic_dir(out) as folder:
+        (folder / "clip.safetensors").write_bytes(save(tensors, metadata={"recipe": record["recipe"]["id"]}))
+        (folder / "run.json").write_text(text, encoding="utf-8")
+        if sheet is not None:
+            (folder / "frames.png").write_bytes(sheet)
+
+
+def _sheet(clips: Mapping[str, Tensor]) -> bytes | None:
+    """Frames in order of time: sparse, then dense and five times their difference below it; None for no pictures."""
+    import torch
+
+    from glocal.report import sprite_sheet
+
+    sparse = clips["sparse"].float()
+    if sparse.dim() != 4 or sparse.shape[1] != 3:  # [T, 3, H, W]
+        return None
+    rows = [sparse]
+    if "dense" in clips:
+        dense = clips["dense"].float()
+        rows += [dense, (0.5 + 5 * (sparse - dense)).clamp(0, 1)]
+    whole = torch.cat(rows, 2).clamp(0, 1).mul(255).round().to(torch.uint8)  # [T, 3, rows * H, W]
+    return sprite_sheet([frame.permute(1, 2, 0).numpy() for frame in whole])

@@ -1,0 +1,183 @@
+"""glocal run: a recipe in a model, with counts by site, files whole or not at all, and words for bad input."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+from glocal import adapt, cli
+from glocal.advise.methods import MethodSpec
+from glocal.advise.recipe import Fallback, Recipe, Rule
+from glocal.canvas import Canvas
+from glocal.models.generation.video_dit import VideoDiT, VideoDiTConfig
+
+runner = CliRunner()
+LOCAL = MethodSpec("windows", {"size": [{"fraction": 0.5}] * 3}, block=(16, 16))
+
+
+def run(*words: str) -> tuple[int, str, str]:
+    done = runner.invoke(cli.app, ["run", *words])
+    return done.exit_code, done.stdout, done.stderr
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """Layer 0: head 0 in windows; the other layers stay dense."""
+    rules = (Rule("local", ((0, 0),), heads=(0,)),)
+    path = tmp_path / "recipe.json"
+    Recipe("candidate", {"local": LOCAL}, rules, fallback=Fallback(min_tokens=0)).save(path)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of the shipped weights: 2 layers, 2 heads, clips of 2 frames of 8 x 8 px."""
+    import glocal.models.generation as generation
+
+    def load(device: str = "cpu") -> VideoDiT:
+        torch.manual_seed(0)
+        fields = (("shape", ("disc", "square")),)
+        model = VideoDiT(VideoDiTConfig(dim=24, layers=2, heads=2, hidden=16, patch=2, fields=fields)).eval()
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        return model
+
+    real = generation.draw_noise
+    monkeypatch.setattr(generation, "load_demo", load)
+    monkeypatch.setattr(generation, "draw_noise", lambda seed, channels: real(seed, 1, 2, 8, 8, channels))
+
+
+def test_demo_with_stats_and_files(recipe: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("demo", "--recipe", str(recipe), "--steps", "3", "-c", "shape=disc", "--compare", "-o", str(out))
+    code, text, err = run(*words, "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(text)
+    first, second = record["sites"]
+    assert (first["site"], first["calls"], first["sparse"]) == ("blocks.0.attn", 3, 3)
+    assert first["dense"] == {"by the recipe": 3}
+    assert first["kept"] == pytest.approx(1 / 8)
+    assert sum(first["kernels"].values()) == 3
+    assert (second["sparse"], second["dense"]) == (0, {"by the recipe": 6})
+    assert record["dense"]["relative_l2"] > 0
+    assert {p.name for p in out.iterdir()} == {"clip.safetensors", "frames.png", "run.json"}
+    clips = load_file(out / "clip.safetensors")
+    assert clips["sparse"].shape == clips["dense"].shape == (2, 3, 8, 8)
+    assert (out / "frames.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "run.json").read_text()) == record
+
+
+def test_the_terminal_names_sites_and_reasons(recipe: Path) -> None:
+    code, out, err = run("demo", "--recipe", str(recipe), "--steps", "2", "--guidance", "2", "--quiet")
+    assert (code, err) == (0, "")
+    assert "blocks.0.attn      2  2 of 4" in out  # nothing asked for: one call a step, whatever the guidance
+    assert "2 by the recipe" in out
+    assert "dense " not in out.split("site")[0]
+
+
+def test_same_seed_same_clip_and_the_model_is_left_as_it_was(recipe: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        out = str(tmp_path / name)
+        assert run("demo", "--recipe", str(recipe), "--seed", "5", "--compare", "-o", out, "--quiet")[0] == 0
+    a, b = (load_file(tmp_path / name / "clip.safetensors") for name in ("a", "b"))
+    assert torch.equal(a["sparse"], b["sparse"])
+    assert torch.equal(a["dense"], b["dense"])
+    assert not torch.equal(a["dense"], a["sparse"])
+
+
+def test_an_unproven_canvas_runs_dense_and_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    workload = {"canvases": [{"shape": [16, 16, 16]}]}
+    rules = (Rule("local", ((0, 9),)),)
+    Recipe("candidate", {"local": LOCAL}, rules, workload=workload, fallback=Fallback(min_tokens=0)).save(path)
+    record = json.loads(run("demo", "--recipe", str(path), "--steps", "1", "--compare", "--json")[1])
+    assert record["sites"][0]["dense"] == {"canvas not proven": 2}
+    assert record["dense"]["relative_l2"] == 0.0
+
+
+class Toy(nn.Module):
+    """A private model with one attention on a canvas of 4 x 4 tokens."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return adapt.site("only", x, x, x, canvas=Canvas((4, 4)))
+
+
+class Pipe:
+    """What a factory may return."""
+
+    def __init__(self) -> None:
+        self.model = Toy()
+        adapt.discover(self.model, torch.zeros(1, 2, 16, 8))
+
+    def generate(self, seed: int, steps: int, **condition: str) -> Tensor:
+        assert condition == {"mood": "calm"}
+        x = torch.randn(1, 2, 16, 8, generator=torch.Generator().manual_seed(seed))
+        for _ in range(steps):
+            x = self.model(x)
+        return x
+
+
+@pytest.fixture
+def toys(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    import sys
+
+    module = SimpleNamespace(pipe=Pipe, plain=lambda: nn.Identity(), number=3)
+    monkeypatch.setitem(sys.modules, "toys", module)
+    yield
+
+
+def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    half = MethodSpec("windows", {"size": [{"fraction": 0.5}] * 2}, block=(4, 4))
+    Recipe("candidate", {"w": half}, (Rule("w", ((0, 0),)),), fallback=Fallback(min_tokens=0)).save(path)
+    words = ("toys:pipe", "--recipe", str(path), "--steps", "2", "-c", "mood=calm", "--compare")
+    out = tmp_path / "out"
+    code, text, _ = run(*words, "-o", str(out), "--json")
+    assert code == 0
+    record = json.loads(text)
+    assert record["sites"][0]["methods"] == {"w": 4}
+    assert record["sites"][0]["kept"] == pytest.approx(0.25)
+    assert record["dense"]["relative_l2"] > 0
+    assert {p.name for p in out.iterdir()} == {"clip.safetensors", "run.json"}  # no pictures: no contact sheet
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("demo", "--recipe", "none.json"), "recipe 'none.json' does not exist"),
+        (("demos",), "MODEL 'demos'; legal: demo, or package.module:factory"),
+        (("nowhere:make",), "MODEL 'nowhere:make': No module named 'nowhere'"),
+        (("toys:nothing",), "MODEL 'toys:nothing': "),
+        (("toys:number",), "MODEL 'toys:number' is a int; legal: a function"),
+        (("toys:plain",), "MODEL 'toys:plain' is a Identity without generate()"),
+        (("demo", "-c", "shape"), "--condition 'shape': expected K=V"),
+        (
+            ("demo", "-c", "shape=disk"),
+            "--condition shape=disk: unknown value 'disk'; legal: disc, square; nearest: disc",
+        ),
+        (("demo", "-c", "shap=disc"), "--condition shap=disc: unknown field 'shap'; legal: shape; nearest: shape"),
+        (("demo", "--device", "tpu"), "--device 'tpu' is not here"),
+    ],
+)
+def test_bad_input(words: tuple[str, ...], message: str, recipe: Path, toys: None) -> None:
+    given = () if "--recipe" in words else ("--recipe", str(recipe))
+    code, out, err = run(*words, *given, "--quiet")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {message}")
+
+
+def test_a_broken_recipe_names_its_field(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    path.write_text('{"schema": "other/2"}')
+    code, out, err = run("demo", "--recipe", str(path), "-o", str(tmp_path / "out"))
+    assert (code, out) == (2, "")
+    assert "schema='other/2'; this version reads 'glocal.recipe/1'" in err
+    assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
