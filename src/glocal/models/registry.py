@@ -26,9 +26,10 @@ _FAMILIES = ("vision",)
 class Variant:
     """One published configuration.
 
-    name: what `create_model` calls it. build: the constructor's keywords. params: exact, with `classes` classes.
-    gflops: multiply-adds in 1e9 at `size` px a side, as published (None where nothing is). top1: ImageNet-1K accuracy
-    in percent as published (None: none). pretrained_on: data before ImageNet-1K. note: what else is worth knowing.
+    name: what `create_model` calls it. system: its row in `glocal.systems`, "" for a frame of our own. build: the
+    constructor's keywords. params: exact, with `classes` classes. gflops: multiply-adds in 1e9 at `size` px a side, as
+    published (None where nothing is). top1: ImageNet-1K accuracy in percent as published (None: none). pretrained_on:
+    data before ImageNet-1K. note: what else is worth knowing.
     """
 
     name: str

@@ -20,7 +20,7 @@ BACKBONES = ("biformer", "davit", "dinat", "duoformer", "gc_vit", "hilo", "inlin
 @pytest.mark.parametrize("name", list_models())
 def test_parameters_and_multiply_adds(name: str) -> None:
     found = variant(name)
-    assert systems.system(found.system).slug == found.system
+    assert found.system in ("", *(row.slug for row in systems.systems()))
     with torch.device("meta"):
         model = create_model(name)
     if found.params is not None:
