@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Any build of torch >= 2.11 will do, e.g. TORCH='torch --index-url https://download.pytorch.org/whl/cpu'.
+# Any build of torch >= 2.11 will do, for instance TORCH=torch==2.12.0; a CPU build is enough.
 TORCH  ?= torch==2.13.0
 # Used only where the torch build brings no Triton of its own (CPU builds).
 TRITON ?= triton==3.6.0

@@ -13,6 +13,7 @@ from typing import Any
 
 from glocal._files import atomic_dir
 from glocal.cli._common import plain, print_fields, print_json, progress
+from glocal.cli._machine import facts
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         options=AdviseOptions(methods=job.methods, keep_dense=job.keep_dense),
         progress=progress(quiet or as_json),
     )
-    facts = machine_facts()
-    write(job, advice, facts, f"{len(workload)} samples, {job.steps} steps, objective {objective.name}")
+    known = facts("cpu")
+    write(job, advice, known, f"{len(workload)} samples, {job.steps} steps, objective {objective.name}")
     summary = _summary(advice, job.out)
     if as_json:
         print_json(summary)
@@ -87,19 +88,7 @@ def _model(name: str) -> Any:
     return factory()
 
 
-def machine_facts() -> dict[str, str]:
-    """Device, threads and versions, as the page and the recipe carry them."""
-    import torch
-
-    from glocal.cli.env import environment
-
-    found = environment()
-    device = found.gpus[0].name if found.gpus else f"{found.cpu}, {torch.get_num_threads()} threads"
-    facts = {"device": device, "python": found.python, "system": found.system}
-    return {**facts, **{name: v for name, v in found.packages.items() if v is not None}}
-
-
-def write(job: Job, advice: Any, facts: Mapping[str, str], workload: str) -> None:
+def write(job: Job, advice: Any, known: Mapping[str, str], workload: str) -> None:
     """recipe.json, report.html and evidence.jsonl, in a folder that appears at once."""
     from dataclasses import replace
 
@@ -107,10 +96,10 @@ def write(job: Job, advice: Any, facts: Mapping[str, str], workload: str) -> Non
     from glocal.report import render_advice
 
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
-    recipe = replace(advice.recipe, device=dict(facts)).with_evidence(created=created, **evidence(advice))
+    recipe = replace(advice.recipe, device=dict(known)).with_evidence(created=created, **evidence(advice))
     advice = replace(advice, recipe=recipe)
     page = advice_page(
-        advice, model=job.model, workload=workload, created=created, reproduce=command_line(job), facts=facts
+        advice, model=job.model, workload=workload, created=created, reproduce=command_line(job), facts=known
     )
     with atomic_dir(job.out) as folder:
         recipe.save(folder / "recipe.json")
