@@ -80,7 +80,8 @@ def _boxes(index: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor] | Non
         boxes += mine
         rows += [row] * len(mine)
     device = index.device
-    return torch.tensor(boxes, device=device).reshape(-1, len(shape), 2), torch.tensor(rows, device=device).long()
+    whole = torch.tensor(boxes, dtype=torch.long, device=device).reshape(-1, len(shape), 2)  # long even if empty
+    return whole, torch.tensor(rows, dtype=torch.long, device=device)
 
 
 def _sum_boxes(values: Tensor, q_row: Tensor, k_row: Tensor, shape: tuple[int, int]) -> Tensor:
