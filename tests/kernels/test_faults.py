@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -19,14 +20,21 @@ from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
 from glocal.plan.build import PlanSpec, plan
 
+Three = tuple[Tensor, Tensor, Tensor]
 
-def qkv(
-    g: torch.Generator, heads: tuple[int, int], n: int, m: int | None = None, d: int = 8, b: int = 1
-) -> list[Tensor]:
+
+def qkv(g: torch.Generator, heads: tuple[int, int], n: int, m: int | None = None, d: int = 8, b: int = 1) -> Three:
     """Random float64 q [b, heads, n, d], k and v [b, kv heads, m, d]."""
     m = n if m is None else m
     shapes = ((b, heads[0], n, d), (b, heads[1], m, d), (b, heads[1], m, d))
-    return [torch.randn(s, generator=g, dtype=torch.float64) for s in shapes]
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64) for s in shapes)
+    return q, k, v
+
+
+def leaves(tensors: Iterable[Tensor]) -> Three:
+    """q, k, v as leaves that want gradients."""
+    q, k, v = (t.requires_grad_() for t in tensors)
+    return q, k, v
 
 
 def equal(a: Attended, b: Attended, tolerance: float = 1e-12) -> None:
@@ -83,7 +91,7 @@ def some_rows_empty(nq: int, nk: int, empty: list[int]) -> BlockPlan:
 
 @pytest.mark.parametrize("empty", [[0], [5], [12], [0, 1, 2, 3], list(range(13))], ids=str)
 def test_fault_3_rows_that_see_nothing(empty: list[int], generator: torch.Generator) -> None:
-    inputs = [t.requires_grad_() for t in qkv(generator, (2, 1), 13, 10)]
+    inputs = leaves(qkv(generator, (2, 1), 13, 10))
     made = some_rows_empty(13, 10, empty)
     done = pair(*inputs, made, None)
     assert bool((done.out[:, :, empty] == 0).all()) and bool((done.lse[:, :, empty] == -torch.inf).all())
@@ -101,7 +109,7 @@ def test_fault_4_every_length_in_poisoned_memory(dtype: torch.dtype, generator: 
         q, k, v = (t.to(dtype) for t in qkv(generator, (2, 1), n))
         canvas, pattern = Canvas((n,)), Neighborhood(min(n, 5))
         made = plan(pattern, canvas, PlanSpec(block, block))
-        inputs = [_in_poison(t).requires_grad_() for t in (q, k, v)]
+        inputs = leaves(_in_poison(t) for t in (q, k, v))
         found = attend(*inputs, made, backend="cpu")
         want = attend(q, k, v, pattern, canvas=canvas, backend="reference")
         torch.testing.assert_close(found.out, want.out, rtol=2e-2, atol=2e-2)
@@ -121,7 +129,7 @@ def _in_poison(t: Tensor) -> Tensor:
 def test_fault_5_zero_and_one_on_every_axis(axis: str, size: int, sparse: bool, generator: torch.Generator) -> None:
     sizes = {"batch": 2, "queries": 5, "keys": 6, **({} if axis == "none" else {axis: size})}
     inputs = qkv(generator, (2, 2), sizes["queries"], sizes["keys"], b=sizes["batch"])
-    inputs = [t.requires_grad_() for t in inputs]
+    inputs = leaves(inputs)
     layout = Layout(Canvas([Part("a", (sizes["queries"],))]), Canvas([Part("b", (sizes["keys"],))]))
     done = pair(*inputs, Everything() if sparse else None, layout)
     if sizes["keys"] == 0:
@@ -153,7 +161,7 @@ def test_fault_7_axes_that_differ(shape: tuple[int, ...], generator: torch.Gener
 @pytest.mark.parametrize("heads", [(3, 3), (4, 2), (7, 1), (14, 2)], ids=str)
 def test_fault_8_gradients_of_grouped_heads(heads: tuple[int, int], generator: torch.Generator) -> None:
     canvas = Canvas((5, 7))
-    inputs = [t.requires_grad_() for t in qkv(generator, heads, 35)]
+    inputs = leaves(qkv(generator, heads, 35))
     along = torch.randn(1, heads[0], 35, 8, generator=generator, dtype=torch.float64)
     for pattern in (Neighborhood((3, 5)), None):
         grads = [
@@ -183,7 +191,7 @@ def test_fault_9_strides_of_inputs_and_of_incoming_gradients(
     kind: str, pattern: Pattern | None, generator: torch.Generator
 ) -> None:
     canvas = Canvas((5, 7))
-    inputs = [_strided(t, kind).requires_grad_() for t in qkv(generator, (2, 2), 35, b=2)]
+    inputs = leaves(_strided(t, kind) for t in qkv(generator, (2, 2), 35, b=2))
     along = _strided(torch.randn(2, 2, 35, 8, generator=generator, dtype=torch.float64), kind)
     fast = "dense" if pattern is None else "cpu"
     found, want = (
@@ -203,7 +211,7 @@ def test_fault_9_strides_of_inputs_and_of_incoming_gradients(
 
 @pytest.mark.parametrize("backend", ["cpu", "dense"])
 def test_fault_11_two_calls_give_equal_bits(backend: str, generator: torch.Generator) -> None:
-    inputs = [t.float().requires_grad_() for t in qkv(generator, (4, 2), 77)]
+    inputs = leaves(t.float() for t in qkv(generator, (4, 2), 77))
     pattern = Neighborhood((3, 5)) if backend == "cpu" else None
     runs = []
     for _ in range(3):
@@ -216,7 +224,7 @@ def test_fault_11_two_calls_give_equal_bits(backend: str, generator: torch.Gener
 @pytest.mark.parametrize("backend", ["cpu", "dense"])
 def test_fault_12_halves_merged_by_lse_equal_the_whole(backend: str, generator: torch.Generator) -> None:
     """Holds only for a natural-log LSE, and its gradient must carry through the merge."""
-    q, k, v = inputs = [t.requires_grad_() for t in qkv(generator, (2, 2), 24)]
+    q, k, v = inputs = leaves(qkv(generator, (2, 2), 24))
     pattern = None if backend == "dense" else Everything()
 
     def part(of: slice) -> Attended:
@@ -243,7 +251,7 @@ def test_fault_17_the_choice_follows_dtype_grad_and_device(generator: torch.Gene
     dropped = Score(dropout=0.1, generator=generator)
     assert attend(q, k, v, pattern, canvas=canvas, score=dropped).picked.name == "reference"
     assert attend(q, k, v, pattern, canvas=canvas).picked.name == "cpu"
-    half = attend(*(t.half() for t in (q, k, v)), pattern, canvas=canvas)
+    half = attend(q.half(), k.half(), v.half(), pattern, canvas=canvas)
     assert half.out.dtype == torch.float16 and half.lse.dtype == torch.float32
 
 
@@ -289,7 +297,7 @@ def test_fault_26_what_is_not_finite_stays_with_the_rows_that_see_it(poison: flo
     for which in (1, 2):
         dirty = [t.clone() for t in clean]
         dirty[which][:, :, 20] = poison
-        inputs = [t.requires_grad_() for t in dirty]
+        inputs = leaves(dirty)
         done = attend(*inputs, made, backend="cpu")
         torch.testing.assert_close(done.out[:, :, ~sees], want.out[:, :, ~sees])
         assert not bool(done.out[:, :, sees].isfinite().all(-1).any())
@@ -307,7 +315,8 @@ def test_fault_26_keys_that_nobody_sees_do_not_leak(generator: torch.Generator) 
     for pattern, backend in ((Everything(), "cpu"), (None, "dense")):
         canvas = Canvas((24,))
         want = attend(*clean, pattern, canvas=canvas, score=score, backend="reference")
-        equal(attend(*dirty, pattern, canvas=canvas, score=score, backend=backend), want)
+        q, k, v = dirty
+        equal(attend(q, k, v, pattern, canvas=canvas, score=score, backend=backend), want)
 
 
 def test_fault_27_memory_stays_that_of_tiles_at_128_thousand_tokens(generator: torch.Generator) -> None:
@@ -391,7 +400,7 @@ def orders(q_order: list[int], kv_order: list[int], nq: int, nk: int, block: int
 def test_orders_with_pads_subsets_and_repeats(
     q_order: list[int], kv_order: list[int], generator: torch.Generator
 ) -> None:
-    inputs = [t.requires_grad_() for t in qkv(generator, (2, 1), 8)]
+    inputs = leaves(qkv(generator, (2, 1), 8))
     made = orders(q_order, kv_order, 8, 8)
     done = pair(*inputs, made, None)
     absent = sorted(set(range(8)) - set(q_order))
@@ -424,7 +433,7 @@ def test_lists_of_their_own_for_every_sample_and_head(generator: torch.Generator
 
 
 def test_documents_and_lengths_hide_at_run_time(generator: torch.Generator) -> None:
-    inputs = [t.requires_grad_() for t in qkv(generator, (2, 2), 35, b=2)]
+    inputs = leaves(qkv(generator, (2, 2), 35, b=2))
     layout = Layout(Canvas((5, 7)), Canvas((5, 7)), documents=torch.randint(-1, 3, (2, 35), generator=generator))
     for pattern in (Neighborhood((3, 5)), None):
         done = attend(*inputs, pattern, canvas=layout, backend="dense" if pattern is None else "cpu")

@@ -24,9 +24,10 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def qkv(g: torch.Generator, heads: tuple[int, int] = (2, 1), n: int = 15, d: int = 3) -> list[Tensor]:
+def qkv(g: torch.Generator, heads: tuple[int, int] = (2, 1), n: int = 15, d: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     shapes = ((1, heads[0], n, d), (1, heads[1], n, d), (1, heads[1], n, d + 1))
-    return [torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes]
+    q, k, v = (torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
+    return q, k, v
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -150,5 +151,6 @@ def test_explain_says_what_attend_does(generator: torch.Generator) -> None:
     ],
 )
 def test_bad_input_is_named(change: Any, message: str, generator: torch.Generator) -> None:
+    q, k, v = change(*qkv(generator))
     with pytest.raises(ValueError, match=message):
-        attention(*change(*qkv(generator)), PATTERN, canvas=CANVAS)
+        attention(q, k, v, PATTERN, canvas=CANVAS)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glocal.kernels import _blockwise
 from glocal.kernels._jobs import Limits
@@ -30,8 +31,8 @@ CAPABILITY = Capability(
     devices=("cpu", "cuda"),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
     note="FlexAttention, compiled on CUDA, eager and only for small inputs on the CPU; backward in blocks",
-    head_dims=Sizes(16, 256, 16),
-    value_dims=Sizes(16, 256, 16),
+    head_dims=Sizes(1, 256),
+    value_dims=Sizes(1, 256),
     block_sizes=Sizes(128, multiple=128),
     blocks=((128, 128),),
     dense=False,
@@ -63,7 +64,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         k, v = (_by_query_head(t, q.shape[1]) for t in (k, v))
     if q_tokens.shape[1] != 1:
         q_tokens = _by_query_head(q_tokens, q.shape[1])
-    ordered = [_gather(t, tokens) for t, tokens in ((q, q_tokens), (k, k_tokens), (v, k_tokens))]
+    # The compiled kernel wants head sizes from 16 on; zeros change nothing.
+    ordered = [
+        pad(_gather(t, tokens), (0, -t.shape[3] % 16)) for t, tokens in ((q, q_tokens), (k, k_tokens), (v, k_tokens))
+    ]
     tokens = (q_tokens, k_tokens if k_tokens.shape[1] in (1, q.shape[1]) else _by_query_head(k_tokens, q.shape[1]))
     table = _table(call, plan, k_tokens, q.device.type)
     out, lse = _run(
@@ -74,7 +78,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         (call.softcap is None, call.segments is None, *map(type, call.bias)),
     )
     empty = (lse == -torch.inf)[..., None]
-    return _return_rows(out.masked_fill(empty, 0), lse, q_tokens, q.shape[2])
+    return _return_rows(out[..., : v.shape[3]].masked_fill(empty, 0), lse, q_tokens, q.shape[2])
 
 
 def backward(
