@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from glocal.models import create_model
-from glocal.models.vision.dinat import NAT, BlockSpec, DiNATs
 from glocal.nn import NeighborhoodAttention2d, NeighborhoodSpec
 from glocal.testing.adapter import Adapter, Run
+from glocal.testing.adapters._backbones import expected, is_manifest, manifest_run
+from glocal.testing.adapters._dinat_models import run_model
 from glocal.testing.adapters._maps import run_layer
-from glocal.testing.adapters._models import manifest_of, published, with_state
 from glocal.testing.case import Case
 
 
 def run(case: Case, where: Run) -> dict[str, Tensor]:
     """Our results of one case."""
-    if case.record is not None:
-        with torch.device("meta"):
-            made = create_model(case.name.removesuffix(".keys"))
-        return manifest_of(made)
-    return layer(case, where) if "state.qkv.weight" in case else model(case, where)
+    if is_manifest(case):
+        return manifest_run(case.name.removesuffix(".keys"), case)
+    return layer(case, where) if "state.qkv.weight" in case else run_model(case, where.backend)
 
 
 def layer(case: Case, where: Run) -> dict[str, Tensor]:
@@ -37,35 +33,4 @@ def layer(case: Case, where: Run) -> dict[str, Tensor]:
     return run_layer(case, made)
 
 
-def model(case: Case, where: Run) -> dict[str, Tensor]:
-    """A small model: logits, pooled features, and the map behind every level."""
-    config = case.config
-    spec = BlockSpec(
-        config["kernel_size"], config["mlp_ratio"], config.get("layer_scale"), scale=config.get("qk_scale")
-    )
-    dilations = config["dilations"] and tuple(map(tuple, config["dilations"]))
-    kind = DiNATs if "state.patch_embed.proj.weight" in case else NAT
-    made = kind(
-        config["embed_dim"],
-        tuple(config["depths"]),
-        tuple(config["num_heads"]),
-        dilations,
-        spec=spec,
-        num_classes=config["num_classes"],
-    )
-    with_state(made, case, where.backend)
-    with torch.no_grad():
-        maps = made.maps(case["in.x"])
-        features = made.pool(maps[-1])
-        found = {"out.logits": made(case["in.x"]), "mid.features": features}
-        for i, (level, x) in enumerate(zip(getattr(made, made.parts), maps, strict=True)):
-            found[f"mid.level{i}"] = x if level.downsample is None else level.downsample(x)
-    return found
-
-
-def expected(case: Case) -> dict[str, Tensor]:
-    """The published results; of a manifest, its names, shapes and number of parameters."""
-    return case.results() if case.record is None else published(case)
-
-
-ADAPTER = Adapter("dinat", run, expected=expected, attends=lambda case: case.record is None)
+ADAPTER = Adapter("dinat", run, expected=expected, attends=lambda case: not is_manifest(case))
