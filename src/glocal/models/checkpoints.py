@@ -123,6 +123,8 @@ def infer_variant(state: Mapping[str, Tensor], filename: str = "") -> str:
 def _fits(name: str, state: Mapping[str, Tensor]) -> bool:
     make = variant(name).make
     converted = getattr(make, "convert", dict)(state)
+    if not _like(name, converted):
+        return False
     shapes = _shapes(name)
     if not set(shapes) <= set(converted):
         return False
@@ -130,6 +132,17 @@ def _fits(name: str, state: Mapping[str, Tensor]) -> bool:
     ignored = getattr(make, "ignored", ())
     extra = [key for key in converted if key not in shapes and not key.endswith(ignored)]
     return not extra and all(tuple(converted[k].shape) == s for k, s in shapes.items() if not k.startswith(head))
+
+
+def _like(name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether the number of weights is near that of a variant: spares building most of the models."""
+    found = variant(name)
+    head = state.get(f"{getattr(found.make, 'classifier', 'head')}.weight")
+    if found.params is None or head is None:
+        return True
+    trunk = sum(value.numel() for value in state.values() if value.is_floating_point()) - head.numel() - head.shape[0]
+    published = found.params - found.classes * (head.shape[1] + 1)
+    return abs(trunk - published) <= 0.05 * published
 
 
 @lru_cache(maxsize=512)
