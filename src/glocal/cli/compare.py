@@ -135,44 +135,44 @@ def _table(found: Comparison) -> Table:
 
     columns = (
         Column("pattern"),
-        Column("parameters"),
+        Column("speed-up"),
+        Column("error"),
+        Column("time", "ms"),
         Column("kept", percent=True),
         Column("visited", percent=True),
-        Column("time", "ms"),
+        Column("memory", "MiB"),
+        Column("parameters"),
+        Column("backend", code=True),
         Column("time, 5 %", "ms"),
         Column("time, 95 %", "ms"),
-        Column("speed-up"),
         Column("speed-up, low"),
         Column("speed-up, high"),
-        Column("memory", "MiB"),
-        Column("error"),
-        Column("exact to", digits=2),
         Column("planning", "ms"),
-        Column("backend", code=True),
+        Column("exact to", digits=2),
     )
     rows = []
     for row in found.rows:
         if row.time is None:
-            rows.append((row.name, row.what, *(None,) * 12, f"did not run: {row.skipped}"))
+            rows.append((row.name, *(None,) * 6, f"{row.what}; did not run: {row.skipped}", *(None,) * 7))
             continue
         time, ratio = row.time, row.speedup
         rows.append(
             (
                 row.name,
-                row.what,
+                1.0 if ratio is None else ratio.median,
+                row.error,
+                time.median * 1e3,
                 row.kept,
                 row.visited,
-                time.median * 1e3,
+                None if row.memory is None else row.memory / 2**20,
+                row.what,
+                row.backend,
                 time.low * 1e3,
                 time.high * 1e3,
-                1.0 if ratio is None else ratio.median,
                 None if ratio is None else ratio.low,
                 None if ratio is None else ratio.high,
-                None if row.memory is None else row.memory / 2**20,
-                row.error,
-                row.max_error,
                 None if row.plan_seconds is None else row.plan_seconds * 1e3,
-                row.backend,
+                row.max_error,
             )
         )
     return Table(columns, tuple(rows))
@@ -212,9 +212,9 @@ def _write(found: Comparison, known: dict[str, str], out: Path) -> None:
 def _pictures(found: Comparison) -> tuple[Picture, ...]:
     """What the middle token sees under every pattern that ran."""
     from glocal.bench.contenders import contenders
-    from glocal.canvas import Canvas
+    from glocal.cli._seen import seen_png
     from glocal.patterns import Pattern
-    from glocal.report import Picture, png_bytes
+    from glocal.report import Picture
 
     spec = found.spec
     ran = [row.name for row in found.rows if row.skipped is None]
@@ -222,6 +222,6 @@ def _pictures(found: Comparison) -> tuple[Picture, ...]:
     for one in contenders(spec.shape, spec.heads, spec.keep):
         if one.name in ran and isinstance(one.method, Pattern):
             middle = tuple(n // 2 for n in spec.shape)
-            png = png_bytes(one.method.draw(Canvas(spec.shape), [middle]).numpy())
+            png = seen_png(one.method, spec.shape, middle)
             pictures.append(Picture(f"{one.name}: {one.what}", png, f"keys that the middle query sees, {one.name}"))
     return tuple(pictures)

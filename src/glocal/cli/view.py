@@ -74,22 +74,21 @@ def _pattern(name: str, shape: tuple[int, ...] | None, query: str | None, keep: 
     """What a query sees, and the block map of the plan."""
     from glocal.bench.contenders import contenders
     from glocal.canvas import Canvas
+    from glocal.cli._seen import seen_png
     from glocal.patterns import Pattern
     from glocal.plan import plan
-    from glocal.report import png_bytes
 
     if shape is None:
         raise ValueError(f"pattern {name!r} needs --canvas, such as --canvas 16x16x16")
     one = contenders(shape, 2, keep, [name])[0]
     if not isinstance(one.method, Pattern):
         raise ValueError(f"{name!r} looks at q and k, so a canvas alone has no picture of it; nearest: tile windows")
-    place = None if query is None else _place(query, shape)
-    middle = tuple(n // 2 for n in shape)
-    drawn = one.method.draw(Canvas(shape), [middle if place is None else place])
+    place = tuple(n // 2 for n in shape) if query is None else _place(query, shape)
+    drawn = seen_png(one.method, shape, place)
     made = plan(one.method, Canvas(shape))
     title = f"{one.name}, {one.what}"
-    asked = "x".join(map(str, middle if place is None else place))
-    yield Drawn(f"{_slug(name)}.png", f"{title}: keys that query {asked} sees", None, png_bytes(drawn.numpy()))
+    asked = "x".join(map(str, place))
+    yield Drawn(f"{_slug(name)}.png", f"{title}: keys that query {asked} sees", None, drawn)
     yield Drawn(f"{_slug(name)}-blocks.png", f"{title}: {_blocks(made)}", made.kept, _map(made.block_shares()))
 
 
