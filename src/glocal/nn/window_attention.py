@@ -69,37 +69,64 @@ class WindowAttention(nn.Module):
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
         height, width = x.shape[1:3]
         x = pad_multiple(x, self.window)
-        size, sides = (x.shape[1], x.shape[2]), (self.window, self.window)
+        size = (x.shape[1], x.shape[2])
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        qkv = self.qkv(to_windows(x, sides))  # [B, windows, N, 3 dim]
-        b, windows, n, _ = qkv.shape
-        parts = qkv.reshape(b * windows, n, 3, self.heads, self.dim // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, N, head size]
+        groups = self.cut(x)  # [B, groups, N, dim]
+        b, n = groups.shape[0], groups.shape[2]
+        q, k, v = self.split(groups, stage)
         dropout = self.spec.attn_drop if self.training else 0.0
-        bias = self._bias(q, size, b)
+        bias = self.bias(q, (height, width), size)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.spec.scale)
-        out = from_windows(out.transpose(1, 2).reshape(b, windows, n, self.dim), size, sides)
+        out = self.join(out.transpose(1, 2).reshape(b, groups.shape[1], n, self.dim), size)
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))
         return self.proj_drop(self.proj(out[:, :height, :width]))
 
-    def _bias(self, q: Tensor, size: tuple[int, int], batch: int) -> Tensor | None:
-        """What is added to the logits: None, [1, heads, N, N], or [B * windows, heads | 1, N, N]."""
+    def cut(self, x: Tensor) -> Tensor:
+        """x: [B, *size, dim] -> the groups of tokens that see each other, [B, groups, N, dim]."""
+        return to_windows(x, (self.window, self.window))
+
+    def join(self, groups: Tensor, size: tuple[int, int]) -> Tensor:
+        """The inverse of `cut`."""
+        return from_windows(groups, size, (self.window, self.window))
+
+    def split(self, groups: Tensor, stage: object) -> tuple[Tensor, Tensor, Tensor]:
+        """groups: [B, groups, N, dim] -> queries, keys and values [B * groups, heads, N, head size]."""
+        return self.project(groups, 3)
+
+    def project(self, groups: Tensor, count: int) -> tuple[Tensor, ...]:
+        """The `count` parts that the layer `qkv` makes of groups: [B, groups, N, dim], as in `split`."""
+        parts = self.qkv(groups).reshape(-1, groups.shape[2], count, self.heads, self.dim // self.heads)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
+        """What is added to the logits of q: [B * groups, heads, N, head size] on a map of `real` tokens, `size` padded.
+
+        None, [1, heads, N, N], or [B * groups, heads | 1, N, N].
+        """
         bias = None
         if self.relative_position_bias_table is not None:
             bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None]
         if not (self.shift and self.spec.mask):
             return bias
         sides = (self.window, self.window)
-        seen = rolled_visible(size, sides, (self.shift, self.shift), q.device)[:, None]  # [windows, 1, N, N]
-        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-        both = hidden if bias is None else hidden + bias
-        return both[None].expand(batch, *both.shape).flatten(0, 1)
+        seen = rolled_visible(size, sides, (self.shift, self.shift), q.device)  # [windows, N, N]
+        return hide(q, seen, bias)
 
     def extra_repr(self) -> str:
         """The settings, for printing a model."""
         return f"dim={self.dim}, heads={self.heads}, window={self.window}, shift={self.shift}"
+
+
+def hide(q: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
+    """`bias` [1, heads, N, N] (None: zero), and -inf where `seen`, bool [groups, N or 1, N], is False.
+
+    q: [B * groups, heads, N, head size]. Returns [B * groups, heads | 1, N, N or 1].
+    """
+    hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)[:, None]
+    both = hidden if bias is None else hidden + bias
+    return both[None].expand(q.shape[0] // both.shape[0], *both.shape).flatten(0, 1)
 
 
 def check_heads(layer: str, dim: int, heads: int) -> None:

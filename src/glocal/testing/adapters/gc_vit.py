@@ -1,0 +1,112 @@
+"""GC ViT (arXiv 2206.09959): attention layers, query maker, stage, tiny, dense and full models, table resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glocal.models import create_model
+from glocal.models.vision.gc_vit import BlockSpec, GCViT, Level
+from glocal.nn.blocks import resize_flat_table
+from glocal.nn.blocks.windows import from_windows, to_windows
+from glocal.nn.gc_vit import GlobalQueries, GlobalQueryAttention
+from glocal.nn.window_attention import WindowAttention
+from glocal.testing.adapter import Adapter, Run
+from glocal.testing.adapters._backbones import expected, is_manifest, manifest_run, ready
+from glocal.testing.case import Case
+from glocal.testing.fill import fill_sorted
+
+
+def run(case: Case, where: Run) -> Mapping[str, Tensor]:
+    """Whatever the case is."""
+    if is_manifest(case):
+        return manifest_run(case.name.removesuffix(".keys"), case)
+    if case.name.startswith("attn_"):
+        return _layer(case)
+    if case.name.startswith("rpb_table_resize"):
+        return {"out.table": resize_flat_table(case["in.table"], case.config["window_size"])}
+    with torch.no_grad():
+        if case.name.startswith("global_query_gen"):
+            made = _filled(
+                GlobalQueries(case.config["dim"], case.config["num_heads"], case.config["window_size"], 3), case
+            )
+            return {"out.q": made(case["in.x"].permute(0, 2, 3, 1))}
+        if case.name.startswith("stage_"):
+            return _stage(case)
+        return _full(case) if "variant" in case.config else _tiny(case)
+
+
+def _filled(layer: Any, case: Case, prefix: str = "") -> Any:
+    """A layer with the case's weights; indices that the authors' constructor makes are left out."""
+    state = {f"{prefix}{n}": t for n, t in case.group("state").items() if not n.endswith("relative_position_index")}
+    layer.load_state_dict(state, strict=True)
+    return layer.to(case["in.x"].device).eval()
+
+
+def _layer(case: Case) -> dict[str, Tensor]:
+    """Windows are put side by side to images: [B * windows, N, C] -> maps of one row of windows."""
+    dim, heads, side = (case.config[name] for name in ("dim", "num_heads", "window_size"))
+    kind = GlobalQueryAttention if "global" in case.name else WindowAttention
+    layer = _filled(kind(dim, heads, side, relative_bias=True), case)
+    x, queries = (case[f"in.{name}"].clone().requires_grad_() for name in ("x", "q_global"))
+    b = queries.shape[0]
+    size, sides = (side, side * x.shape[0] // b), (side, side)
+    y = layer(from_windows(x.unflatten(0, (b, -1)), size, sides), queries)
+    y = to_windows(y, sides).flatten(0, 1)
+    y.backward(case["in.cotangent"])
+    grads = {f"grad.{name}": t.grad for name, t in (("x", x), ("q_global", queries)) if t.grad is not None}
+    return {"out.y": y.detach(), **grads}
+
+
+def _stage(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    model = GCViT(c["dim"], (c["depth"], 1), (c["num_heads"],) * 2, (c["window_size"],) * 2,
+                  spec=BlockSpec(c["mlp_ratio"], pools=(3, 2)))  # fmt: skip
+    level = model.levels[0]
+    assert isinstance(level, Level)
+    level = _filled(level, case)
+    x = case["in.x"]
+    stage = level.begin(x)
+    for block in level.blocks:
+        x = block(x, stage)
+    return {"out.y": level.downsample(x), "mid.q_global": stage}
+
+
+def _tiny(case: Case) -> dict[str, Tensor]:
+    c = case.config
+    dense = case.name.startswith("dense")
+    spec = BlockSpec(c["mlp_ratio"], c["layer_scale"])
+    shape = (c["dim"], tuple(c["depths"]), tuple(c["num_heads"]), tuple(c["window_size"]))
+    if dense:
+        model = ready(GCViT(*shape, spec=spec, features_only=True), case)
+        return {f"out.p{i}": each for i, each in enumerate(model(case["in.x"]))}
+    model = ready(GCViT(*shape, spec=spec, num_classes=c["num_classes"]), case)
+    maps = model.maps(case["in.x"])
+    features = model.pool(maps[-1])
+    found = {"mid.patch_embed": model.patch_embed(case["in.x"]), "out.features": features}
+    return {**found, "out.logits": model.head(features), **_behind(model, maps, "mid.level{}")}
+
+
+def _full(case: Case) -> dict[str, Tensor]:
+    model = create_model(case.config["variant"])
+    manifest = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    tables = [name for name in manifest if name.endswith("relative_position_bias_table")]
+    indices = {name.replace("bias_table", "index"): (1, 1) for name in tables}  # counted by the rule, never filled
+    weights = fill_sorted(manifest | indices, case.config["seed"], extras=("tables", "gammas"), integers=indices)
+    model = ready(model, case, weights)
+    assert isinstance(model, GCViT)
+    maps = model.maps(case["in.x"])
+    behind = _behind(model, maps, "out.p{}_mean")
+    return {"out.logits": model.head(model.pool(maps[-1])), **{name: x.mean((1, 2)) for name, x in behind.items()}}
+
+
+def _behind(model: GCViT, maps: list[Tensor], name: str) -> dict[str, Tensor]:
+    """Maps behind the downsampler of their level."""
+    downs: list[nn.Module | None] = [level.downsample for level in model.levels]  # type: ignore[misc]
+    return {name.format(i): x if d is None else d(x) for i, (x, d) in enumerate(zip(maps, downs, strict=True))}
+
+
+ADAPTER = Adapter("gc_vit", run, expected=expected, attends=lambda case: False)
