@@ -93,7 +93,8 @@ class WindowAttention(nn.Module):
 
     def split(self, groups: Tensor, stage: object) -> tuple[Tensor, Tensor, Tensor]:
         """groups: [B, groups, N, dim] -> queries, keys and values [B * groups, heads, N, head size]."""
-        return self.project(groups, 3)
+        q, k, v = self.project(groups, 3)
+        return q, k, v
 
     def project(self, groups: Tensor, count: int) -> tuple[Tensor, ...]:
         """The `count` parts that the layer `qkv` makes of groups: [B, groups, N, dim], as in `split`."""

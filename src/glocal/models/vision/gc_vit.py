@@ -97,7 +97,9 @@ class Level(nn.Module):
 
     def begin(self, x: Tensor) -> object:
         """What the blocks share, from the entrance of the level, x: [B, H, W, dim]."""
-        return begin((block.attn for block in self.blocks), x) if self.q_global_gen is None else self.q_global_gen(x)
+        if self.q_global_gen is not None:
+            return self.q_global_gen(x)
+        return begin((block.attn for block in self.blocks), x)  # type: ignore[misc]
 
 
 class GCViT(VisionBackbone):
