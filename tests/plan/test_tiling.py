@@ -90,6 +90,16 @@ def test_dilation_becomes_the_step_of_the_boxes() -> None:
     assert boxes[0][1] == boxes[1][1] == (2, 4)
 
 
+@pytest.mark.parametrize("length", [1024, 4096])  # planned from a table, and from spans
+def test_sequences_are_cut_by_dilation_group(length: int) -> None:
+    pattern, canvas = Neighborhood(64, dilation=4), Canvas((length,))
+    made = plan(pattern, canvas, PlanSpec(64, 64))
+    assert made.visited <= 3.1 * made.kept  # raster blocks would hold keys of all four groups: 12 times
+    assert made.visible_pairs == 64 * length
+    assert best_tiles(Neighborhood(16, dilation=4), (100,), 64, 64) is None  # 25 tokens a group would leave most of a block empty
+    assert best_tiles(Neighborhood(64), (length,), 64, 64) is None
+
+
 def test_a_pattern_without_closed_form_has_no_boxes() -> None:
     assert best_tiles(~Causal(), (8, 8), 16, 16) is None
     assert best_tiles(~Causal() & Neighborhood(3), (8, 8), 16, 16) is not None

@@ -83,7 +83,7 @@ def _orders(pattern: Pattern, layout: Layout, spec: PlanSpec) -> tuple[Order, Or
     q_order, kv_order = spec.q_order, spec.kv_order
     if q_order is None and kv_order is None and len(layout.q.grids) == 1 and layout.q.grids == layout.kv.grids:
         grid = layout.q.grid
-        boxes = best_tiles(pattern, grid.axes, spec.q_block, spec.kv_block) if len(grid.axes) > 1 else None
+        boxes = best_tiles(pattern, grid.axes, spec.q_block, spec.kv_block)
         if boxes is not None:
             (q_shape, q_step), (k_shape, k_step) = boxes
             q_tiles = tile(layout.q, q_shape, q_step, block=spec.q_block)

@@ -33,9 +33,13 @@ def best_tiles(pattern: Pattern, shape: tuple[int, ...], q_block: int, kv_block:
     boxes and those of the smallest sums. Ties go to the choice with less padding, then to the squarer one.
     """
     terms = _terms(pattern, shape)
-    if not terms or max(shape) > TABLE_LIMIT:
+    if not terms:
         return None
     steps = tuple(min(getattr(t[axis], "dilation", 1) for t in terms) for axis in range(len(shape)))
+    if len(shape) == 1:
+        return _of_sequence(shape[0], steps[0], q_block, kv_block)
+    if max(shape) > TABLE_LIMIT:
+        return None
 
     def ranked(visits: int, choice: tuple[Tile, Tile]) -> Cost:
         padding = prod(-(-n // (t * d)) * t * d for n, t, d in zip(shape, choice[0], steps, strict=True))
@@ -53,6 +57,14 @@ def best_tiles(pattern: Pattern, shape: tuple[int, ...], q_block: int, kv_block:
         cost = {c: ranked(_touches(pattern, shape, *c, steps), c) for c in shortlist}
     q_tile, k_tile = min(cost, key=lambda choice: cost[choice])
     return (q_tile, steps), (k_tile, steps)
+
+
+def _of_sequence(length: int, step: int, q_block: int, kv_block: int) -> tuple[Boxes, Boxes] | None:
+    """Blocks of one dilation group each, where that pads little; else a sequence stays as it lies."""
+    padded = max(_slots(length, block, step) * block for block in (q_block, kv_block))
+    if step == 1 or padded > _MASKED * length:
+        return None
+    return ((q_block,), (step,)), ((kv_block,), (step,))
 
 
 def _choices(shape: tuple[int, ...], steps: Tile, q_block: int, kv_block: int) -> list[tuple[Tile, Tile]]:
