@@ -82,3 +82,13 @@ def test_cuda_events_time_a_matmul():
     x = torch.randn(2048, 2048, device="cuda")
     timing = time_call(lambda: x @ x, device="cuda", repeats=5, flush=True)
     assert 0 < timing.low <= timing.median <= timing.high < 1.0
+
+
+def test_the_same_rounds_against_another_baseline() -> None:
+    found = compare_paired({"a": lambda: sum(range(2000)), "b": lambda: sum(range(20))}, 5, "cpu")
+    other = found.against("b")
+    assert other.times == found.times
+    assert list(other.ratios) == ["a"]
+    assert other.ratios["a"].rounds == pytest.approx([1 / r for r in found.ratios["b"].rounds])
+    with pytest.raises(ValueError, match="baseline 'c' is no contender; legal: a, b"):
+        found.against("c")

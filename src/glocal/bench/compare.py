@@ -20,7 +20,7 @@ from glocal.bench.calibrate import TOLERANCE
 from glocal.bench.contenders import Contender, contenders
 from glocal.bench.inputs import WORDS, local_inputs
 from glocal.canvas import Canvas, Layout
-from glocal.measure import PairedTiming, Ratio, Timing, compare_paired, peak_memory, relative_l2, time_call
+from glocal.measure import PairedTiming, Ratio, Timing, compare_paired, peak_memory, relative_l2
 from glocal.ops import Attended, attend, attention
 from glocal.patterns import Pattern
 from glocal.plan.build import PlanSpec, clear_cache, plan
@@ -147,11 +147,11 @@ def compare(spec: CompareSpec, names: Sequence[str] | None = None, progress: Pro
                 f"{'; '.join(wrong)} of the largest value ({spec.dtype}); limit {limit:g}. No times taken."
             )
 
-        first = {name: time_call(run, device=where, warmup=1, repeats=3).median for name, run in dense.items()}
-        baseline = min(first, key=lambda name: first[name])
         bar.stage("time in rounds", None)
         flush = where.type == "cuda"
-        times = compare_paired(runs, spec.rounds, where, generator, baseline=baseline, warmup=1, flush=flush)
+        times = compare_paired(runs, spec.rounds, where, generator, warmup=1, flush=flush)
+    baseline = min(dense, key=lambda name: times.times[name].median)
+    times = times.against(baseline)
     timed = [_timed(row, times) for row in rows.values()]
     timed.sort(key=lambda r: (r.name not in dense, r.time.median if r.time is not None else 0.0))
     return Comparison(spec, (*timed, *skipped), baseline, limit, count)

@@ -50,6 +50,14 @@ class PairedTiming:
     times: dict[str, Timing]
     ratios: dict[str, Ratio]
 
+    def against(self, baseline: str) -> PairedTiming:
+        """The same rounds with the speed-ups over another contender."""
+        if baseline not in self.times:
+            raise ValueError(f"baseline {baseline!r} is no contender; legal: {', '.join(self.times)}")
+        base = self.times[baseline]
+        ratios = {name: _ratio(base, time, 0.90) for name, time in self.times.items() if name != baseline}
+        return PairedTiming(baseline, self.times, ratios)
+
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
     place = share * (len(ordered) - 1)
