@@ -70,13 +70,14 @@ def gathered(selection: Selection, block: int) -> Selection:
     block: keys a block. The key order of the result lists a key as often as it is selected.
     """
     index, count, members = selection.index, selection.count, selection.kv_groups
-    b, h = (max(index.shape[i], members.shape[i]) for i in (0, 1))
+    b, h = _sizes(index, members)
     groups, most = index.shape[2:]
     index, count = index.expand(b, h, -1, -1).long(), count.expand(b, h, -1)
     members = members.expand(b, h, -1, -1)
     live = torch.arange(most, device=index.device) < count[..., None]
     keys = members.gather(2, index.flatten(2)[..., None].expand(-1, -1, -1, members.shape[3]))
-    keys = torch.where(live.flatten(2)[..., None], keys, -1).reshape(b, h, groups, -1)  # [B, H, groups, most * size]
+    keys = torch.where(live.flatten(2)[..., None], keys, -1)
+    keys = keys.unflatten(2, (groups, most)).flatten(3)  # [B, H, groups, most * size]
     keys = keys.gather(-1, (keys < 0).long().argsort(dim=-1, stable=True))  # pads go last
     length = (keys >= 0).sum(-1)
     longest = int(length.max()) if length.numel() else 0
@@ -136,7 +137,8 @@ def _kinds(valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sizes(*tensors: Tensor) -> tuple[int, int]:
-    return max(t.shape[0] for t in tensors), max(t.shape[1] for t in tensors)
+    b, h = torch.broadcast_shapes(*(t.shape[:2] for t in tensors))  # a batch of none stays one
+    return b, h
 
 
 def _looked_up(selection: Selection, within: Pattern) -> _Settled:
