@@ -11,30 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from glocal.advise.hull import Hulls, lower_hulls
+from glocal.advise.probe import ProbeRecord
 
 _TURNS = 40  # tangents moved at most so often; a handful is usual
 _ROUNDS = 64  # passes that use up what the price of time left over
 _ROUNDING = 1e-12  # sums of the same times in another order differ by so much
-
-
-class Measured(Protocol):
-    """One measurement of a method at one head: what `advise.probe` records."""
-
-    layer: int
-    head: int
-    bucket: int
-    sample: str
-    method: str
-    mass: float
-    output: float
-    residual: float
-    kept: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +71,7 @@ class Items:
 
     @staticmethod
     def from_records(
-        records: Iterable[Measured],
+        records: Iterable[ProbeRecord],
         time: Callable[[str, int, int], float],
         *,
         measure: Literal["residual", "output"] = "residual",
@@ -95,7 +82,7 @@ class Items:
         sample; so a method must be good on all of them. measure: error of what reaches the residual stream, or of the
         attention output. Records of head -1 (sums over heads) are passed over.
         """
-        sums: dict[tuple[int, int, int], dict[str, dict[str, list[Measured]]]] = {}
+        sums: dict[tuple[int, int, int], dict[str, dict[str, list[ProbeRecord]]]] = {}
         for record in records:
             if record.head >= 0:
                 of_item = sums.setdefault((record.layer, record.head, record.bucket), {})

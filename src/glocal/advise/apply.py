@@ -14,7 +14,7 @@ from torch import Tensor
 from glocal.adapt.attach import Handle, Method
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.host import HostAdapter
-from glocal.adapt.records import Core, SiteCall
+from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.recipe import Recipe
 
 
@@ -50,6 +50,10 @@ class RecipeMethod(Method):
         self.check_canvas = check_canvas
         self.stats: dict[str, SiteStats] = {}
 
+    def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Self and joint attention; cross attention stays dense."""
+        return tuple(s for s in sites if s.kind != "cross")
+
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, H, N, D]."""
         stats = self.stats.setdefault(call.site.name, SiteStats())
@@ -71,8 +75,8 @@ class RecipeMethod(Method):
                 stats.dense["by the recipe"] += len(members)
                 continue
             method = self.recipe.methods[name]
-            some = (q, k, v) if len(members) == heads else tuple(t[:, members] for t in (q, k, v))
-            result, plan, kernel = method.run(*some, call.layout, call.site.scale)
+            mine = [t if len(members) == heads else t[:, members] for t in (q, k, v)]
+            result, plan, kernel = method.run(mine[0], mine[1], mine[2], call.layout, call.site.scale)
             out = result if len(members) == heads else out.index_copy(1, torch.tensor(members, device=q.device), result)
             stats.methods[name] += len(members)
             stats.kernels[kernel] += 1
@@ -105,6 +109,8 @@ class RecipeMethod(Method):
             return "training"
         if call.layout.nk < fallback.min_tokens:
             return f"fewer than {fallback.min_tokens} tokens"
+        if len(call.layout.kv.grids) != 1:
+            return "a canvas of several grids, or none"
         if self.check_canvas and self.recipe.workload.get("canvases"):
             shape = list(call.layout.kv.grid.axes)
             if not _between(shape, [c["shape"] for c in self.recipe.workload["canvases"]]):

@@ -35,7 +35,8 @@ class OperatorRow:
 @dataclass(frozen=True)
 class OperatorAdvice:
     """rows: every method at every call. dropped: methods that do not fit, and why. recipe: at every layer the fastest
-    method whose relative error is at most `limit` at all its calls; status "candidate", or "dense" if there is none."""
+    method whose relative error is at most `limit` at all its calls; status "candidate", or "dense" if there is none.
+    """
 
     recipe: Recipe
     rows: tuple[OperatorRow, ...]

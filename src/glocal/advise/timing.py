@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,8 +70,8 @@ def time_methods(
     scale = Score(scale=call.site.scale)
     plans = {name: m.plan(call.layout, q, k) for name, m in methods.items()}
     kernels = {}
-    contenders = {"dense": lambda: attend(q, k, v, canvas=call.layout, score=scale)}
-    kernels["dense"] = contenders["dense"]().picked.name
+    contenders: dict[str, Callable[[], object]] = {"dense": lambda: attend(q, k, v, canvas=call.layout, score=scale)}
+    kernels["dense"] = attend(q, k, v, canvas=call.layout, score=scale).picked.name
     for name, method in methods.items():
         kernels[name] = method.run(q, k, v, call.layout, call.site.scale)[2]
         contenders[name] = lambda method=method: method.run(q, k, v, call.layout, call.site.scale)

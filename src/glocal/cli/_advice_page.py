@@ -166,8 +166,9 @@ def _curve(advice: Advice) -> Curve | None:
     band: tuple[BandPoint, ...] = ()
     if advice.weights is not None and advice.weights.band <= 2:
         factor = advice.weights.band
-        mine = sorted((r for r in advice.ladder if r.kind == "allocation" and r.seconds), key=lambda r: r.seconds or 0)
-        band = tuple(BandPoint(r.seconds or 0.0, r.predicted / factor, r.predicted, r.predicted * factor) for r in mine)
+        mine = [(r.seconds, r.predicted) for r in advice.ladder if r.kind == "allocation"]
+        known = sorted((seconds, middle) for seconds, middle in mine if seconds and middle)
+        band = tuple(BandPoint(seconds, middle / factor, middle, middle * factor) for seconds, middle in known)
     limit = advice.target.limits.get("drift", 0.10)
     return Curve(
         tuple(points),

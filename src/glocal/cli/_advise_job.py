@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 import time
@@ -14,6 +13,7 @@ from typing import Any
 from glocal._files import atomic_dir
 from glocal.cli._common import plain, print_fields, print_json, progress
 from glocal.cli._machine import facts
+from glocal.cli._models import load_model
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
     from glocal.models.generation import SampleSpec
 
     effort = ("demonstration" if job.model == "demo" else "standard") if job.effort is None else job.effort
-    model = _model(job.model)
+    model = load_model(job.model)
     objective = Frames(SampleSpec(steps=job.steps))
     if job.workload is not None:
         workload = Workload.from_jsonl(job.workload, objective.fields(model))
@@ -68,24 +68,6 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
     else:
         print_fields(summary)
     return advice.accepted
-
-
-def _model(name: str) -> Any:
-    """The built-in model, or what a factory returns."""
-    if name == "demo":
-        from glocal.models.generation import load_demo
-
-        return load_demo()
-    module, colon, attribute = name.partition(":")
-    if not colon:
-        raise ValueError(
-            f"MODEL {name!r}: legal: demo, package.module:factory, or a .safetensors file of captured q, k, v."
-        )
-    try:
-        factory = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"MODEL {name!r}: {error}.") from error
-    return factory()
 
 
 def write(job: Job, advice: Any, known: Mapping[str, str], workload: str) -> None:

@@ -35,7 +35,7 @@ def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
         title="Operator advice on captured calls",
         table=_table(advice),
         created=created,
-        subtitle=f"{job.model}: {len(workload)} call(s); every speed is of one attention call, nothing here is end to end",
+        subtitle=f"{job.model}: {len(workload)} call(s). Speeds are of single calls; nothing here is end to end",
         notes=tuple(f"{name}: {why}" for name, why in advice.dropped.items()),
         facts=known,
         notice=f"Operator figures only. The recipe takes methods with a relative error of at most {limit:g} per call.",
