@@ -109,7 +109,8 @@ def allocated(found: Found, budget: float, measure: Measure = "residual") -> Run
     made = simplify(items, best, weights)
     rules = allocation_rules(items, made, found.buckets)
     used = sorted({r.use for r in rules if r.use != "dense"})
-    name = "allocation" if measure == "residual" else "allocation by relative error"
+    by = "" if measure == "residual" else " by relative error"
+    name = f"allocation{by}, {budget:.0%} of the attention time"
     return Rung(name, "allocation", found.recipe(used, rules), budget, made.time / items.dense_time, made.error)
 
 

@@ -272,13 +272,15 @@ def _forecast(advice: Advice) -> Forecast | None:
         for name, t in advice.times.methods.items():
             if advice.methods[name].kind == "pattern":
                 predicted = model.seconds(t.full, t.partial)
-                time.append(ForecastPoint(advice.methods[name].words(), predicted * 1e3, t.median * 1e3))
+                time.append(ForecastPoint(advice.methods[name].words(), predicted, t.median))
     ranks = advice.weights is None or advice.weights.band > 2
     error = []
     if not ranks:
         error = [ForecastPoint(r.name, r.predicted, r.error) for r in advice.ladder if r.error and r.predicted]
     note = None
-    if advice.weights is not None and ranks:
+    if advice.weights is not None and math.isinf(advice.weights.band):
+        note = "One method gave the step weights, so no prediction could be left out: predictions only rank recipes."
+    elif advice.weights is not None and ranks:
         note = (
             f"The 90 % band of left-out predictions is a factor of {advice.weights.band:.1f}, wider than 2: "
             "predictions rank recipes, and no predicted error is shown."
