@@ -21,9 +21,11 @@ from torch import Tensor, nn
 from glocal._errors import GlocalError
 from glocal.models.registry import create_model, list_models, variant
 from glocal.nn.blocks import resize_flat_table, resize_table
+from glocal.nn.blocks.relative import Resize
 
 Shapes = dict[str, tuple[int, ...]]
 _WRAPPERS = ("state_dict_ema", "model_ema", "params_ema", "state_dict", "model", "params", "module")
+_COUNTER = "num_batches_tracked"  # of batch norms; converted checkpoints may lack it
 _PREFIXES = ("module.", "backbone.", "encoder.", "model.")
 
 
@@ -37,7 +39,8 @@ def load_published(path: str | Path, model: nn.Module | str | None = None, *, re
     path: `.safetensors`, or a file of torch.save.
     model: the model to fill; or the name of a variant; or None, and the variant is found by the names and shapes in
         the file (its file name decides between variants of equal shapes, such as nat_tiny and dinat_tiny).
-    resize: relative position tables of another window are interpolated (bicubic, head by head) instead of refused.
+    resize: relative position tables of another window are interpolated, head by head as the authors do, instead of
+        refused.
 
     The classifier gets as many classes as the file has. A `features_only` model takes the trunk of a classifier, and
     keeps its own level norms if the file has none. Raises FileNotFoundError; CheckpointError in words.
@@ -126,12 +129,14 @@ def _fits(name: str, state: Mapping[str, Tensor]) -> bool:
     if not _like(name, converted):
         return False
     shapes = _shapes(name)
-    if not set(shapes) <= set(converted):
+    if not {key for key in shapes if not key.endswith(_COUNTER)} <= set(converted):
         return False
     head = getattr(make, "classifier", "head") + "."
     ignored = getattr(make, "ignored", ())
     extra = [key for key in converted if key not in shapes and not key.endswith(ignored)]
-    return not extra and all(tuple(converted[k].shape) == s for k, s in shapes.items() if not k.startswith(head))
+    return not extra and all(
+        tuple(converted[k].shape) == s for k, s in shapes.items() if k in converted and not k.startswith(head)
+    )
 
 
 def _like(name: str, state: Mapping[str, Tensor]) -> bool:
@@ -165,6 +170,8 @@ def _unneeded(model: nn.Module, name: str) -> bool:
 
 
 def _optional(model: nn.Module, name: str) -> bool:
+    if name.endswith(_COUNTER):
+        return True
     levels = tuple(f"norm{i}." for i in range(len(getattr(model, "channels", ()))))
     return getattr(model, "features_only", False) and name.startswith(levels)
 
@@ -179,9 +186,10 @@ def _resized(model: nn.Module, name: str, value: Tensor, shape: tuple[int, ...] 
     layout = _layout(model, name)
     if layout is None or shape is None or tuple(value.shape) == shape:
         return value
+    mode: Resize = getattr(model, "table_resize", "bicubic")
     if layout == "heads_first":
-        return resize_table(value, (shape[1], shape[2]))
-    return resize_flat_table(value, (isqrt(shape[0]) + 1) // 2)
+        return resize_table(value, (shape[1], shape[2]), mode)
+    return resize_flat_table(value, (isqrt(shape[0]) + 1) // 2, mode)
 
 
 def _complaint(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from glocal.nn.blocks import to_nchw
+from glocal.nn.blocks.relative import Resize
 
 TableLayout = Literal["heads_first", "flat"]  # [heads, 2h-1, 2w-1], or Swin's [(2h-1)(2w-1), heads]
 
@@ -31,6 +32,7 @@ class VisionBackbone(nn.Module, ABC):
     ignored: ClassVar[tuple[str, ...]] = ()  # endings of checkpoint keys that hold no weights (indices, masks)
     classifier: ClassVar[str] = "head"  # the layer whose size follows the number of classes
     tables: ClassVar[Mapping[str, TableLayout]] = {}  # endings of relative tables, and how they lie
+    table_resize: ClassVar[Resize] = "bicubic"  # how the authors interpolate them
     undecayed: ClassVar[tuple[str, ...]] = ()  # endings of parameters that weight decay leaves alone
 
     channels: tuple[int, ...]

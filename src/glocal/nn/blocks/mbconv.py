@@ -1,0 +1,79 @@
+"""Inverted residual with squeeze and excitation, as MaxViT (arXiv 2204.01697) has it, and convolutions padded as there.
+
+The input is normalised before the expansion, inner widths follow the output width, and the shortcut takes the input as
+it came. A convolution padded "SAME" gives ceil(size / stride); an odd pixel of padding lies at the bottom and
+the right.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from glocal.nn.blocks.drop_path import DropPath
+from glocal.nn.blocks.layout import conv, to_nchw, to_nhwc
+from glocal.nn.blocks.squeeze import SqueezeExcite
+
+tanh_gelu = partial(nn.GELU, approximate="tanh")
+batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution of x: [B, C, H, W] with as much padding as ceil(size / stride) outputs need."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x: [B, C, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
+        pads: list[int] = []
+        for axis in (1, 0):  # F.pad wants the last axis first
+            length, kernel, stride = input.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
+            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
+            pads += [total // 2, total - total // 2]
+        return super().forward(F.pad(input, pads))
+
+
+class Shortcut(nn.Module):
+    """The mean of 2 x 2 pixels where `stride` is 2, then a 1 x 1 convolution `expand` where widths differ."""
+
+    def __init__(self, dim: int, out: int, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        self.expand = nn.Conv2d(dim, out, 1) if dim != out else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out]; border cells are means of their pixels."""
+        if self.stride == 1:
+            return conv(self.expand, x)
+        return to_nhwc(self.expand(F.avg_pool2d(to_nchw(x), 2, 2, ceil_mode=True, count_include_pad=False)))
+
+
+class MBConv(nn.Module):
+    """shortcut(x) + conv3_1x1(se(act(norm2(conv2_kxk(act(norm1(conv1_1x1(pre_norm(x)))))))))).
+
+    dim, out: channels. stride: 1 or 2. expansion: inner over output channels. Keys are those of timm.
+    """
+
+    def __init__(self, dim: int, out: int, stride: int = 1, expansion: int = 4, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if stride not in (1, 2):
+            raise ValueError(f"MBConv: stride={stride}; legal: 1, 2.")
+        if out < 4:
+            raise ValueError(f"MBConv: out={out} must be at least 4, its gate has a quarter of it.")
+        inner = expansion * out
+        self.shortcut = Shortcut(dim, out, stride)
+        self.pre_norm = batch_norm(dim)
+        self.conv1_1x1 = nn.Conv2d(dim, inner, 1, bias=False)
+        self.norm1 = batch_norm(inner)
+        self.conv2_kxk = SameConv2d(inner, inner, 3, stride, groups=inner, bias=False)
+        self.norm2 = batch_norm(inner)
+        self.act = tanh_gelu()
+        self.se = SqueezeExcite(inner, out // 4, nn.SiLU, pointwise=True)
+        self.conv3_1x1 = nn.Conv2d(inner, out, 1)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out]."""
+        y = self.act(self.norm1(self.conv1_1x1(self.pre_norm(to_nchw(x)))))
+        y = to_nhwc(self.act(self.norm2(self.conv2_kxk(y))))
+        return self.shortcut(x) + self.drop_path(conv(self.conv3_1x1, self.se(y)))
