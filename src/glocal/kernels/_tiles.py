@@ -138,8 +138,10 @@ def tile_forward(q: Tensor, k: Tensor, v: Tensor, add: Tensor | None, call: Call
     else:
         out, lse = _explicit(q, k, v, add, call)
     if add is not None:
-        empty = (add.amax(-1) == -torch.inf).expand(lse.shape)
-        out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
+        empty = add.amax(-1) == -torch.inf
+        if bool(empty.any()):
+            empty = empty.expand(lse.shape)
+            out, lse = out.masked_fill(empty[..., None], 0), lse.masked_fill(empty, -torch.inf)
     return out, lse
 
 

@@ -24,13 +24,16 @@ CAPABILITY = Capability(
     dense=False,
 )
 
-_FORWARD = Limits(keys=1 << 14, scores=1 << 25)
+# Few large batches wait less for busy cores. Where scores or masks of every head are held, they should stay in cache.
+_FORWARD = Limits(keys=1 << 16, scores=1 << 24)
+_HELD = Limits(keys=1 << 14, scores=1 << 22)
 _BACKWARD = Limits(keys=1 << 14, scores=1 << 20)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
-    return _blockwise.forward(q, k, v, call, _FORWARD)
+    held = call.softcap is not None or call.bias or call.segments is not None
+    return _blockwise.forward(q, k, v, call, _HELD if held else _FORWARD)
 
 
 def backward(
