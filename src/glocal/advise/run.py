@@ -34,6 +34,8 @@ Scope = Literal["operator", "step", "end_to_end"]
 class Effort:
     """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
     give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
+    published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
+    nearest one all the same, so that the page has pairs to show.
     """
 
     name: str
@@ -45,10 +47,11 @@ class Effort:
     rounds: int = 7
     steps_a_bucket: int = 2
     published: int = 4
+    show: bool = False
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1, show=True),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
     "standard": Effort("standard"),
     "thorough": Effort("thorough", pairs=19, plain=3),
@@ -234,6 +237,8 @@ def _advise(run: _Run, split: Split) -> Advice:
         run.progress.step()
     base = replace(base, weights=weights, ladder=tuple(measured), anchors=(0.0, ceiling))
     chosen, why = _winner(run, measured, ceiling)
+    if chosen is None and run.effort.show:
+        chosen = _nearest(measured)
     if chosen is None:
         run.stage(None)
         return replace(base, reason=why)
@@ -394,6 +399,12 @@ def _winner(run: _Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung |
         f"Within the drift limit the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
         f"{max(_needed(run.target), 1.0):.2f}x is needed."
     )
+
+
+def _nearest(measured: Sequence[Rung]) -> Rung | None:
+    """The rung of least error among those faster than dense."""
+    faster = [r for r in measured if r.error is not None and (r.speedup or 0.0) > 1]
+    return min(faster, key=lambda r: r.error or 0.0, default=None)
 
 
 def _with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
