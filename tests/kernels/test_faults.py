@@ -452,6 +452,16 @@ def test_masks_beyond_the_table_limit_are_unpacked_piece_by_piece(
     pair(*qkv(generator, (2, 2), 77), Neighborhood((3, 5)), Canvas((7, 11)))
 
 
+@pytest.mark.parametrize("window", [27, 31])
+def test_lists_of_nearly_all_blocks_are_widened(window: int, generator: torch.Generator) -> None:
+    made = plan(Neighborhood(window), Canvas((32,)), PlanSpec(4, 4))
+    assert made.visited >= 0.85
+    q, k, v = leaves(qkv(generator, (2, 2), 32))
+    done, want = pair(q, k, v, made, None), attend(q, k, v, made, backend="reference")
+    for a, b in zip(*(torch.autograd.grad(t.out.square().sum(), (q, k, v)) for t in (done, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_small_limits_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     from glocal.kernels._jobs import Limits
 

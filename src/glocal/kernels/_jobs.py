@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from glocal.kernels.call import PlanTensors
+
+_NEARLY = 0.85  # share of the key blocks from which a list is widened to all of them
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,9 @@ def _chunks(
 ) -> tuple[list[int], tuple[Chunk, ...]]:
     """Query blocks in batched order, and the batches."""
     lists, masks, total, masked = _joined(plan, owner)
-    steps = [_step(t) if m else t for t, m in zip(total, masked, strict=True)]
+    every = plan.kv_order.shape[-1] // blocks[1]
+    lists, masks, total, masked = _widened(lists, masks, total, masked, every, plan.masks.shape[0] + 1)
+    steps = [_step(t) if m and t != every else t for t, m in zip(total, masked, strict=True)]
     runs: dict[tuple[bool, int, bytes], list[int]] = {}
     where = lists.cpu().numpy()
     for row, (step, mask) in enumerate(zip(steps, masked, strict=True)):
@@ -173,6 +178,29 @@ def _joined(plan: PlanTensors, owner: int) -> tuple[Tensor, Tensor, list[int], l
         seen = plan.masks.shape[0] if rows is None else rows[owner].long().gather(1, place)
         masks = torch.where(here, seen, masks)
     return lists, masks, (whole + part).flatten().tolist(), (part > 0).flatten().tolist()
+
+
+def _widened(
+    lists: Tensor, masks: Tensor, total: list[int], masked: list[bool], every: int, hidden: int
+) -> tuple[Tensor, Tensor, list[int], list[bool]]:
+    """Lists that hold nearly all `every` key blocks become lists of all, the missing ones hidden: they share one gather
+    of keys as they lie, which costs less than leaving a few blocks out.
+    """
+    count = torch.tensor(total, device=lists.device)
+    place = torch.where(torch.arange(lists.shape[1], device=lists.device) < count[:, None], lists, every)
+    times = torch.zeros(len(total), every + 1, dtype=torch.long, device=lists.device)
+    times.scatter_add_(1, place, torch.ones_like(place))
+    wide = (count >= _NEARLY * every) & (times[:, :every] <= 1).all(1) & (count > 0)
+    if not bool(wide.any()):
+        return lists, masks, total, masked
+    ids = torch.full_like(times, hidden).scatter_(1, place, masks)[:, :every]
+    extra = max(0, every - lists.shape[1])
+    lists, masks = pad(lists, (0, extra)), pad(masks, (0, extra), value=hidden)
+    lists[:, :every] = torch.where(wide[:, None], torch.arange(every, device=lists.device), lists[:, :every])
+    masks[:, :every] = torch.where(wide[:, None], ids, masks[:, :every])
+    chosen = wide.tolist()
+    masked = [m or (w and t < every) for m, w, t in zip(masked, chosen, total, strict=True)]
+    return lists, masks, [every if w else t for w, t in zip(chosen, total, strict=True)], masked
 
 
 def _step(count: int) -> int:
