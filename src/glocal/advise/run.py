@@ -366,7 +366,7 @@ def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[
     pool = middle if len(middle) >= count else ranked
     if not pool:
         raise AdviceError("No position method fits this canvas, so step weights cannot be measured.")
-    places = sorted({round(i * (len(pool) - 1) / max(count - 1, 1)) for i in range(count)})
+    places = sorted({round((i + 0.5) * len(pool) / count - 0.5) for i in range(count)})
     return {pool[p]: methods[pool[p]] for p in places}
 
 
