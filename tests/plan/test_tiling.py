@@ -96,7 +96,8 @@ def test_sequences_are_cut_by_dilation_group(length: int) -> None:
     made = plan(pattern, canvas, PlanSpec(64, 64))
     assert made.visited <= 3.1 * made.kept  # raster blocks would hold keys of all four groups: 12 times
     assert made.visible_pairs == 64 * length
-    assert best_tiles(Neighborhood(16, dilation=4), (100,), 64, 64) is None  # 25 tokens a group would leave most of a block empty
+    # 25 tokens a group would leave most of a block empty.
+    assert best_tiles(Neighborhood(16, dilation=4), (100,), 64, 64) is None
     assert best_tiles(Neighborhood(64), (length,), 64, 64) is None
 
 
