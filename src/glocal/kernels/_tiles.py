@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glocal.kernels.call import Bias, Call, DenseBias
-from glocal.plan.blockplan import unpack
 
 _TABLE = 1 << 24  # mask entries kept unpacked for a whole call
 _FLASH = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -56,11 +55,14 @@ class MaskRows:
         return picked.reshape(1, rows // shared, -1, m * self.kv_block)
 
     def _unpacked(self, ids: Tensor) -> Tensor:
-        stored = ids < self.masks.shape[0]
-        seen = (ids == self.masks.shape[0])[:, None, None].expand(-1, self.masks.shape[1], self.kv_block).clone()
-        seen[stored] = unpack(self.masks[ids[stored]], self.kv_block)
-        add = torch.zeros(seen.shape, dtype=self.dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
-        return add.transpose(0, 1).contiguous()  # [q_block, rows, kv_block]
+        """Mask rows as [q_block, rows, kv_block], each byte of bits looked up as eight numbers at once."""
+        shape = (1, *self.masks.shape[1:])
+        both = [self.masks.new_full(shape, -1), self.masks.new_zeros(shape)]  # all seen, nothing seen
+        words = torch.cat([self.masks, *both]).index_select(0, ids).transpose(0, 1).contiguous()
+        numbers = torch.arange(256, device=ids.device)[:, None] >> torch.arange(8, device=ids.device)
+        eight = torch.zeros(256, 8, dtype=self.dtype, device=ids.device).masked_fill_(numbers & 1 == 0, -torch.inf)
+        rows = eight.index_select(0, words.view(torch.uint8).flatten().int())  # bytes lie from low to high
+        return rows.view(*words.shape[:2], -1)[..., : self.kv_block].contiguous()
 
 
 @dataclass(frozen=True, eq=False)
