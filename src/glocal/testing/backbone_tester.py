@@ -53,6 +53,10 @@ class BackboneTester:
         """A batch of images of three channels."""
         return draw((batch, 3, *size), seed, torch.float32)
 
+    def side(self, length: int, stride: int) -> int:
+        """Tokens that a level of `stride` has along `length` px."""
+        return ceil(length / stride)
+
     def test_forward(self) -> None:
         model = self.model()
         for size in self.sizes:
@@ -65,7 +69,7 @@ class BackboneTester:
             maps = model(self.image(size))
             assert len(maps) == len(model.channels) == len(model.strides)
             for y, channels, stride in zip(maps, model.channels, model.strides, strict=True):
-                assert y.shape == (2, channels, *(ceil(side / stride) for side in size)), (size, stride)
+                assert y.shape == (2, channels, *(self.side(length, stride) for length in size)), (size, stride)
 
     def test_classes_and_channels(self) -> None:
         assert self.model(num_classes=0)(self.image(self.sizes[0])).dim() == 2
