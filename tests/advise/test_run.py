@@ -14,24 +14,13 @@ from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workloa
 from glocal.advise.methods import candidates
 from glocal.advise.run import Advice
 from glocal.advise.timing import MethodTime, Times, blocks_of
-from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
+from glocal.models.generation import SampleSpec, VideoDiT
 
 EFFORT = Effort(
     "tiny", buckets=2, blocks=4, plain=2, budgets=(0.8, 0.6), pairs=2, rounds=2, steps_a_bucket=1, published=1
 )
 OPTIONS = AdviseOptions(candidates=tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))), min_tokens=64)
 OBJECTIVE = Frames(SampleSpec(steps=4), frames=4, height=32, width=32)
-
-
-@pytest.fixture(scope="module")
-def model() -> VideoDiT:
-    torch.manual_seed(0)
-    config = VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=(("shape", ("disc", "square")),))
-    made = VideoDiT(config).eval()
-    for parameter in made.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return made
 
 
 def times_by_pairs(q, k, v, call, methods, *, rounds):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -50,6 +51,8 @@ def test_captured_calls_give_operator_figures_only(captured: Path, tmp_path: Pat
         (["advise", "demo", "--max", "drift"], "expected METRIC=V"),
         (["advise", "demo", "--effort", "heroic"], "quick"),
         (["advise", "demo", "--workload", "missing.jsonl"], "does not exist"),
+        (["advise", "demo", "--budget", "soon"], "such as 6h, 30m or 90s"),
+        (["advise", "calls.safetensors", "--dry-run"], "Leave it out"),
     ],
 )
 def test_bad_usage_says_what_is_legal(words: list[str], text: str, tmp_path: Path) -> None:
@@ -58,3 +61,42 @@ def test_bad_usage_says_what_is_legal(words: list[str], text: str, tmp_path: Pat
     assert done.exit_code == 2
     assert text in done.output
     assert not out.exists()
+
+
+FACTORY = """
+import torch
+from glocal.models.generation import VideoDiT, VideoDiTConfig
+
+def load():
+    torch.manual_seed(0)
+    fields = (("shape", ("disc", "square")),)
+    made = VideoDiT(VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=fields)).eval()
+    for parameter in made.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return made
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """MODEL and --workload of a tiny model with samples of its own."""
+    (tmp_path / "tiny_model_of_a_user.py").write_text(FACTORY)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    lines = []
+    for number, (shape, height, width) in enumerate(itertools.product(("disc", "square"), (24, 32), (24, 32))):
+        sample = {"id": f"t{number}", "seed": number, "shape": shape, "frames": 4, "height": height, "width": width}
+        lines.append(json.dumps(sample))
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    return ["tiny_model_of_a_user:load", "--workload", str(tmp_path / "samples.jsonl")]
+
+
+def test_dry_run_prints_the_stages_and_writes_nothing(tiny: list[str], tmp_path: Path) -> None:
+    words = ["advise", *tiny, "-o", str(tmp_path / "out"), "--effort", "quick", "--steps", "2", "--dry-run"]
+    done = RUNNER.invoke(app, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    stages = json.loads(done.stdout)["stages"]
+    assert [s["name"] for s in stages][-1] == "validation" and all(s["seconds"] > 0 for s in stages)
+    over = RUNNER.invoke(app, [*words, "--quiet", "--budget", "0.001s"])
+    assert over.exit_code == 2 and "The forecast is" in over.output and "time" in over.output
+    assert not (tmp_path / "out").exists()

@@ -1,11 +1,13 @@
 """Where sparse attention pays on a model: candidates, measurement, step weights, allocation, recipe, proof."""
 
 from glocal.advise.apply import RecipeMethod, attach
+from glocal.advise.effort import EFFORTS, AdviseOptions, Effort, Target
+from glocal.advise.forecast import StageForecast, forecast_advice, forecast_stages
 from glocal.advise.methods import MethodSpec, candidates
 from glocal.advise.objective import Frames, Latents, Objective, Operator, Output
 from glocal.advise.preflight import AdviceError, Preflight, preflight
 from glocal.advise.recipe import Phase, Recipe, RecipeError, Rule
-from glocal.advise.run import EFFORTS, Advice, AdviseOptions, Effort, Target, advise
+from glocal.advise.run import Advice, advise
 from glocal.advise.validation import Validation, validate_pairs
 from glocal.advise.workload import Sample, Workload, demo_workload
 
@@ -28,6 +30,7 @@ __all__ = [
     "RecipeMethod",
     "Rule",
     "Sample",
+    "StageForecast",
     "Target",
     "Validation",
     "Workload",
@@ -35,6 +38,8 @@ __all__ = [
     "attach",
     "candidates",
     "demo_workload",
+    "forecast_advice",
+    "forecast_stages",
     "preflight",
     "validate_pairs",
 ]

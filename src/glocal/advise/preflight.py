@@ -4,6 +4,7 @@ it bit for bit, and how much of a forward is attention at all?
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal._errors import GlocalError
 from glocal.adapt.attach import Method, attach
 from glocal.adapt.host import host_of
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.apply import RecipeMethod
-from glocal.advise.objective import Latents
+from glocal.advise.objective import Latents, Output
 from glocal.advise.recipe import Recipe
 from glocal.advise.workload import Sample
 
 
-class AdviceError(RuntimeError):
+class AdviceError(GlocalError, RuntimeError):
     """Advice that cannot go on (the model does not reproduce itself, say); the message says what to mend."""
 
 
@@ -29,7 +31,8 @@ class AdviceError(RuntimeError):
 class Preflight:
     """sites: all attention sites. shape: grid of the tokens at the first site. tokens: keys of a call.
     attention: seconds of attention in one forward, forward: seconds of it all (medians). share: their ratio.
-    ceiling: speed-up of a forward if attention cost nothing (Amdahl). memory: peak bytes of a forward, if known.
+    ceiling: speed-up of a forward if attention cost nothing (Amdahl). memory: peak bytes of a forward: of the device,
+    on a CPU of the whole process; None where the system does not say. output: bytes of one result, frames included.
     """
 
     sites: tuple[Site, ...]
@@ -38,6 +41,7 @@ class Preflight:
     attention: float
     forward: float
     memory: int | None = None
+    output: int = 0
 
     @property
     def share(self) -> float:
@@ -102,7 +106,8 @@ def preflight(model: Any, sample: Sample, objective: Latents) -> Preflight:
     def once() -> Tensor:
         return objective.run(model, sample, start=last, latent=latent if last else None).tensor
 
-    plain = once()
+    result = objective.run(model, sample, start=last, latent=latent if last else None)
+    plain = result.tensor
     if not torch.equal(plain, once()):
         raise AdviceError(
             "The model does not reproduce itself: the same sample and seed gave two outputs. Switch to evaluation mode "
@@ -125,4 +130,22 @@ def preflight(model: Any, sample: Sample, objective: Latents) -> Preflight:
         inside.append(watch.seconds)
     if not torch.equal(plain, once()):
         raise AdviceError("Undo did not restore the model bit for bit; the host adapter is at fault.")
-    return Preflight(sites, watch.shape, watch.tokens, min(inside), min(total))
+    memory = peak_memory(latent)
+    return Preflight(sites, watch.shape, watch.tokens, min(inside), min(total), memory, _size(result))
+
+
+def peak_memory(tensor: Tensor) -> int | None:
+    """Most bytes held so far: on the device of `tensor`, on a CPU by the process; None where nobody counts them."""
+    if tensor.is_cuda:
+        return torch.cuda.max_memory_allocated(tensor.device)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def _size(output: Output) -> int:
+    parts = (output.tensor, output.frames)
+    return sum(t.numel() * t.element_size() for t in parts if t is not None)

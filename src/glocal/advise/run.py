@@ -13,7 +13,9 @@ from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach as attach_method
-from glocal.advise.methods import MethodSpec, candidates
+from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
+from glocal.advise.forecast import check_budget, measured_forecast
+from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight
 from glocal.advise.probe import Probe, ProbeRecord, ProbeSpec
@@ -26,65 +28,6 @@ from glocal.advise.weights import Bucket, Weights, make_buckets, step_weights
 from glocal.advise.workload import Sample, Split, Workload
 from glocal.measure.stats import drift
 from glocal.models.generation import SampleStep
-
-Scope = Literal["operator", "step", "end_to_end"]
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
-    give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
-    published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
-    nearest one all the same, so that the page has pairs to show.
-    """
-
-    name: str
-    buckets: int = 5
-    blocks: int = 16
-    plain: int = 2
-    budgets: tuple[float, ...] = (0.75, 0.6, 0.45)
-    pairs: int = 8
-    rounds: int = 7
-    steps_a_bucket: int = 2
-    published: int = 4
-    show: bool = False
-
-
-EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1, show=True),
-    "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
-    "standard": Effort("standard"),
-    "thorough": Effort("thorough", pairs=19, plain=3),
-}
-
-
-@dataclass(frozen=True)
-class Target:
-    """What is asked for: a speed-up of a scope, and limits on measures ("drift" is the mean over pairs)."""
-
-    speedup: float | None = None
-    of: Scope = "end_to_end"
-    limits: Mapping[str, float] = field(default_factory=lambda: {"drift": 0.10})
-
-    def __post_init__(self) -> None:
-        if self.speedup is not None and self.speedup < 1:
-            raise ValueError(f"Target: speedup={self.speedup} must be at least 1.")
-        if self.of not in ("operator", "step", "end_to_end"):
-            raise ValueError(f"Target: of={self.of!r}; legal: operator, step, end_to_end.")
-        if self.limits.get("drift", 0.10) <= 0:
-            raise ValueError(f"Target: limits['drift']={self.limits['drift']} must be positive.")
-
-
-@dataclass(frozen=True)
-class AdviseOptions:
-    """methods: system names to consider (empty: all that apply). keep_dense: globs of site names never touched.
-    candidates: methods to probe instead of the built-in list.
-    """
-
-    methods: tuple[str, ...] = ()
-    keep_dense: tuple[str, ...] = ()
-    candidates: tuple[MethodSpec, ...] = ()
-    min_tokens: int = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +104,7 @@ def advise(
     validation samples are disjoint in arguments and seed. objective: how a sample runs and how outputs differ.
     Raises AdviceError where no advice is possible (the model does not reproduce itself, say), ValueError for arguments.
     """
-    level = _effort(effort)
+    level = effort_of(effort)
     run = _Run(
         model,
         objective,
@@ -176,20 +119,15 @@ def advise(
     return replace(found, recipe=found.recipe.with_evidence(splits=split.records()))
 
 
-def _effort(effort: str | Effort) -> Effort:
-    if isinstance(effort, Effort):
-        return effort
-    if effort not in EFFORTS:
-        raise ValueError(f"effort={effort!r}; legal: {', '.join(EFFORTS)}.")
-    return EFFORTS[effort]
-
-
 def _advise(run: _Run, split: Split) -> Advice:
     probe_sample, weight_sample = split.probe.samples[0], split.weights.samples[0]
     run.stage("preflight")
     before = preflight(run.model, probe_sample, run.objective)
     buckets = make_buckets(run.objective.levels, run.effort.buckets)
-    methods = {m.id: m for m in _candidates(run, before)}
+    methods = {m.id: m for m in listed(run.options, before.shape)}
+    if run.options.budget is not None:
+        stages = measured_forecast(run.model, probe_sample, run.objective, (before, run.effort, methods))
+        check_budget(stages, run.options.budget)
 
     run.stage("time model", len(methods))
     times, dropped = _times(run, before, probe_sample, methods)
@@ -271,17 +209,6 @@ def _advise(run: _Run, split: Split) -> Advice:
 
 def _needed(target: Target) -> float:
     return target.speedup if target.speedup is not None and target.of == "end_to_end" else 1.0
-
-
-def _candidates(run: _Run, before: Preflight) -> list[MethodSpec]:
-    wanted = list(run.options.candidates) if run.options.candidates else candidates(before.shape)
-    if run.options.methods:
-        known = {m.system for m in wanted}
-        for name in run.options.methods:
-            if name not in known:
-                raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
-        wanted = [m for m in wanted if m.system in run.options.methods]
-    return wanted
 
 
 def _times(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from glocal._files import atomic_dir
-from glocal.cli._common import plain, print_fields, print_json, progress
+from glocal.cli._common import plain, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts
 from glocal.cli._models import load_model
 
@@ -30,15 +30,22 @@ class Job:
     keep_dense: tuple[str, ...] = ()
     steps: int = 8
     canvas: str | None = None
+    budget: float | None = None
 
 
-def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
-    """Run one advice and write OUT; whether a recipe met every limit."""
-    if job.model.endswith(".safetensors"):
-        from glocal.cli._advise_operator import run_operator
+@dataclass(frozen=True)
+class Loaded:
+    """What a job runs on."""
 
-        return run_operator(job, as_json=as_json, quiet=quiet)
-    from glocal.advise import AdviseOptions, Frames, Target, Workload, advise, demo_workload
+    model: Any
+    workload: Any
+    objective: Any
+    effort: str
+
+
+def load(job: Job) -> Loaded:
+    """Model, workload and objective of a job; ValueError in the words of the user."""
+    from glocal.advise import Frames, Workload, demo_workload
     from glocal.models.generation import SampleSpec
 
     effort = ("demonstration" if job.model == "demo" else "standard") if job.effort is None else job.effort
@@ -51,17 +58,62 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
     else:
         raise ValueError(f"--workload is needed for the model {job.model!r}; only demo brings its own.")
     objective.check(model, workload)
+    return Loaded(model, workload, objective, effort)
+
+
+def run_dry(job: Job, *, as_json: bool, quiet: bool) -> None:
+    """Print what every stage of the job would cost; with a budget below it, AdviceError after that."""
+    from glocal.advise import AdviseOptions, forecast_advice
+    from glocal.advise.forecast import check_budget, duration, total_seconds
+
+    if job.model.endswith(".safetensors"):
+        raise ValueError("--dry-run forecasts runs of a model; captured calls are judged without any. Leave it out.")
+    on = load(job)
+    options = AdviseOptions(methods=job.methods, keep_dense=job.keep_dense)
+    stages = forecast_advice(
+        on.model,
+        on.workload,
+        objective=on.objective,
+        effort=on.effort,
+        options=options,
+        progress=progress(quiet or as_json),
+    )
+    if as_json:
+        print_json({"stages": stages, "seconds": total_seconds(stages)})
+    else:
+        rows = [(s.name, duration(s.seconds), _bytes(s.memory), _bytes(s.disk)) for s in stages]
+        rows.append(("all", duration(total_seconds(stages)), "", _bytes(sum(s.disk for s in stages))))
+        print_table(("stage", "time", "memory", "disk"), rows)
+    if job.budget is not None:
+        check_budget(stages, job.budget)
+
+
+def _bytes(count: int | None) -> str:
+    if count is None:
+        return "unknown"
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
+    """Run one advice and write OUT; whether a recipe met every limit."""
+    if job.model.endswith(".safetensors"):
+        from glocal.cli._advise_operator import run_operator
+
+        return run_operator(job, as_json=as_json, quiet=quiet)
+    from glocal.advise import AdviseOptions, Target, advise
+
+    on = load(job)
     advice = advise(
-        model,
-        workload,
-        objective=objective,
+        on.model,
+        on.workload,
+        objective=on.objective,
         target=Target(job.target_speedup, limits=job.limits),
-        effort=effort,
-        options=AdviseOptions(methods=job.methods, keep_dense=job.keep_dense),
+        effort=on.effort,
+        options=AdviseOptions(methods=job.methods, keep_dense=job.keep_dense, budget=job.budget),
         progress=progress(quiet or as_json),
     )
     known = facts("cpu")
-    write(job, advice, known, f"{len(workload)} samples, {job.steps} steps, objective {objective.name}")
+    write(job, advice, known, f"{len(on.workload)} samples, {job.steps} steps, objective {on.objective.name}")
     summary = _summary(advice, job.out)
     if as_json:
         print_json(summary)
@@ -133,6 +185,8 @@ def command_line(job: Job) -> str:
         words += [w for name, value in job.limits.items() for w in ("--max", f"{name}={value:g}")]
     if job.steps != 8:
         words += ["--steps", str(job.steps)]
+    if job.budget is not None:
+        words += ["--budget", f"{job.budget:g}s"]
     return shlex.join(words)
 
 

@@ -31,6 +31,10 @@ def command(
     keep_dense: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = 8,
     canvas: Annotated[str | None, typer.Option(help="Canvas of captured tensors, such as 16x16x16.")] = None,
+    budget: Annotated[
+        str | None, typer.Option(metavar="TIME", help="Stop if the forecast is above it: 6h, 30m or 90s.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what each stage will cost; write nothing.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -38,7 +42,8 @@ def command(
 
     Exit code 0 if a recipe met every limit, 1 if none did (the page says why first), 2 for bad usage.
     """
-    from glocal.cli._advise_job import Job, run_job
+    from glocal.advise.forecast import parse_duration
+    from glocal.cli._advise_job import Job, run_dry, run_job
 
     job = Job(
         model=model,
@@ -51,7 +56,11 @@ def command(
         keep_dense=() if keep_dense is None else tuple(keep_dense),
         steps=steps,
         canvas=canvas,
+        budget=None if budget is None else parse_duration(budget, "--budget"),
     )
+    if dry_run:
+        run_dry(job, as_json=json, quiet=quiet)
+        return
     if not run_job(job, as_json=json, quiet=quiet):
         raise typer.Exit(1)
 

@@ -1,0 +1,90 @@
+"""What is asked of `advise`: how much is run, which target has to be met, what may be touched."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from glocal.advise.methods import MethodSpec, candidates
+
+Scope = Literal["operator", "step", "end_to_end"]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
+    give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
+    published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
+    nearest one all the same, so that the page has pairs to show.
+    """
+
+    name: str
+    buckets: int = 5
+    blocks: int = 16
+    plain: int = 2
+    budgets: tuple[float, ...] = (0.75, 0.6, 0.45)
+    pairs: int = 8
+    rounds: int = 7
+    steps_a_bucket: int = 2
+    published: int = 4
+    show: bool = False
+
+
+EFFORTS = {
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1, show=True),
+    "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
+    "standard": Effort("standard"),
+    "thorough": Effort("thorough", pairs=19, plain=3),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked for: a speed-up of a scope, and limits on measures ("drift" is the mean over pairs)."""
+
+    speedup: float | None = None
+    of: Scope = "end_to_end"
+    limits: Mapping[str, float] = field(default_factory=lambda: {"drift": 0.10})
+
+    def __post_init__(self) -> None:
+        if self.speedup is not None and self.speedup < 1:
+            raise ValueError(f"Target: speedup={self.speedup} must be at least 1.")
+        if self.of not in ("operator", "step", "end_to_end"):
+            raise ValueError(f"Target: of={self.of!r}; legal: operator, step, end_to_end.")
+        if self.limits.get("drift", 0.10) <= 0:
+            raise ValueError(f"Target: limits['drift']={self.limits['drift']} must be positive.")
+
+
+@dataclass(frozen=True)
+class AdviseOptions:
+    """methods: system names to consider (empty: all that apply). keep_dense: globs of site names never touched.
+    candidates: methods to probe instead of the built-in list. budget: seconds the forecast may reach.
+    """
+
+    methods: tuple[str, ...] = ()
+    keep_dense: tuple[str, ...] = ()
+    candidates: tuple[MethodSpec, ...] = ()
+    min_tokens: int = 1024
+    budget: float | None = None
+
+
+def effort_of(effort: str | Effort) -> Effort:
+    """An effort, or the built-in one of that name; ValueError lists them."""
+    if isinstance(effort, Effort):
+        return effort
+    if effort not in EFFORTS:
+        raise ValueError(f"effort={effort!r}; legal: {', '.join(EFFORTS)}.")
+    return EFFORTS[effort]
+
+
+def listed(options: AdviseOptions, shape: Sequence[int]) -> list[MethodSpec]:
+    """The methods to consider on a grid of axis lengths `shape`; ValueError for a system that is no candidate."""
+    wanted = list(options.candidates) if options.candidates else candidates(shape)
+    if options.methods:
+        known = {m.system for m in wanted}
+        for name in options.methods:
+            if name not in known:
+                raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
+        wanted = [m for m in wanted if m.system in options.methods]
+    return wanted

@@ -1,0 +1,164 @@
+"""What `advise` will cost, stage by stage, from what the preflight measured: time, memory, disk, before they are spent.
+
+Sparse runs are counted as dense ones, so the times are upper ends; what a probed call costs on top is measured on one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glocal._progress import NoProgress, Progress
+from glocal.adapt.attach import attach
+from glocal.adapt.records import SiteCall
+from glocal.advise.effort import AdviseOptions, Effort, effort_of, listed
+from glocal.advise.methods import MethodSpec
+from glocal.advise.objective import Latents
+from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise
+from glocal.advise.probe import Probe, ProbeSpec
+from glocal.advise.weights import make_buckets
+from glocal.advise.workload import Sample, Workload
+
+ROW = 400  # bytes of one probe record as a line of JSON
+RUNS_A_PAIR = 4  # dense, sparse, dense through another kernel, dense with another seed
+
+
+@dataclass(frozen=True)
+class StageForecast:
+    """One stage: seconds, most bytes of memory (None: unknown here), bytes it will leave in the output folder."""
+
+    name: str
+    seconds: float
+    memory: int | None
+    disk: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the stages are counted from beside the preflight. levels: noise levels of a run, one more than steps.
+    candidates: methods probed. probe_call: extra seconds of one probed call.
+    """
+
+    levels: tuple[float, ...]
+    candidates: int
+    probe_call: float
+
+
+def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[StageForecast, ...]:
+    """Every stage of `advise` in its order. Pure arithmetic; the preflight itself stands first, as it was paid."""
+    steps, heads = len(cost.levels) - 1, sum(s.heads + 1 for s in before.sites)
+    buckets = make_buckets(cost.levels, effort.buckets)
+    run = steps * before.forward
+    probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
+    calls = probed * len(before.sites) * (1 + effort.plain / max(cost.candidates, 1))
+    rungs = 2 * len(effort.budgets) + effort.published
+    one = before.sites[0]
+    # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
+    scores = 2 * 4 * one.heads * 64 * before.tokens
+    records = round(probed * heads * (cost.candidates + effort.plain)) * ROW
+
+    def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
+        return StageForecast(name, seconds, None if before.memory is None else before.memory + extra, disk)
+
+    timed = (cost.candidates + 1) * (effort.rounds + 2) * before.attention / len(before.sites)
+    weights = effort.plain * sum(steps - b.first for b in buckets) * before.forward
+    return (
+        stage("preflight", 6 * before.forward),
+        stage("time model", before.forward + timed),
+        stage("probe", 2 * run + calls * cost.probe_call, scores + (steps + 1) * before.output, 2 * records),
+        stage("step weights", weights, (steps + 1) * before.output),
+        stage("ladder", (2 + rungs) * run, 2 * before.output),
+        # Pictures of four pairs, two sides each, one byte a value where the result has four.
+        stage("validation", effort.pairs * RUNS_A_PAIR * run, 3 * effort.pairs * before.output, 2 * before.output),
+    )
+
+
+def measured_forecast(
+    model: Any, sample: Sample, objective: Latents, known: tuple[Preflight, Effort, Mapping[str, MethodSpec]]
+) -> tuple[StageForecast, ...]:
+    """The stages, with one probed call measured inside the last step of `sample`."""
+    before, effort, methods = known
+    seconds: list[float] = []
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> None:
+        probe = Probe(ProbeSpec(methods, lambda step: 0, frozenset([call.state.step]), effort.blocks))
+        for _ in range(2):  # the first builds plans, which later calls of the same canvas find ready
+            synchronise(q)
+            began = time.perf_counter()
+            probe.core(q, k, v, call, lambda q, k, v, call: q)
+            synchronise(q)
+            seconds.append(time.perf_counter() - began)
+
+    last = len(objective.levels) - 2
+    with torch.no_grad(), attach(model, Inside(before.sites[len(before.sites) // 2].name, 0, look)):
+        latent = objective.first_latent(model, sample) if last else None
+        objective.run(model, sample, start=last, latent=latent)
+    if not seconds:
+        raise AdviceError("The middle site was never called; the host adapter reports sites that do not run.")
+    return forecast_stages(before, effort, Cost(tuple(objective.levels), len(methods), seconds[-1]))
+
+
+def forecast_advice(
+    model: Any,
+    workload: Workload,
+    *,
+    objective: Latents,
+    effort: str | Effort = "standard",
+    options: AdviseOptions | None = None,
+    progress: Progress | None = None,
+) -> tuple[StageForecast, ...]:
+    """What `advise` with the same arguments would cost: runs the preflight and one probed call, nothing else.
+
+    Raises what `advise` raises: AdviceError where the model cannot be advised on, ValueError for arguments.
+    """
+    level = effort_of(effort)
+    asked = AdviseOptions() if options is None else options
+    shown = NoProgress() if progress is None else progress
+    sample = workload.split(probe=1, weights=1, validate=level.pairs).probe.samples[0]
+    shown.stage("preflight")
+    with torch.no_grad():
+        before = preflight(model, sample, objective)
+        methods = {m.id: m for m in listed(asked, before.shape)}
+        found = measured_forecast(model, sample, objective, (before, level, methods))
+    shown.close()
+    return found
+
+
+def total_seconds(stages: Sequence[StageForecast]) -> float:
+    """Of all stages together."""
+    return sum(s.seconds for s in stages)
+
+
+def check_budget(stages: Sequence[StageForecast], budget: float) -> None:
+    """AdviceError with the numbers if the stages take longer than `budget` seconds."""
+    whole = total_seconds(stages)
+    if whole > budget:
+        most = max(stages, key=lambda s: s.seconds)
+        raise AdviceError(
+            f"The forecast is {duration(whole)}, the budget {duration(budget)}; {most.name} takes most of it "
+            f"({duration(most.seconds)}). Nothing was written. Raise the budget, or take a smaller effort."
+        )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, such as 2.5 h, 40 min, 12 s."""
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"
+
+
+def parse_duration(text: str, option: str) -> float:
+    """Seconds of `6h`, `30m` or `90s`; ValueError in the words of the option."""
+    units = {"h": 3600.0, "m": 60.0, "s": 1.0}
+    try:
+        seconds = float(text[:-1]) * units[text[-1:]]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{option} {text!r}; legal: a number with h, m or s, such as 6h, 30m or 90s.") from error
+    if not 0 < seconds < float("inf"):
+        raise ValueError(f"{option} {text!r}; legal: a time above zero, such as 30m.")
+    return seconds
