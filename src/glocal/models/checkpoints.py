@@ -165,7 +165,7 @@ def _unneeded(model: nn.Module, name: str) -> bool:
     """Names of a file that a model may leave: tables of indices, and all behind the trunk for a features model."""
     if name.endswith(getattr(model, "ignored", ())):
         return True
-    behind = (f"{getattr(model, 'classifier', 'head')}.", "norm.", "norms.", "head.")
+    behind = (f"{getattr(model, 'classifier', 'head')}.", "norm.", "norms.", "head.", *getattr(model, "behind", ()))
     return getattr(model, "features_only", False) and name.startswith(behind)
 
 
@@ -188,7 +188,8 @@ def _resized(model: nn.Module, name: str, value: Tensor, shape: tuple[int, ...] 
         return value
     mode: Resize = getattr(model, "table_resize", "bicubic")
     if layout == "heads_first":
-        return resize_table(value, (shape[1], shape[2]), mode)
+        heads = value.reshape(-1, *value.shape[-2:])  # a table for all heads has no first axis
+        return resize_table(heads, (shape[-2], shape[-1]), mode).reshape(shape)
     return resize_flat_table(value, (isqrt(shape[0]) + 1) // 2, mode)
 
 

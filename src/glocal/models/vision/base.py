@@ -31,6 +31,7 @@ class VisionBackbone(nn.Module, ABC):
 
     ignored: ClassVar[tuple[str, ...]] = ()  # endings of checkpoint keys that hold no weights (indices, masks)
     classifier: ClassVar[str] = "head"  # the layer whose size follows the number of classes
+    behind: ClassVar[tuple[str, ...]] = ()  # further starts of checkpoint keys that a features model has no use for
     tables: ClassVar[Mapping[str, TableLayout]] = {}  # endings of relative tables, and how they lie
     table_resize: ClassVar[Resize] = "bicubic"  # how the authors interpolate them
     undecayed: ClassVar[tuple[str, ...]] = ()  # endings of parameters that weight decay leaves alone
