@@ -27,7 +27,7 @@ class RelativeTable(nn.Module):
     """A table [heads, 2t - 1, 2t - 1] under `relative_position_bias_table`, read for windows of another side.
 
     window: side of the windows. trained: t, the side that the table is stored for; it is resized bilinearly in every
-    call. shared: one table for all heads.
+    call. shared: one table [2t - 1, 2t - 1] for all heads.
     """
 
     index: Tensor
@@ -36,14 +36,17 @@ class RelativeTable(nn.Module):
         super().__init__()
         side = 2 * trained - 1
         self.window = window
-        self.relative_position_bias_table = nn.Parameter(torch.zeros(1 if shared else heads, side, side))
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros(side, side) if shared else torch.zeros(heads, side, side)
+        )
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("index", relative_index(window, window).T.contiguous(), persistent=False)
 
     def resized(self) -> Tensor:
         """The table for the side of the windows, [heads | 1, 2 window - 1, 2 window - 1]."""
         side = 2 * self.window - 1
-        return resize_table(self.relative_position_bias_table, (side, side), "bilinear")
+        table = self.relative_position_bias_table
+        return resize_table(table if table.dim() == 3 else table[None], (side, side), "bilinear")
 
     def forward(self) -> Tensor:
         """The bias of the logits, [heads | 1, window ** 2, window ** 2]."""

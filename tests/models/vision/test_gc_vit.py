@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from glocal.models import create_model
 from glocal.models.checkpoints import fill
 from glocal.models.vision.gc_vit import DENSE_WINDOWS, BlockSpec, GCViT, _pools
 from glocal.testing import check
@@ -95,3 +97,16 @@ def test_reads_timms_layout() -> None:
     assert "stages.0.global_block.blocks.conv2.se.fc1.weight" in other
     fill(model, other)
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_equals_timms() -> None:
+    import timm  # type: ignore[import-not-found]
+
+    reference = timm.create_model("gcvit_xxtiny", num_classes=7).eval()
+    model = create_model("gc_vit_xxtiny", num_classes=7).eval()
+    fill(model, reference.state_dict())
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = reference(image)
+        assert float((model(image) - wanted).abs().max() / wanted.abs().max()) < 1e-4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,3 +88,22 @@ def test_the_classifier_changes_alone() -> None:
     with torch.device("meta"):
         model: Any = create_model("maxvit_tiny_tf_224", num_classes=7)
     assert model.head.fc.out_features == 7
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed")
+def test_equals_timms() -> None:
+    import timm  # type: ignore[import-not-found]
+
+    reference = timm.create_model("maxvit_tiny_tf_224", num_classes=7).eval()
+    model = create_model("maxvit_tiny_tf_224", num_classes=7).eval()
+    fill(model, reference.state_dict())
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted = reference(image)
+        assert float((model(image) - wanted).abs().max() / wanted.abs().max()) < 1e-4
+
+
+def test_a_table_for_all_heads_is_resized_too() -> None:
+    small, large = (MaxViT(**SHAPE, spec=BlockSpec(n, n, head_size=4, shared_bias=True)) for n in (2, 3))
+    fill(large, small.state_dict(), resize=True)
+    assert large.state_dict()["stages.0.blocks.0.attn_grid.attn.rel_pos.relative_position_bias_table"].shape == (5, 5)
