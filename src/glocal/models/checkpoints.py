@@ -189,7 +189,7 @@ def _resized(model: nn.Module, name: str, value: Tensor, shape: tuple[int, ...] 
     mode: Resize = getattr(model, "table_resize", "bicubic")
     if layout == "heads_first":
         heads = value.reshape(-1, *value.shape[-2:])  # a table for all heads has no first axis
-        return resize_table(heads, (shape[-2], shape[-1]), mode).reshape(shape)
+        return resize_table(heads, (shape[-2], shape[-1]), mode).reshape(*value.shape[:-2], *shape[-2:])
     return resize_flat_table(value, (isqrt(shape[0]) + 1) // 2, mode)
 
 
