@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import LIMIT, Expected, Fallback, Phase, Queries, Recipe, RecipeError, Rule
@@ -160,3 +161,12 @@ def test_a_recipe_has_a_size_limit(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=rf"recipe.json would have \d+ bytes; the limit is {LIMIT}"):
         big.save(tmp_path / "recipe.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_level_at_an_edge_stays_on_its_side_in_float32() -> None:
+    for number in range(1, 50):
+        edge = 6 * (number / 50) / (1 + 5 * number / 50)
+        seen = float(torch.tensor(edge))
+        below, above = Phase("sigma", 0.0, edge), Phase("sigma", edge, 1.0)
+        assert below.holds(sigma=seen, progress=None) and not above.holds(sigma=seen, progress=None)
+    assert Phase("sigma", 0.5, 1.0).holds(sigma=1.0, progress=None)

@@ -41,7 +41,8 @@ class Phase:
         if self.coordinate == "always":
             return True
         if self.coordinate == "sigma":
-            return sigma is not None and self.low < sigma <= self.high
+            # A model sees its noise level in float32: a level at an edge must stay on its side of it.
+            return sigma is not None and self.low < sigma / (1 + 1e-6) <= self.high
         value = progress if self.coordinate == "progress" else tokens
         return value is not None and self.low <= value < self.high
 
