@@ -8,12 +8,14 @@ import torch
 from glocal.advise import Frames, Workload
 from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
 
+FIELDS = (("shape", ("disc", "square")), ("colour", ("red", "green", "blue", "white", "black", "grey")))
+
 
 @pytest.fixture(scope="module")
 def model() -> VideoDiT:
     """Two layers, two heads; zero-initialised parameters get values, so that attention reaches the output."""
     torch.manual_seed(0)
-    config = VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=(("shape", ("disc", "square")),))
+    config = VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=FIELDS)
     made = VideoDiT(config).eval()
     for parameter in made.parameters():
         if not parameter.any():
@@ -30,10 +32,5 @@ def objective() -> Frames:
 @pytest.fixture(scope="session")
 def workload() -> Workload:
     """Twelve samples whose arguments and seeds differ pairwise."""
-    made = [
-        {"shape": shape, "height": height, "width": width}
-        for shape in ("disc", "square")
-        for height in (24, 32)
-        for width in (24, 32, 40)
-    ]
-    return Workload.from_calls(made, range(12))
+    made = [{"shape": shape, "colour": colour} for shape in FIELDS[0][1] for colour in FIELDS[1][1]]
+    return Workload.from_calls(made, range(len(made)))

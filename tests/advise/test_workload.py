@@ -69,7 +69,9 @@ def test_splits_share_neither_arguments_nor_seeds() -> None:
     check(split)
     assert [len(p) for p in (split.probe, split.weights, split.validate)] == [2, 2, 8]
     assert len({s.key for s in split.validate.samples}) == 8
-    assert split.records()["validate"] == {"n": 8, "sha256": split.validate.hash()}
+    record = split.records()["validate"]
+    assert (record["n"], record["sha256"]) == (8, split.validate.hash())
+    assert record["samples"] == [s.record() for s in split.validate.samples]
 
 
 def test_samples_that_hang_together_stay_together() -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glocal.advise import Recipe
+from glocal.advise import MethodSpec, Recipe, Rule
 from glocal.advise.capture import CallInfo, CapturedCall, save_capture
+from glocal.advise.recipe import Fallback
 from glocal.cli import app
 
 RUNNER = CliRunner()
@@ -100,3 +101,21 @@ def test_dry_run_prints_the_stages_and_writes_nothing(tiny: list[str], tmp_path:
     over = RUNNER.invoke(app, [*words, "--quiet", "--budget", "0.001s"])
     assert over.exit_code == 2 and "The forecast is" in over.output and "time" in over.output
     assert not (tmp_path / "out").exists()
+
+
+def test_validate_proves_a_recipe_again(tiny: list[str], tmp_path: Path) -> None:
+    window = {"tile": [2, 3, 3], "window": [{"fraction": 0.5}] * 3}
+    half = MethodSpec("tile_windows", window, {"tile": [2, 3, 3]}, (18, 18))
+    recipe = Recipe("candidate", {"half": half}, (Rule("half", ((0, 1),)),), fallback=Fallback(min_tokens=16))
+    recipe.save(tmp_path / "recipe.json")
+    words = ["validate", str(tmp_path / "recipe.json"), *tiny, "--steps", "2", "--pairs", "2", "-o"]
+    done = RUNNER.invoke(app, [*words, str(tmp_path / "out"), "--max", "drift=1e-9", "--json"])
+    assert done.exit_code == 1, done.output
+    assert json.loads(done.stdout)["status"] == "dense"
+    assert not Recipe.load(tmp_path / "out" / "recipe.json").rules
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "glocal validate" in page and "--pairs 2" in page
+    assert len((tmp_path / "out" / "evidence.jsonl").read_text().splitlines()) >= 2 + 2
+    broken = RUNNER.invoke(app, ["validate", str(tmp_path / "none.json"), *tiny, "-o", str(tmp_path / "other")])
+    assert broken.exit_code == 2 and "does not exist" in broken.output
+    assert not (tmp_path / "other").exists()

@@ -7,6 +7,7 @@ from glocal.advise.methods import MethodSpec, candidates
 from glocal.advise.objective import Frames, Latents, Objective, Operator, Output
 from glocal.advise.preflight import AdviceError, Preflight, preflight
 from glocal.advise.recipe import Phase, Recipe, RecipeError, Rule
+from glocal.advise.reprove import validate
 from glocal.advise.run import Advice, advise
 from glocal.advise.validation import Validation, validate_pairs
 from glocal.advise.workload import Sample, Workload, demo_workload
@@ -41,5 +42,6 @@ __all__ = [
     "forecast_advice",
     "forecast_stages",
     "preflight",
+    "validate",
     "validate_pairs",
 ]

@@ -23,7 +23,7 @@ from glocal.advise.recipe import Fallback, Recipe
 from glocal.advise.rules import layer_ranges
 from glocal.advise.search import Found, Rung, allocated, measure_rung, published, single
 from glocal.advise.timing import Times, time_methods
-from glocal.advise.validation import Validation, timed, validate_pairs
+from glocal.advise.validation import Validation, judged, timed, validate_pairs
 from glocal.advise.weights import Bucket, Weights, make_buckets, step_weights
 from glocal.advise.workload import Sample, Split, Workload
 from glocal.measure.stats import drift
@@ -63,7 +63,7 @@ class Advice:
 
 
 @dataclass
-class _Run:
+class Run:
     """What the stages share."""
 
     model: Any
@@ -105,7 +105,7 @@ def advise(
     Raises AdviceError where no advice is possible (the model does not reproduce itself, say), ValueError for arguments.
     """
     level = effort_of(effort)
-    run = _Run(
+    run = Run(
         model,
         objective,
         level,
@@ -119,7 +119,7 @@ def advise(
     return replace(found, recipe=found.recipe.with_evidence(splits=split.records()))
 
 
-def _advise(run: _Run, split: Split) -> Advice:
+def _advise(run: Run, split: Split) -> Advice:
     probe_sample, weight_sample = split.probe.samples[0], split.weights.samples[0]
     run.stage("preflight")
     before = preflight(run.model, probe_sample, run.objective)
@@ -130,7 +130,7 @@ def _advise(run: _Run, split: Split) -> Advice:
         check_budget(stages, run.options.budget)
 
     run.stage("time model", len(methods))
-    times, dropped = _times(run, before, probe_sample, methods)
+    times, dropped = times_inside(run, before, probe_sample, methods)
     methods = {n: m for n, m in methods.items() if n in times.methods}
     base = Advice(
         Recipe("dense"), "dense", "", run.effort, run.target, before, times, (), dropped, methods, stages=run.stages
@@ -181,7 +181,7 @@ def _advise(run: _Run, split: Split) -> Advice:
         run.stage(None)
         return replace(base, reason=why)
 
-    recipe = _with_canvas(chosen.recipe, before)
+    recipe = with_canvas(chosen.recipe, before)
     chosen = replace(chosen, recipe=recipe)
     run.stage("validation", len(split.validate))
     found = validate_pairs(
@@ -190,29 +190,22 @@ def _advise(run: _Run, split: Split) -> Advice:
         split.validate.samples,
         run.objective,
         limit=run.target.limits.get("drift", 0.10),
-        target=_needed(run.target),
+        target=needed(run.target),
         advance=run.progress.step,
     )
     run.stage(None)
-    status: Literal["validated", "candidate", "dense"] = "dense"
-    if found.verdict.accepted:
-        status = "validated" if len(found.pairs) >= 8 else "candidate"
-    reason = (
-        f"{found.verdict.speedup.mean:.2f}x end to end at drift {found.verdict.drift.mean:.3f} over "
-        f"{len(found.pairs)} unseen pairs."
-        if found.verdict.accepted
-        else "Validation failed: " + "; ".join(found.verdict.failures) + "."
-    )
+    status, reason = judged(found)
     final = replace(recipe, status=status)
     return replace(base, recipe=final, status=status, reason=reason, chosen=chosen, validation=found)
 
 
-def _needed(target: Target) -> float:
+def needed(target: Target) -> float:
+    """The end-to-end speed-up that is asked for; at least not slower."""
     return target.speedup if target.speedup is not None and target.of == "end_to_end" else 1.0
 
 
-def _times(
-    run: _Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]
+def times_inside(
+    run: Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]
 ) -> tuple[Times, dict[str, str]]:
     """Timed inside the first call of the middle site at the last step."""
     found: list[Times] = []
@@ -238,14 +231,14 @@ def _times(
     return found[0], dropped
 
 
-def _refusal(run: _Run, before: Preflight, times: Times) -> str | None:
-    needed = _needed(run.target)
+def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
+    wanted = needed(run.target)
     if before.tokens < run.options.min_tokens:
         return f"A call has {before.tokens} tokens; below {run.options.min_tokens} every method stays dense."
-    if before.ceiling < max(needed, 1.02):
+    if before.ceiling < max(wanted, 1.02):
         return (
             f"Attention is {before.share:.0%} of a forward, so no method can give more than {before.ceiling:.2f}x; "
-            f"the target is {needed:.2f}x."
+            f"the target is {wanted:.2f}x."
         )
     if not times.methods or min(t.median for t in times.methods.values()) >= times.dense.median:
         return f"Every candidate is slower than the best dense kernel here ({times.dense.kernel})."
@@ -261,7 +254,7 @@ class _Probed:
     latents: list[Tensor]
 
 
-def _probe(run: _Run, sample: Sample, methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]) -> _Probed:
+def _probe(run: Run, sample: Sample, methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]) -> _Probed:
     bucket_of = {step: b.number for b in buckets for step in range(b.first, b.last + 1)}
     steps = frozenset(s for b in buckets for s in _pick(b, run.effort.steps_a_bucket))
     keep = run.options.keep_dense
@@ -297,7 +290,7 @@ def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[
     return {pool[p]: methods[pool[p]] for p in places}
 
 
-def _ladder(run: _Run, found: Found, shape: Sequence[int]) -> list[Rung]:
+def _ladder(run: Run, found: Found, shape: Sequence[int]) -> list[Rung]:
     out: list[Rung] = []
     for budget in run.effort.budgets:
         out += [rung for rung in (allocated(found, budget), single(found, budget)) if rung is not None]
@@ -306,11 +299,11 @@ def _ladder(run: _Run, found: Found, shape: Sequence[int]) -> list[Rung]:
     return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
 
 
-def _winner(run: _Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung | None, str]:
+def _winner(run: Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung | None, str]:
     """The measured winner, never the predicted one: the fastest rung within the drift limit that meets the target."""
     limit = run.target.limits.get("drift", 0.10)
     within = [r for r in measured if r.error is not None and drift(r.error, 0.0, ceiling) <= limit]
-    fast = [r for r in within if r.speedup is not None and r.speedup >= max(_needed(run.target), 1.0)]
+    fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(run.target), 1.0)]
     if fast:
         return max(fast, key=lambda r: r.speedup or 0.0), ""
     if not within:
@@ -324,7 +317,7 @@ def _winner(run: _Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung |
     top = max(within, key=lambda r: r.speedup or 0.0)
     return None, (
         f"Within the drift limit the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
-        f"{max(_needed(run.target), 1.0):.2f}x is needed."
+        f"{max(needed(run.target), 1.0):.2f}x is needed."
     )
 
 
@@ -334,7 +327,8 @@ def _nearest(measured: Sequence[Rung]) -> Rung | None:
     return min(faster, key=lambda r: r.error or 0.0, default=None)
 
 
-def _with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
+def with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
+    """The recipe, proven on the canvas of this preflight and no other."""
     shape = list(before.shape)
     return replace(
         recipe,

@@ -20,7 +20,7 @@ from glocal.adapt.records import Core, SiteCall
 from glocal.advise.apply import attach
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.preflight import Stopwatch
-from glocal.advise.recipe import Recipe
+from glocal.advise.recipe import Recipe, Status
 from glocal.advise.workload import Sample
 from glocal.measure.stats import Acceptance, Interval, accept, drift, log_ratio
 from glocal.ops import Score, attend
@@ -66,6 +66,15 @@ class Validation:
     operator: Interval
     step: Interval
     outputs: Mapping[str, tuple[Output, Output, Output]]
+
+
+def judged(found: Validation) -> tuple[Status, str]:
+    """Status (`validated` needs 8 accepted pairs) and the sentence that says why."""
+    verdict, n = found.verdict, len(found.pairs)
+    if not verdict.accepted:
+        return "dense", "Validation failed: " + "; ".join(verdict.failures) + "."
+    reason = f"{verdict.speedup.mean:.2f}x end to end at drift {verdict.drift.mean:.3f} over {n} unseen pairs."
+    return "validated" if n >= 8 else "candidate", reason
 
 
 class OtherKernel(Method):

@@ -37,6 +37,10 @@ class Sample:
         """The arguments as text: equal for samples that ask for the same. Files count by content, tensors by value."""
         return _text(dict(self.args), f"sample {self.id!r}")
 
+    def record(self) -> dict[str, Any]:
+        """What a recipe remembers of it: hash of the arguments, and the seed."""
+        return {"args": hashlib.sha256(self.key.encode()).hexdigest()[:16], "seed": self.seed}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -47,8 +51,8 @@ class Split:
     validate: Workload
 
     def records(self) -> dict[str, dict[str, Any]]:
-        """Number of samples and hash of each part, as `evidence.splits` of a recipe wants them."""
-        return {name: {"n": len(part.samples), "sha256": part.hash()} for name, part in vars(self).items()}
+        """Of each part the number of samples, its hash and what tells its samples, for `evidence.splits`."""
+        return {name: part.records() for name, part in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,17 @@ class Workload:
             )
         made = [Workload(tuple(pool[i] for i in part)) for part in parts]
         return Split(*made)
+
+    def records(self) -> dict[str, Any]:
+        """Number of samples, hash, and what tells each sample: one entry of `evidence.splits`."""
+        return {"n": len(self), "sha256": self.hash(), "samples": [s.record() for s in self.samples]}
+
+    def unseen(self, splits: Mapping[str, Mapping[str, Any]]) -> Workload | None:
+        """The samples that share neither arguments nor a seed with one of `evidence.splits`; None if there are none."""
+        seen = [record for part in splits.values() for record in part.get("samples", [])]
+        args, seeds = {r["args"] for r in seen}, {r["seed"] for r in seen}
+        fresh = [s for s in self.samples if s.seed not in seeds and s.record()["args"] not in args]
+        return Workload(tuple(fresh)) if fresh else None
 
     def hash(self) -> str:
         """SHA-256 over seeds and arguments; order and ids do not matter."""

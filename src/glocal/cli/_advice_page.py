@@ -136,7 +136,7 @@ def _notice(advice: Advice) -> str | None:
 
 
 def _curve(advice: Advice) -> Curve | None:
-    if not advice.ladder or advice.anchors is None:
+    if advice.anchors is None:
         return None
     floor, ceiling = advice.anchors
     if advice.validation is not None:
@@ -298,7 +298,8 @@ def _left_dense(advice: Advice) -> tuple[str, ...]:
     if advice.status == "dense":
         return (advice.reason, "The recipe says dense everywhere; the curve shows what was tried.")
     recipe = advice.recipe
-    assert advice.weights is not None
+    if advice.weights is None:
+        return ("An existing recipe was proven again; why it leaves parts dense stands on the page it came from.",)
     layers = sorted({s.layer for s in advice.preflight.sites})
     heads = advice.preflight.sites[0].heads
     cells, dense = 0, 0

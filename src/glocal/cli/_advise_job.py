@@ -113,16 +113,54 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         progress=progress(quiet or as_json),
     )
     known = facts("cpu")
-    write(job, advice, known, f"{len(on.workload)} samples, {job.steps} steps, objective {on.objective.name}")
-    summary = _summary(advice, job.out)
+    words = PageWords(job.model, _workload_words(on, job.steps), command_line(job))
+    write(job.out, advice, known, words)
+    _print(_summary(advice, job.out), as_json)
+    return advice.accepted
+
+
+def run_validation(recipe: Path, job: Job, pairs: int | None, *, as_json: bool, quiet: bool) -> bool:
+    """Prove an existing recipe again and write OUT; whether it met every limit."""
+    from glocal.advise import Recipe, Target, validate
+
+    given = Recipe.load(recipe)
+    on = load(job)
+    advice = validate(
+        on.model,
+        given,
+        on.workload,
+        objective=on.objective,
+        target=Target(job.target_speedup, limits=job.limits),
+        pairs=pairs,
+        progress=progress(quiet or as_json),
+    )
+    words = PageWords(job.model, _workload_words(on, job.steps), validate_line(recipe, job, pairs))
+    write(job.out, advice, facts("cpu"), words)
+    _print(_summary(advice, job.out), as_json)
+    return advice.accepted
+
+
+def _print(summary: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(summary)
     else:
         print_fields(summary)
-    return advice.accepted
 
 
-def write(job: Job, advice: Any, known: Mapping[str, str], workload: str) -> None:
+def _workload_words(on: Loaded, steps: int) -> str:
+    return f"{len(on.workload)} samples, {steps} steps, objective {on.objective.name}"
+
+
+@dataclass(frozen=True)
+class PageWords:
+    """What the page says of a job: its model, its workload in one line, and the line that runs it again."""
+
+    model: str
+    workload: str
+    reproduce: str
+
+
+def write(out: Path, advice: Any, known: Mapping[str, str], words: PageWords) -> None:
     """recipe.json, report.html and evidence.jsonl, in a folder that appears at once."""
     from dataclasses import replace
 
@@ -133,9 +171,9 @@ def write(job: Job, advice: Any, known: Mapping[str, str], workload: str) -> Non
     recipe = replace(advice.recipe, device=dict(known)).with_evidence(created=created, **evidence(advice))
     advice = replace(advice, recipe=recipe)
     page = advice_page(
-        advice, model=job.model, workload=workload, created=created, reproduce=command_line(job), facts=known
+        advice, model=words.model, workload=words.workload, created=created, reproduce=words.reproduce, facts=known
     )
-    with atomic_dir(job.out) as folder:
+    with atomic_dir(out) as folder:
         recipe.save(folder / "recipe.json")
         (folder / "report.html").write_text(render_advice(page), encoding="utf-8")
         lines = [json.dumps(plain(row), sort_keys=True) for row in rows(advice)]
@@ -168,7 +206,24 @@ def _ends(interval: Any) -> dict[str, float]:
 
 def command_line(job: Job) -> str:
     """The line that runs the same job again."""
-    words = ["glocal", "advise", job.model, "-o", str(job.out)]
+    words = ["glocal", "advise", job.model, *_options(job)]
+    if job.methods:
+        words += ["--methods", ",".join(job.methods)]
+    for glob in job.keep_dense:
+        words += ["--keep-dense", glob]
+    if job.budget is not None:
+        words += ["--budget", f"{job.budget:g}s"]
+    return shlex.join(words)
+
+
+def validate_line(recipe: Path, job: Job, pairs: int | None) -> str:
+    """The line that runs the same validation again."""
+    words = ["glocal", "validate", str(recipe), job.model, *_options(job)]
+    return shlex.join(words if pairs is None else [*words, "--pairs", str(pairs)])
+
+
+def _options(job: Job) -> list[str]:
+    words = ["-o", str(job.out)]
     for name, value in (
         ("--workload", job.workload),
         ("--effort", job.effort),
@@ -177,17 +232,11 @@ def command_line(job: Job) -> str:
     ):
         if value is not None:
             words += [name, str(value)]
-    if job.methods:
-        words += ["--methods", ",".join(job.methods)]
-    for glob in job.keep_dense:
-        words += ["--keep-dense", glob]
     if job.limits != {"drift": 0.10}:
         words += [w for name, value in job.limits.items() for w in ("--max", f"{name}={value:g}")]
     if job.steps != 8:
         words += ["--steps", str(job.steps)]
-    if job.budget is not None:
-        words += ["--budget", f"{job.budget:g}s"]
-    return shlex.join(words)
+    return words
 
 
 def _summary(advice: Any, out: Path) -> dict[str, Any]:

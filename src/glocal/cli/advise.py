@@ -51,7 +51,7 @@ def command(
         workload=workload,
         effort=effort,
         target_speedup=target_speedup,
-        limits=_limits([] if max_ is None else max_),
+        limits=read_limits([] if max_ is None else max_),
         methods=() if methods is None else tuple(methods.split(",")),
         keep_dense=() if keep_dense is None else tuple(keep_dense),
         steps=steps,
@@ -65,7 +65,8 @@ def command(
         raise typer.Exit(1)
 
 
-def _limits(words: list[str]) -> dict[str, float]:
+def read_limits(words: list[str]) -> dict[str, float]:
+    """`--max` options as limits by measure; drift has one always."""
     limits = {"drift": 0.10}
     for word in words:
         name, equals, value = word.partition("=")
