@@ -4,6 +4,8 @@ A map is cut into regions. Mean queries and mean keys of the regions, all heads 
 regions each region reads; its tokens then attend to the tokens of those regions alone. A depthwise convolution of the
 values (LePE) is added. Keys are read in place through lists of blocks, so memory does not grow with `top`.
 
+Choices follow the content, so this part runs outside compiled graphs: `torch.compile` works without `fullgraph`.
+
 Both operators scale logits by (width of all queries) ** -0.5, not by the head size. Neither masks padding.
 """
 
@@ -166,6 +168,7 @@ class _BiLevelRouting(nn.Module):
         )
         return chosen, weight
 
+    @torch.compiler.disable(reason="regions are chosen by content: lists of blocks are made outside compiled graphs")
     def _attend(self, parts: _Regions) -> Tensor:
         """[B, S, n, dim]: every region over the regions it chose."""
         chosen, weight = self._chosen(parts)

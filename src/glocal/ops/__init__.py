@@ -1,11 +1,13 @@
 """The differentiable operators people call."""
 
-from glocal.ops import merge
+from glocal.ops import cells, merge
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
+from glocal.ops.dynamic_conv import dynamic_conv
 from glocal.ops.epilogue import Epilogue
 from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
+from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
 
@@ -22,14 +24,21 @@ __all__ = [
     "PerKey",
     "PerPart",
     "Pooled",
+    "Ratio",
     "Relative",
     "ResizePool",
     "Score",
     "SoftmaxPool",
+    "Subtract",
+    "Unnormalised",
     "attend",
     "attention",
+    "cells",
+    "dynamic_conv",
     "explain",
     "heads",
+    "linear_attention",
+    "linear_weights",
     "merge",
     "pool",
 ]
