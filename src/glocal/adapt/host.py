@@ -42,8 +42,10 @@ class HostAdapter(Protocol):
 
 CoreFactory = Callable[[Core], Core]
 
+_DIFFUSERS = "diffusers.models.transformers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+    f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": "glocal.adapt.hosts.diffusers.wan",
 }
 _REGISTERED: dict[str, HostAdapter] = {}
 

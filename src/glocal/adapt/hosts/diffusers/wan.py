@@ -1,0 +1,49 @@
+"""Host adapter of diffusers' WanTransformer3DModel (Wan 2.1 and 2.2; arXiv 2503.20314).
+
+Self-attention: video tokens only, (frame, row, column) raster order after patches of 1 x 2 x 2. Cross attention: video
+queries, text keys; image-to-video calls attention a second time there, image keys first. Wan 2.2 has two such models,
+each with steps of its own; attach to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.intercept import NativeCall
+from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
+from glocal.adapt.records import Site
+from glocal.canvas import Layout
+
+SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
+
+
+class WanHost(DiffusersHost):
+    """Sites are `blocks.N.attn1` (self) and `blocks.N.attn2` (cross)."""
+
+    def sites(self, model: Any) -> Sequence[Site]:
+        """Self and cross attention of every block, in the order they run."""
+        heads, dim = model.config.num_attention_heads, model.config.attention_head_dim
+        found: list[Site] = []
+        for layer in range(len(model.blocks)):
+            found.append(Site(f"blocks.{layer}.attn1", layer, heads, dim, rotary="3-axis"))
+            found.append(Site(f"blocks.{layer}.attn2", layer, heads, dim, kind="cross"))
+        return found
+
+    def read(self, model: Any, given: dict[str, Any]) -> Forward:
+        """hidden_states [B, C, F, H, W]; timestep [B], or [B, N] where tokens have levels of their own."""
+        latents = given["hidden_states"]
+        grid = tuple(n // p for n, p in zip(latents.shape[2:], model.config.patch_size, strict=True))
+        level = float(given["timestep"].max()) / SCHEDULE  # frames that are given (level 0) do not count
+        return Forward(Layout.of(canvas_of(("video", grid))), level, latents, given["encoder_hidden_states"])
+
+    def layout(self, forward: Forward, site: Site, keys: int, native: NativeCall) -> Layout:
+        """Cross attention has keys off the grid: the text, or the image that conditions the video."""
+        if site.kind == "self":
+            return forward.layout
+        image = native.number == 0 and keys != forward.text.shape[1]
+        return Layout(forward.layout.q, canvas_of(("image" if image else "text", keys)))
+
+
+ADAPTER = WanHost()
