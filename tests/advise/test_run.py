@@ -83,6 +83,8 @@ def test_undo_is_bit_equal(advice: Advice, model: VideoDiT) -> None:
 def test_short_sequences_are_refused(model: VideoDiT) -> None:
     found = advise(model, distinct(), objective=OBJECTIVE, effort=EFFORT, options=replace(OPTIONS, min_tokens=1024))
     assert found.status == "dense" and "256 tokens" in found.reason and not found.recipe.rules
+    assert found.recipe.check(model) == [] and found.recipe.host["components"][0]["name"] == "transformer"
+    assert found.recipe.objective["limits"] == {"drift": 0.1}
 
 
 def test_an_unreachable_target_is_refused_by_amdahl(model: VideoDiT) -> None:

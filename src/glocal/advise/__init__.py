@@ -3,6 +3,7 @@
 from glocal.advise.apply import RecipeMethod, attach
 from glocal.advise.effort import EFFORTS, AdviseOptions, Effort, Target
 from glocal.advise.forecast import StageForecast, forecast_advice, forecast_stages
+from glocal.advise.identity import Mismatch
 from glocal.advise.methods import MethodSpec, candidates
 from glocal.advise.objective import Frames, Latents, Objective, Operator, Output
 from glocal.advise.preflight import AdviceError, Preflight, preflight
@@ -21,6 +22,7 @@ __all__ = [
     "Frames",
     "Latents",
     "MethodSpec",
+    "Mismatch",
     "Objective",
     "Operator",
     "Output",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
+import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from glocal.adapt.attach import Handle, Method
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.host import HostAdapter
 from glocal.adapt.records import Core, Site, SiteCall
-from glocal.advise.recipe import Recipe
+from glocal.advise.recipe import Recipe, RecipeError
 
 
 @dataclass
@@ -128,11 +130,45 @@ def _between(shape: Sequence[int], proven: Sequence[Sequence[int]]) -> bool:
     return all(min(p[a] for p in proven) <= n <= max(p[a] for p in proven) for a, n in enumerate(shape))
 
 
-def attach(model: Any, recipe: Recipe | str | Path, *, host: HostAdapter | None = None) -> Handle:
+def attach(
+    model: Any,
+    recipe: Recipe | str | Path,
+    *,
+    host: HostAdapter | None = None,
+    on_mismatch: Literal["raise", "warn"] | None = None,
+    on_unseen: Literal["dense", "run", "raise"] | None = None,
+) -> Handle:
     """Put a recipe into a model: ``handle = attach(model, "recipe.json")``; ``handle.undo()`` takes it out.
 
-    ``handle.method.stats`` counts what ran, by site. Raises RecipeError for a broken recipe, ValueError for a model
-    without a host adapter.
+    on_mismatch: what to do if class, configuration, weights or dtype are not those the recipe was proven on.
+    on_unseen: what a call on a canvas does that it was not proven on. None: as the recipe's `fallback` says.
+    ``handle.method.stats`` counts what ran, by site. Raises RecipeError for a broken recipe and for a mismatch,
+    ValueError for a model without a host adapter.
     """
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
+    for name, value, legal in (
+        ("on_mismatch", on_mismatch, ("raise", "warn")),
+        ("on_unseen", on_unseen, ("dense", "run", "raise")),
+    ):
+        if value is not None and value not in legal:
+            raise ValueError(f"{name}={value!r}; legal: {', '.join(legal)}, or None for what the recipe says.")
+    _match(model, loaded, "recipe.json" if isinstance(recipe, Recipe) else str(recipe), on_mismatch)
+    if on_unseen is not None:
+        loaded = replace(loaded, fallback=replace(loaded.fallback, unseen_canvas=on_unseen))
     return attach_method(model, RecipeMethod(loaded), host=host)
+
+
+def _match(model: Any, recipe: Recipe, path: str, wanted: str | None) -> None:
+    """Raise or warn for the first difference between the model and the one the recipe was proven on."""
+    found = recipe.check(model)
+    if not found:
+        return
+    first = found[0]
+    more = f" ({len(found) - 1} more differ)" if len(found) > 1 else ""
+    text = (
+        f"{first.field}: the recipe was proven on {first.recipe}, this model has {first.model}{more}. Prove it here: "
+        f"glocal validate {shlex.quote(path)} MODEL --workload FILE -o OUT"
+    )
+    if (recipe.fallback.mismatch if wanted is None else wanted) == "raise":
+        raise RecipeError(f"{text}; or attach with on_mismatch='warn'.")
+    warnings.warn(text, stacklevel=3)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from glocal._files import write_atomic
+from glocal.advise.identity import Mismatch, differences
 from glocal.advise.methods import MethodSpec
 
 SCHEMA = "glocal.recipe/1"
@@ -143,15 +144,6 @@ class Fallback:
     training: Literal["raise", "dense"] = "raise"
     mismatch: Literal["raise", "warn"] = "raise"
     dense_backend: str = "auto"
-
-
-@dataclass(frozen=True)
-class Mismatch:
-    """One way in which a model differs from the one a recipe was proven on."""
-
-    field: str
-    recipe: str
-    model: str
 
 
 @dataclass(frozen=True)
@@ -299,6 +291,13 @@ class Recipe:
             ):
                 return rule.use
         return "dense"
+
+    def check(self, model: Any) -> list[Mismatch]:
+        """Where `model` differs from the one this recipe was proven on: class, configuration, weights, dtype.
+
+        Empty if nothing differs, or if the recipe names no components. Raises ValueError for a model without a host.
+        """
+        return differences(self.host, model)
 
     def with_evidence(self, **evidence: Any) -> Recipe:
         """The same recipe with more evidence; its id stays."""

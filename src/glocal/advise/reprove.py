@@ -12,7 +12,7 @@ from glocal.advise.effort import AdviseOptions, Effort, Target
 from glocal.advise.objective import Latents, main_error
 from glocal.advise.preflight import AdviceError, preflight
 from glocal.advise.recipe import Recipe
-from glocal.advise.run import Advice, Run, needed, times_inside, with_canvas
+from glocal.advise.run import Advice, Run, needed, times_inside, with_canvas, with_origin
 from glocal.advise.search import Rung
 from glocal.advise.validation import judged, validate_pairs
 from glocal.advise.workload import Workload
@@ -45,7 +45,7 @@ def validate(
     with torch.no_grad():
         run.stage("preflight")
         before = preflight(model, sample, objective)
-        proven = with_canvas(recipe, before)
+        proven = replace(with_canvas(recipe, before), host={})  # other weights are what it is proven on
         run.stage("time model", len(recipe.methods))
         times, dropped = times_inside(run, before, sample, recipe.methods)
         if dropped:
@@ -64,7 +64,8 @@ def validate(
         ceiling = main_error(objective.distance(found.outputs[sample.id][0], objective.ceiling(model, sample)))
     run.stage(None)
     status, reason = judged(found)
-    final = replace(proven, status=status) if status != "dense" else Recipe("dense", fallback=recipe.fallback)
+    judged_recipe = replace(proven, status=status) if status != "dense" else Recipe("dense", fallback=recipe.fallback)
+    final = with_origin(judged_recipe, run)
     seen = {**recipe.evidence.get("splits", {}), "validate": fresh.records()}
     return Advice(
         recipe=replace(final, evidence={"splits": seen, "proven_again": recipe.id}),

@@ -15,6 +15,7 @@ from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach as attach_method
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.forecast import check_budget, measured_forecast
+from glocal.advise.identity import host_record
 from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Latents, Output, main_error
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight
@@ -116,7 +117,7 @@ def advise(
     split = workload.split(probe=1, weights=1, validate=level.pairs)
     with torch.no_grad():
         found = _advise(run, split)
-    return replace(found, recipe=found.recipe.with_evidence(splits=split.records()))
+    return replace(found, recipe=with_origin(found.recipe, run).with_evidence(splits=split.records()))
 
 
 def _advise(run: Run, split: Split) -> Advice:
@@ -338,3 +339,10 @@ def with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
             "tokens": [before.tokens, before.tokens],
         },
     )
+
+
+def with_origin(recipe: Recipe, run: Run) -> Recipe:
+    """The recipe with the model it was proven on and what it was judged by."""
+    objective = {"name": run.objective.name, "version": 1, "limits": dict(run.target.limits)}
+    spec = run.objective.spec
+    return replace(recipe, host=host_record(run.model, run.objective.levels, spec.guidance), objective=objective)
