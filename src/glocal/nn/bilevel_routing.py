@@ -154,7 +154,8 @@ class _BiLevelRouting(nn.Module):
     def _chosen(self, parts: _Regions) -> tuple[Selection, Tensor]:
         """The selection over tokens by region, and the weights of the listed regions [B, S, top]."""
         regions, m = parts.k.shape[1:3]
-        one = _flat(regions, 1)  # descriptors: groups of one token
+        device = parts.q.device
+        one = _flat(regions, 1, device)  # descriptors: groups of one token
         q, k = (t[:, None] for t in parts.means)  # [B, 1, S, Cq]
         scored = RouteSpec(
             one, one, Keep(top=self.top), BlockMean(scale=self.scale), differentiable=self.spec.differentiable
@@ -164,7 +165,11 @@ class _BiLevelRouting(nn.Module):
         weight = found.scores[:, 0].softmax(-1).to(parts.q.dtype)
         n = parts.q.shape[2]
         chosen = Selection(
-            _layout(regions, n, m), _flat(regions, n), _flat(regions, m), found.index.contiguous(), found.count
+            _layout(regions, n, m),
+            _flat(regions, n, device),
+            _flat(regions, m, device),
+            found.index.contiguous(),
+            found.count,
         )
         return chosen, weight
 
@@ -325,9 +330,9 @@ def _pooled_sides(sides: tuple[int, int], spec: RoutingSpec) -> tuple[int, int]:
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what evaluation leaves in the cache serves training too
-def _flat(regions: int, tokens: int) -> Partition:
+def _flat(regions: int, tokens: int, device: torch.device) -> Partition:
     """Regions of `tokens` tokens that lie one behind the other."""
-    return Partition.blocks(regions * tokens, tokens)
+    return Partition.blocks(regions * tokens, tokens).to(device)
 
 
 @lru_cache(maxsize=64)
