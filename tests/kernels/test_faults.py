@@ -477,3 +477,18 @@ def test_small_limits_change_nothing(generator: torch.Generator, monkeypatch: py
     other = reference.backward(out, lse, q, k, v, out, lse, Call("reference", 0.3, counts=made.dense_counts()))
     for a, b in zip((grads.q, grads.k, grads.v), (other.q, other.k, other.v), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_threads_change_nothing(generator: torch.Generator) -> None:
+    inputs = leaves(t.float() for t in qkv(generator, (8, 4), 1024, d=32, b=2))
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2):
+            torch.set_num_threads(threads)
+            done = attend(*inputs, Neighborhood((5, 5)), canvas=Canvas((32, 32)), backend="cpu")
+            runs.append([done.out, done.lse, *torch.autograd.grad(done.out.square().sum() + done.lse.sum(), inputs)])
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(runs[0], runs[1])
+    assert all(torch.equal(a, b) for a, b in zip(runs[1], runs[2], strict=True))

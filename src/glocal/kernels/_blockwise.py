@@ -14,8 +14,11 @@ import torch
 from torch import Tensor
 
 from glocal.kernels._jobs import Chunk, Job, Limits, Units, jobs
+from glocal.kernels._threads import each, width
 from glocal.kernels._tiles import Lookup, MaskRows, RowGrads, Tokens, additive, tile_backward, tile_forward
 from glocal.kernels.call import Call, DenseBias, Grads, PlanTensors
+
+_WORTH = 1 << 16  # smaller queries are not dealt over threads
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,12 +43,16 @@ class _Work:
         """Key heads, as rows of k and v, of members."""
         return members // self.units.kv_step
 
-    def steps(self, job: Job, limits: Limits) -> Iterator[Tensor]:
-        """Members in portions that fit the limits even where one list alone does not let all of them in."""
-        rows = max((c.shared for c in job.chunks), default=1) * self.call.q_block * self.units.rows
-        length = max((c.blocks.shape[1] for c in job.chunks), default=1) * self.call.kv_block
-        room = max(1, min(limits.keys // length, limits.scores // (length * rows)))
-        return iter(job.members.split(room))
+    def parts(self, limits: Limits, threads: int) -> list[tuple[Job, Tensor]]:
+        """Jobs with portions of their members: one a thread, more where one list alone exceeds the limits."""
+        out = []
+        for job in self.jobs:
+            rows = max((c.shared for c in job.chunks), default=1) * self.call.q_block * self.units.rows
+            length = max((c.blocks.shape[1] for c in job.chunks), default=1) * self.call.kv_block
+            room = max(1, min(limits.keys // length, limits.scores // (length * rows)))
+            room = min(room, -(-job.members.numel() // threads))
+            out += [(job, members) for members in job.members.split(room)]
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,27 +90,26 @@ class _Pick:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, limits: Limits) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
     b, hq, nq, _ = q.shape
-    w = _work(q, k, v, call, limits)
+    threads = _width(q)
+    w = _work(q, k, v, call, limits, threads)
     out = torch.zeros(*w.q.shape[:3], v.shape[3], dtype=w.high, device=q.device)
     lse = torch.full(w.q.shape[:3], -torch.inf, dtype=w.high, device=q.device)
-    for job in w.jobs:
-        for members in w.steps(job, limits):
-            rows = _rows(w.q, members, job.q_tokens)  # [n, r, rows, D]
-            ks, vs = (_keys(t, w.kv_member(members), job.k_tokens) for t in (w.k, w.v))
-            tile_out = rows.new_empty(*rows.shape[:3], v.shape[3], dtype=w.high)
-            tile_lse = rows.new_empty(rows.shape[:3], dtype=w.high)
-            for tile in _tiles(w, job, members):
-                o, l = tile_forward(
-                    _cut(rows, tile.chunk, call).to(w.high),
-                    tile.pick(ks).to(w.high),
-                    tile.pick(vs).to(w.high),
-                    tile.add,
-                    call,
-                )
-                _taint(o, l, tile, w, members, job)
-                _paste(tile_out, o, tile.chunk, call)
-                _paste(tile_lse[..., None], l[..., None], tile.chunk, call)
-            _scatter(out, lse, tile_out, tile_lse, members, job.q_tokens)
+
+    def piece(part: tuple[Job, Tensor]) -> None:
+        job, members = part
+        rows = _rows(w.q, members, job.q_tokens)  # [n, r, rows, D]
+        ks, vs = (_keys(t, w.kv_member(members), job.k_tokens) for t in (w.k, w.v))
+        tile_out = rows.new_empty(*rows.shape[:3], v.shape[3], dtype=w.high)
+        tile_lse = rows.new_empty(rows.shape[:3], dtype=w.high)
+        for tile in _tiles(w, job, members):
+            cut = _cut(rows, tile.chunk, call).to(w.high)
+            o, l = tile_forward(cut, tile.pick(ks).to(w.high), tile.pick(vs).to(w.high), tile.add, call)
+            _taint(o, l, tile, w, members, job)
+            _paste(tile_out, o, tile.chunk, call)
+            _paste(tile_lse[..., None], l[..., None], tile.chunk, call)
+        _scatter(out, lse, tile_out, tile_lse, members, job.q_tokens)
+
+    each(piece, w.parts(limits, threads), threads)
     return out.view(b, hq, nq, v.shape[3]).to(q.dtype), lse.view(b, hq, nq)
 
 
@@ -119,7 +125,10 @@ def backward(
     limits: Limits,
 ) -> Grads:
     """Gradients through out and LSE; P is made again from the LSE, tile by tile."""
-    w = _work(q, k, v, call, limits)
+    # Units that share a key head, and biases, add to one place: their pieces run one after the other.
+    threads = 1 if call.bias else _width(q)
+    w = _work(q, k, v, call, limits, threads)
+    threads = threads if w.units.kv_step == 1 else 1
     grad = grad_out.reshape(*w.q.shape[:3], v.shape[3])
     empty = (lse == -torch.inf).reshape(w.q.shape[:3])
     through_lse = grad_lse.reshape(empty.shape).to(w.high).masked_fill(empty, 0)
@@ -129,30 +138,32 @@ def backward(
     grad_k, grad_v = (torch.zeros(t.shape, dtype=w.high, device=q.device) for t in (w.k, w.v))
     flat = [(b.values if isinstance(b, DenseBias) else b.table) for b in call.bias]
     grad_bias = [torch.zeros(t.numel(), dtype=w.high, device=q.device) for t in flat]
-    for job in w.jobs:
-        pads = job.q_tokens < 0
-        for members in w.steps(job, limits):
-            kv = w.kv_member(members)
-            rows, grads = (_rows(t, members, job.q_tokens) for t in (w.q, grad))
-            marks = [_rows(t[..., None], members, job.q_tokens) for t in (end, delta)]
-            if bool(pads.any()):
-                marks[0] = marks[0].masked_fill(pads[:, None], torch.inf)
-            ks, vs = (_keys(t, kv, job.k_tokens) for t in (w.k, w.v))
-            tile_q = rows.new_empty(rows.shape, dtype=w.high)
-            tile_k, tile_v = (torch.zeros(t.shape, dtype=w.high, device=q.device) for t in (ks, vs))
-            for tile in _tiles(w, job, members):
-                cut = [_cut(t, tile.chunk, call).to(w.high) for t in (rows, grads, *marks)]
-                known = RowGrads(cut[1], cut[2][..., 0], cut[3][..., 0])
-                found = tile_backward(cut[0], tile.pick(ks).to(w.high), tile.pick(vs).to(w.high), tile.add, known, call)
-                _paste(tile_q, found.q, tile.chunk, call)
-                tile.pick.add_back(tile_k, found.k)
-                tile.pick.add_back(tile_v, found.v)
-                split = found.bias.unflatten(2, (w.units.rows, -1))  # [n, g, r, rows, L]
-                for bias, total in zip(call.bias, grad_bias, strict=True):
-                    Lookup.of(bias, tile.at).write(total, split)
-            _add_rows(grad_q, tile_q, members, job.q_tokens)
-            _add_rows(grad_k[:, None], tile_k[:, None], kv, job.k_tokens)
-            _add_rows(grad_v[:, None], tile_v[:, None], kv, job.k_tokens)
+
+    def piece(part: tuple[Job, Tensor]) -> None:
+        job, members = part
+        pads, kv = job.q_tokens < 0, w.kv_member(members)
+        rows, grads = (_rows(t, members, job.q_tokens) for t in (w.q, grad))
+        marks = [_rows(t[..., None], members, job.q_tokens) for t in (end, delta)]
+        if bool(pads.any()):
+            marks[0] = marks[0].masked_fill(pads[:, None], torch.inf)
+        ks, vs = (_keys(t, kv, job.k_tokens) for t in (w.k, w.v))
+        tile_q = rows.new_empty(rows.shape, dtype=w.high)
+        tile_k, tile_v = (torch.zeros(t.shape, dtype=w.high, device=q.device) for t in (ks, vs))
+        for tile in _tiles(w, job, members):
+            cut = [_cut(t, tile.chunk, call).to(w.high) for t in (rows, grads, *marks)]
+            known = RowGrads(cut[1], cut[2][..., 0], cut[3][..., 0])
+            found = tile_backward(cut[0], tile.pick(ks).to(w.high), tile.pick(vs).to(w.high), tile.add, known, call)
+            _paste(tile_q, found.q, tile.chunk, call)
+            tile.pick.add_back(tile_k, found.k)
+            tile.pick.add_back(tile_v, found.v)
+            split = found.bias.unflatten(2, (w.units.rows, -1))  # [n, g, r, rows, L]
+            for bias, total in zip(call.bias, grad_bias, strict=True):
+                Lookup.of(bias, tile.at).write(total, split)
+        _add_rows(grad_q, tile_q, members, job.q_tokens)
+        _add_rows(grad_k[:, None], tile_k[:, None], kv, job.k_tokens)
+        _add_rows(grad_v[:, None], tile_v[:, None], kv, job.k_tokens)
+
+    each(piece, w.parts(limits, threads), threads)
     return Grads(
         grad_q.view(q.shape).to(q.dtype),
         grad_k.view(k.shape).to(k.dtype),
@@ -161,7 +172,12 @@ def backward(
     )
 
 
-def _work(q: Tensor, k: Tensor, v: Tensor, call: Call, limits: Limits) -> _Work:
+def _width(q: Tensor) -> int:
+    """Threads for this call."""
+    return width() if q.device.type == "cpu" and q.numel() >= _WORTH else 1
+
+
+def _work(q: Tensor, k: Tensor, v: Tensor, call: Call, limits: Limits, threads: int) -> _Work:
     assert call.plan is not None
     plan: PlanTensors = call.plan
     batch, hq, hkv = q.shape[0], q.shape[1], k.shape[1]
@@ -182,7 +198,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call, limits: Limits) -> _Work:
         k=k3,
         v=v3,
         bad=bad,
-        jobs=jobs(plan, units, batch, (call.q_block, call.kv_block), limits) if live else [],
+        jobs=jobs(plan, units, batch, (call.q_block, call.kv_block), limits, threads) if live else [],
         masks=MaskRows(plan.masks, call.kv_block, high),
         high=high,
     )

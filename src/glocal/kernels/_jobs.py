@@ -71,13 +71,19 @@ class Units:
         return Units(q_heads, 1, q_heads // kv_heads)
 
 
-def jobs(plan: PlanTensors, units: Units, batch: int, blocks: tuple[int, int], limits: Limits) -> list[Job]:
-    """All work of a plan for `batch` samples. blocks: query and key block sizes."""
+def jobs(
+    plan: PlanTensors, units: Units, batch: int, blocks: tuple[int, int], limits: Limits, portions: int = 1
+) -> list[Job]:
+    """All work of a plan for `batch` samples. blocks: query and key block sizes.
+
+    portions: so many parts of the members are computed apart; limits hold for each.
+    """
     _check(plan, blocks)
     out = []
     for (owner, q_order, kv_order), members in _classes(plan, units, batch).items():
         q_tokens = plan.q_order[q_order].long().reshape(-1, blocks[0])  # [query blocks, q_block]
-        rows, chunks = _chunks(plan, owner, members.numel() * units.rows, blocks, limits)
+        together = -(-members.numel() // portions) * units.rows
+        rows, chunks = _chunks(plan, owner, together, blocks, limits)
         order = q_tokens[torch.tensor(rows, dtype=torch.long, device=q_tokens.device)].flatten()
         out.append(Job(members.to(q_tokens.device), order, plan.kv_order[kv_order].long(), chunks))
     return out

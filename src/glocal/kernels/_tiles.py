@@ -43,7 +43,7 @@ class MaskRows:
 
     def add(self, ids: Tensor, shared: int) -> Tensor:
         """ids: [lists * shared, m] -> [1, lists, shared * q_block, m * kv_block]."""
-        if self.small and self.table is None:
+        if self.small and self.table is None:  # two threads may both make it: the same numbers
             self.table = self._unpacked(torch.arange(self.masks.shape[0] + 2, device=ids.device))
         table = self.table
         if table is None:

@@ -24,8 +24,8 @@ CAPABILITY = Capability(
     dense=False,
 )
 
-# Few large batches wait less for busy cores. Where scores or masks of every head are held, they should stay in cache.
-_FORWARD = Limits(keys=1 << 16, scores=1 << 24)
+# What one thread holds at a time. Where scores or masks of every head are held, they should stay in cache.
+_FORWARD = Limits(keys=1 << 15, scores=1 << 24)
 _HELD = Limits(keys=1 << 14, scores=1 << 22)
 _BACKWARD = Limits(keys=1 << 14, scores=1 << 20)
 
