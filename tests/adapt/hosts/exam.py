@@ -268,7 +268,9 @@ class HostExam:
         axes = next(shape for _, shape in self.parts if isinstance(shape, tuple))
         tiles, windows = [2] * len(axes), [1] + [2] * (len(axes) - 1)
         extents = [{"tokens": 2 * w} for w in windows]
-        spec = MethodSpec("tile_windows", {"tile": tiles, "window": extents}, {"tile": tiles}, block=(8, 8))
+        spec = MethodSpec(
+            "tile_windows", {"tile": tiles, "window": extents}, {"tile": tiles}, block=(2 ** len(axes),) * 2
+        )
         kind = "joint" if len(self.parts) > 1 else "self"
         recipe = Recipe(
             "candidate",
