@@ -16,7 +16,8 @@ class Effort:
     """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
     give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
     published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
-    nearest one all the same, so that the page has pairs to show.
+    nearest one all the same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples
+    of its own; fewer where the workload does not hold as many.
     """
 
     name: str
@@ -29,10 +30,11 @@ class Effort:
     steps_a_bucket: int = 2
     published: int = 4
     show: bool = False
+    rungs: int = 3
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1, show=True),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7, 0.5), 4, 3, 1, 1, show=True, rungs=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
     "standard": Effort("standard"),
     "thorough": Effort("thorough", pairs=19, plain=3),

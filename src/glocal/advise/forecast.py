@@ -41,12 +41,14 @@ class StageForecast:
 @dataclass(frozen=True)
 class Cost:
     """What the stages are counted from beside the preflight. levels: noise levels of a run, one more than steps.
-    candidates: methods probed. probe_call: extra seconds of one probed call.
+    candidates: methods probed. probe_call: extra seconds of one probed call. validations: recipes that can be validated
+    at most, each on samples of its own.
     """
 
     levels: tuple[float, ...]
     candidates: int
     probe_call: float
+    validations: int = 1
 
 
 def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[StageForecast, ...]:
@@ -60,6 +62,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
     scores = 2 * 4 * one.heads * 64 * before.tokens
+    pairs = cost.validations * effort.pairs
     records = round(probed * heads * (cost.candidates + effort.plain)) * ROW
 
     def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
@@ -74,12 +77,16 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("step weights", weights, (steps + 1) * before.output),
         stage("ladder", (2 + rungs) * run, 2 * before.output),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
-        stage("validation", effort.pairs * RUNS_A_PAIR * run, 3 * effort.pairs * before.output, 2 * before.output),
+        stage("validation", pairs * RUNS_A_PAIR * run, 3 * pairs * before.output, 2 * before.output),
     )
 
 
 def measured_forecast(
-    model: Any, sample: Sample, objective: Latents, known: tuple[Preflight, Effort, Mapping[str, MethodSpec]]
+    model: Any,
+    sample: Sample,
+    objective: Latents,
+    known: tuple[Preflight, Effort, Mapping[str, MethodSpec]],
+    validations: int = 1,
 ) -> tuple[StageForecast, ...]:
     """The stages, with one probed call measured inside the last step of `sample`."""
     before, effort, methods = known
@@ -100,7 +107,7 @@ def measured_forecast(
         objective.run(model, sample, start=last, latent=latent)
     if not seconds:
         raise AdviceError("The middle site was never called; the host adapter reports sites that do not run.")
-    return forecast_stages(before, effort, Cost(tuple(objective.levels), len(methods), seconds[-1]))
+    return forecast_stages(before, effort, Cost(tuple(objective.levels), len(methods), seconds[-1], validations))
 
 
 def forecast_advice(
@@ -119,12 +126,13 @@ def forecast_advice(
     level = effort_of(effort)
     asked = AdviseOptions() if options is None else options
     shown = NoProgress() if progress is None else progress
-    sample = workload.split(probe=1, weights=1, validate=level.pairs).probe.samples[0]
+    split = workload.split(probe=1, weights=1, validate=level.pairs, validations=level.rungs)
+    sample = split.probe.samples[0]
     shown.stage("preflight")
     with torch.no_grad():
         before = preflight(model, sample, objective)
         methods = {m.id: m for m in listed(asked, before.shape)}
-        found = measured_forecast(model, sample, objective, (before, level, methods))
+        found = measured_forecast(model, sample, objective, (before, level, methods), len(split.validations))
     shown.close()
     return found
 

@@ -32,12 +32,19 @@ from glocal.models.generation import SampleStep
 
 
 @dataclass(frozen=True, eq=False)
+class Attempt:
+    """One recipe and its pairs."""
+
+    rung: Rung
+    validation: Validation
+
+
+@dataclass(frozen=True, eq=False)
 class Advice:
     """What `advise` found. Every number it holds was measured in this run or is named predicted.
 
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
-    accepted: whether the acceptance rule held. operator: dense attention time over that of the chosen recipe.
-    stages: seconds spent by stage.
+    rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
     """
 
     recipe: Recipe
@@ -55,6 +62,7 @@ class Advice:
     chosen: Rung | None = None
     anchors: tuple[float, float] | None = None
     validation: Validation | None = None
+    rejected: tuple[Attempt, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
 
     @property
@@ -114,10 +122,11 @@ def advise(
         AdviseOptions() if options is None else options,
         NoProgress() if progress is None else progress,
     )
-    split = workload.split(probe=1, weights=1, validate=level.pairs)
+    split = workload.split(probe=1, weights=1, validate=level.pairs, validations=level.rungs)
     with torch.no_grad():
         found = _advise(run, split)
-    return replace(found, recipe=with_origin(found.recipe, run).with_evidence(splits=split.records()))
+    splits = split.records(1 + len(found.rejected))
+    return replace(found, recipe=with_origin(found.recipe, run).with_evidence(splits=splits))
 
 
 def _advise(run: Run, split: Split) -> Advice:
@@ -127,7 +136,9 @@ def _advise(run: Run, split: Split) -> Advice:
     buckets = make_buckets(run.objective.levels, run.effort.buckets)
     methods = {m.id: m for m in listed(run.options, before.shape)}
     if run.options.budget is not None:
-        stages = measured_forecast(run.model, probe_sample, run.objective, (before, run.effort, methods))
+        stages = measured_forecast(
+            run.model, probe_sample, run.objective, (before, run.effort, methods), len(split.validations)
+        )
         check_budget(stages, run.options.budget)
 
     run.stage("time model", len(methods))
@@ -175,29 +186,50 @@ def _advise(run: Run, split: Split) -> Advice:
         measured.append(measure_rung(run.model, rung, probe_sample, run.objective, (dense, seconds)))
         run.progress.step()
     base = replace(base, weights=weights, ladder=tuple(measured), anchors=(0.0, ceiling))
-    chosen, why = _winner(run, measured, ceiling)
-    if chosen is None and run.effort.show:
-        chosen = _nearest(measured)
-    if chosen is None:
+    steps, why = _winners(run, measured, ceiling)
+    if not steps and run.effort.show:
+        steps = _nearest(measured)
+    if not steps:
         run.stage(None)
         return replace(base, reason=why)
+    return _validated(run, base, steps, split)
 
-    recipe = with_canvas(chosen.recipe, before)
-    chosen = replace(chosen, recipe=recipe)
-    run.stage("validation", len(split.validate))
-    found = validate_pairs(
-        run.model,
-        recipe,
-        split.validate.samples,
-        run.objective,
-        limit=run.target.limits.get("drift", 0.10),
-        target=needed(run.target),
-        advance=run.progress.step,
-    )
+
+def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> Advice:
+    """The first of `steps` that is accepted, each on samples of its own; dense if none is."""
+    attempts: list[Attempt] = []
+    for rung, fresh in zip(steps, split.validations, strict=False):
+        chosen = replace(rung, recipe=with_canvas(rung.recipe, base.preflight))
+        run.stage("validation" if not attempts else f"validation {len(attempts) + 1}", len(fresh))
+        found = validate_pairs(
+            run.model,
+            chosen.recipe,
+            fresh.samples,
+            run.objective,
+            limit=run.target.limits.get("drift", 0.10),
+            target=needed(run.target),
+            advance=run.progress.step,
+        )
+        attempts.append(Attempt(chosen, found))
+        if found.verdict.accepted:
+            break
     run.stage(None)
-    status, reason = judged(found)
-    final = replace(recipe, status=status)
-    return replace(base, recipe=final, status=status, reason=reason, chosen=chosen, validation=found)
+    last, before = attempts[-1], tuple(attempts[:-1])
+    status, reason = judged(last.validation)
+    if before:
+        reason += f" {len(before)} faster recipe{'s' if len(before) > 1 else ''} failed on other samples."
+    recipe = Recipe("dense", fallback=last.rung.recipe.fallback)
+    if status != "dense":
+        recipe = replace(last.rung.recipe, status=status)
+    return replace(
+        base,
+        recipe=recipe,
+        status=status,
+        reason=reason,
+        chosen=last.rung,
+        validation=last.validation,
+        rejected=before,
+    )
 
 
 def needed(target: Target) -> float:
@@ -300,32 +332,38 @@ def _ladder(run: Run, found: Found, shape: Sequence[int]) -> list[Rung]:
     return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
 
 
-def _winner(run: Run, measured: Sequence[Rung], ceiling: float) -> tuple[Rung | None, str]:
-    """The measured winner, never the predicted one: the fastest rung within the drift limit that meets the target."""
+def _winners(run: Run, measured: Sequence[Rung], ceiling: float) -> tuple[list[Rung], str]:
+    """The measured winner, never the predicted one: the fastest rung within the drift limit that meets the target.
+    Behind it the steps down from it: slower rungs, each of less error than the one before. Or none, and why.
+    """
     limit = run.target.limits.get("drift", 0.10)
     within = [r for r in measured if r.error is not None and drift(r.error, 0.0, ceiling) <= limit]
     fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(run.target), 1.0)]
-    if fast:
-        return max(fast, key=lambda r: r.speedup or 0.0), ""
+    steps: list[Rung] = []
+    for rung in sorted(fast, key=lambda r: r.speedup or 0.0, reverse=True):
+        if not steps or (rung.error or 0.0) < (steps[-1].error or 0.0):
+            steps.append(rung)
+    if steps:
+        return steps, ""
     if not within:
         best = min(measured, key=lambda r: r.error if r.error is not None else float("inf"), default=None)
         if best is None or best.error is None:
-            return None, "No recipe could be made within the budgets."
-        return None, (
+            return [], "No recipe could be made within the budgets."
+        return [], (
             f"The least drift of all recipes tried is {drift(best.error, 0.0, ceiling):.3f} ({best.name}); "
             f"the limit is {limit:.3f}."
         )
     top = max(within, key=lambda r: r.speedup or 0.0)
-    return None, (
+    return [], (
         f"Within the drift limit the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
         f"{max(needed(run.target), 1.0):.2f}x is needed."
     )
 
 
-def _nearest(measured: Sequence[Rung]) -> Rung | None:
-    """The rung of least error among those faster than dense."""
+def _nearest(measured: Sequence[Rung]) -> list[Rung]:
+    """The rung of least error among those faster than dense, if there is one."""
     faster = [r for r in measured if r.error is not None and (r.speedup or 0.0) > 1]
-    return min(faster, key=lambda r: r.error or 0.0, default=None)
+    return sorted(faster, key=lambda r: r.error or 0.0)[:1]
 
 
 def with_canvas(recipe: Recipe, before: Preflight) -> Recipe:

@@ -44,15 +44,26 @@ class Sample:
 
 @dataclass(frozen=True)
 class Split:
-    """Three parts of a workload; no two share arguments or a seed."""
+    """Parts of a workload; no two share arguments or a seed. further: more parts to validate on, where one failed."""
 
     probe: Workload
     weights: Workload
     validate: Workload
+    further: tuple[Workload, ...] = ()
 
-    def records(self) -> dict[str, dict[str, Any]]:
-        """Of each part the number of samples, its hash and what tells its samples, for `evidence.splits`."""
-        return {name: part.records() for name, part in vars(self).items()}
+    @property
+    def validations(self) -> tuple[Workload, ...]:
+        """The parts to validate on, in the order they are used."""
+        return (self.validate, *self.further)
+
+    def records(self, validations: int = 1) -> dict[str, dict[str, Any]]:
+        """Of each part the number of samples, its hash and what tells its samples, for `evidence.splits`; of the parts
+        to validate on, the first `validations`.
+        """
+        parts = {"probe": self.probe, "weights": self.weights}
+        for number, part in enumerate(self.validations[:validations]):
+            parts["validate" if number == 0 else f"validate_{number + 1}"] = part
+        return {name: part.records() for name, part in parts.items()}
 
 
 @dataclass(frozen=True)
@@ -139,8 +150,9 @@ class Workload:
         extra = {} if where is None else {"canvas": where}
         return Workload(tuple(Sample(c.name, c.seed, {"file": Path(path), "call": c.name, **extra}) for c in calls))
 
-    def split(self, *, probe: int = 2, weights: int = 2, validate: int = 8) -> Split:
-        """Three parts of these sizes that share neither arguments nor seeds; what is left over is not used.
+    def split(self, *, probe: int = 2, weights: int = 2, validate: int = 8, validations: int = 1) -> Split:
+        """Parts of these sizes that share neither arguments nor seeds; what is left over is not used. There is one part
+        to validate on, and up to `validations` where the samples suffice.
 
         Which sample goes where depends on the samples alone, not on their order in the file. Raises ValueError with
         the numbers when the workload is too small.
@@ -150,7 +162,12 @@ class Workload:
             if size < 1:
                 raise ValueError(f"split: {name}={size}; legal: at least 1.")
         pool = shuffled(self.samples)
-        parts = apart([(s.key, s.seed) for s in pool], list(sizes.values()))
+        points = [(s.key, s.seed) for s in pool]
+        parts = None
+        for count in range(max(validations, 1), 0, -1):
+            parts = apart(points, [probe, weights, *[validate] * count])
+            if parts is not None:
+                break
         if parts is None:
             have = f"{len(pool)} samples, {len({s.key for s in pool})} different arguments"
             have += f", {len({s.seed for s in pool})} different seeds"
@@ -160,7 +177,7 @@ class Workload:
                 f"every sample arguments and a seed of its own, or ask for fewer."
             )
         made = [Workload(tuple(pool[i] for i in part)) for part in parts]
-        return Split(*made)
+        return Split(made[0], made[1], made[2], tuple(made[3:]))
 
     def records(self) -> dict[str, Any]:
         """Number of samples, hash, and what tells each sample: one entry of `evidence.splits`."""

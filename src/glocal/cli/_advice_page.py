@@ -89,6 +89,10 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
         )
     if advice.validation is not None:
         out += [{"kind": "pair", **asdict(p), "drift": p.drift} for p in advice.validation.pairs]
+    for attempt in advice.rejected:
+        for pair in attempt.validation.pairs:
+            row = {"kind": "rejected pair", "rung": attempt.rung.name, **asdict(pair), "drift": pair.drift}
+            out.append(row)
     out += [{"kind": "stage", "name": name, "seconds": seconds} for name, seconds in advice.stages.items()]
     return out
 
