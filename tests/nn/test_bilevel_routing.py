@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.nn.biformer import ConvAttention, LepeAttention
-from glocal.nn.bilevel_routing import BiLevelRoutingAttention, GridRoutingAttention, RoutingSpec
+from glocal.nn.bilevel_routing import BiLevelRoutingAttention, GridRoutingAttention, RoutingSpec, _kernel_size
 from glocal.testing._common import close, draw
 from glocal.testing.layer_tester import LayerTester
 
@@ -136,6 +136,8 @@ SPECS = {
     "soft": RoutingSpec(lepe=3, soft=True),
     "soft with gradients": RoutingSpec(lepe=3, soft=True, differentiable=True),
     "other width": RoutingSpec(lepe=3, qk_dim=4, soft=True),
+    "in blocks": RoutingSpec(lepe=3, block=16),
+    "soft in blocks": RoutingSpec(lepe=3, block=16, soft=True, differentiable=True),
 }
 
 
@@ -189,6 +191,11 @@ def test_routes_give_the_attention_that_ran(pooling, generator: torch.Generator)
     out = torch.einsum("bhsnt,bsthd->bsnhd", found.attention, values).flatten(3)
     whole = out.reshape(2, 2, 2, 4, 3, 8).transpose(2, 3).reshape(x.shape)
     assert torch.allclose(layer.wo(whole), layer(x), atol=1e-5)
+
+
+def test_blocks_for_kernels_pad_little() -> None:
+    found = {tokens: _kernel_size(tokens) for tokens in (4, 16, 49, 64, 100, 361, 1369)}
+    assert found == {4: 16, 16: 16, 49: 64, 64: 64, 100: 128, 361: 128, 1369: 128}
 
 
 def test_pooling_larger_than_a_region_is_refused() -> None:

@@ -39,7 +39,8 @@ class RoutingSpec:
     lepe: side of the convolution over the values, 0 leaves it out. out_proj: False leaves the last projection out.
     pooling: fewer keys a region: to `pool` x `pool` tokens ("adaptive_mean", "adaptive_max"), or by windows of that
     side ("mean", "max"). soft: keys and values of a listed region are multiplied by its share of the softmax over the
-    listed ones. differentiable: gradients flow through those shares into the routing; needs soft.
+    listed ones. differentiable: gradients flow through those shares into the routing; needs soft. block: tokens of the
+    blocks that a region is cut into for the kernels; None is a whole region on the CPU and 16 to 128 elsewhere.
     """
 
     qk_dim: int | None = None
@@ -50,6 +51,7 @@ class RoutingSpec:
     pool: int = 4
     soft: bool = False
     differentiable: bool = False
+    block: int | None = None
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -57,8 +59,10 @@ class RoutingSpec:
             raise ValueError(
                 f"RoutingSpec: pooling={self.pooling!r}; legal: {', '.join(map(repr, get_args(Pooling)))}."
             )
-        if self.pool < 1:
-            raise ValueError(f"RoutingSpec: pool={self.pool} must be at least 1.")
+        for name in ("pool", "block"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"RoutingSpec: {name}={value} must be at least 1.")
         if self.lepe < 0 or (self.lepe and self.lepe % 2 == 0):
             raise ValueError(f"RoutingSpec: lepe={self.lepe} must be odd or 0, for example {self.lepe + 1}.")
         if self.differentiable and not self.soft:
@@ -121,7 +125,7 @@ class _BiLevelRouting(nn.Module):
         """The regions that x: [B, H, W, dim] reads, and the attention inside them (gathered: for looking, not fast)."""
         parts = self._split(x)
         chosen, weight = self._chosen(parts)
-        index = chosen.index[:, 0].long()  # [B, S, top]
+        index = chosen[:, 0].long()  # [B, S, top]
         q, k = (t.unflatten(-1, (self.heads, -1)) for t in (parts.q, parts.k))  # [B, S, n, heads, d]
         keys = k[torch.arange(k.shape[0], device=k.device)[:, None, None], index]  # [B, S, top, m, heads, d]
         if self.spec.soft:
@@ -151,27 +155,34 @@ class _BiLevelRouting(nn.Module):
         """Projected tokens of x by region."""
         raise TypeError(f"{type(self).__name__} must say how it projects a map.")
 
-    def _chosen(self, parts: _Regions) -> tuple[Selection, Tensor]:
-        """The selection over tokens by region, and the weights of the listed regions [B, S, top]."""
-        regions, m = parts.k.shape[1:3]
-        device = parts.q.device
-        one = _flat(regions, 1, device)  # descriptors: groups of one token
+    def _chosen(self, parts: _Regions) -> tuple[Tensor, Tensor]:
+        """The regions each one reads, best first, int32 [B, 1, S, top], and their weights [B, S, top]."""
+        regions = parts.k.shape[1]
+        one = _blocks(regions, 1, 1, parts.q.device)  # descriptors: groups of one token
         q, k = (t[:, None] for t in parts.means)  # [B, 1, S, Cq]
         scored = RouteSpec(
             one, one, Keep(top=self.top), BlockMean(scale=self.scale), differentiable=self.spec.differentiable
         )
         found = route(q, k, _layout(regions, 1, 1), scored)
         assert found.scores is not None  # a router always says how its groups scored
-        weight = found.scores[:, 0].softmax(-1).to(parts.q.dtype)
-        n = parts.q.shape[2]
-        chosen = Selection(
-            _layout(regions, n, m),
-            _flat(regions, n, device),
-            _flat(regions, m, device),
-            found.index.contiguous(),
-            found.count,
-        )
-        return chosen, weight
+        return found.index, found.scores[:, 0].softmax(-1).to(parts.q.dtype)
+
+    def _lists(self, parts: _Regions, index: Tensor) -> Selection:
+        """The blocks of tokens that regions `index` [B, 1, S, listed] mean for each block of a region."""
+        (regions, n), m, device = parts.q.shape[1:3], parts.k.shape[2], parts.q.device
+        sizes = (self._block(tokens, device) for tokens in (n, m))
+        q_part, kv_part = (_blocks(regions, t, size, device) for t, size in zip((n, m), sizes, strict=True))
+        rows, columns = q_part.groups // regions, kv_part.groups // regions  # blocks of a region
+        place = torch.arange(columns, dtype=torch.int32, device=device)
+        listed = (index[..., None] * columns + place).flatten(3).repeat_interleave(rows, 2)
+        count = torch.full(listed.shape[:3], listed.shape[3], dtype=torch.int32, device=device)
+        return Selection(_layout(regions, n, m), q_part, kv_part, listed, count)
+
+    def _block(self, tokens: int, device: torch.device) -> int:
+        """Tokens of a block: a whole region on the CPU, a size of GPU kernels elsewhere, unless the spec says it."""
+        if self.spec.block is not None:
+            return self.spec.block
+        return tokens if device.type in ("cpu", "meta") else _kernel_size(tokens)
 
     @torch.compiler.disable(reason="regions are chosen by content: lists of blocks are made outside compiled graphs")
     def _attend(self, parts: _Regions) -> Tensor:
@@ -180,13 +191,12 @@ class _BiLevelRouting(nn.Module):
         q, k, v = (self._by_head(t) for t in (parts.q, parts.k, parts.v))
         score = Score(self.scale)
         if not self.spec.soft:
-            out = attend(q, k, v, chosen, score=score, backend=self.spec.backend).out
+            out = attend(q, k, v, self._lists(parts, chosen), score=score, backend=self.spec.backend).out
         else:  # a share scales the logits and values of one pair of regions: one branch for each place of the lists
             branches = []
             for place in range(self.top):
                 share = weight[:, None, :, place, None, None].expand(-1, -1, -1, parts.q.shape[2], -1).flatten(2, 3)
-                index = chosen.index[..., place : place + 1].contiguous()
-                single = Selection(chosen.layout, chosen.q_part, chosen.kv_part, index, torch.ones_like(chosen.count))
+                single = self._lists(parts, chosen[..., place : place + 1])
                 found = attend(q * share, k, v, single, score=score, backend=self.spec.backend)
                 branches.append((found.out * share, found.lse))
             out = merge.lse(branches).out
@@ -328,11 +338,20 @@ def _pooled_sides(sides: tuple[int, int], spec: RoutingSpec) -> tuple[int, int]:
     return sides[0] // spec.pool, sides[1] // spec.pool
 
 
+def _kernel_size(tokens: int) -> int:
+    """The largest block of 16, 32, 64 or 128 tokens that pads a region to at most 1.25 times the least padding."""
+    padded = {size: ceil(tokens / size) * size for size in (16, 32, 64, 128)}
+    least = min(padded.values())
+    return max(size for size, room in padded.items() if room <= 1.25 * least)
+
+
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what evaluation leaves in the cache serves training too
-def _flat(regions: int, tokens: int, device: torch.device) -> Partition:
-    """Regions of `tokens` tokens that lie one behind the other."""
-    return Partition.blocks(regions * tokens, tokens).to(device)
+def _blocks(regions: int, tokens: int, block: int, device: torch.device) -> Partition:
+    """Regions of `tokens` tokens that lie one behind the other, each cut into blocks, the last one short."""
+    members = torch.arange(regions * tokens, dtype=torch.int32).reshape(regions, tokens)
+    members = F.pad(members, (0, -tokens % block), value=-1).reshape(1, 1, -1, block)
+    return Partition(members, f"{regions} regions of {tokens} in blocks of {block}").to(device)
 
 
 @lru_cache(maxsize=64)
