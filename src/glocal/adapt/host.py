@@ -73,9 +73,11 @@ def host_of(model: Any) -> HostAdapter:
         return private.ADAPTER
     known = sorted({*_REGISTERED, *_BUILT_IN})
     near = get_close_matches(names[0], known, n=1, cutoff=0.3)
+    inside = [n for n in ("transformer", "transformer_2") if isinstance(getattr(model, n, None), nn.Module)]
     raise ValueError(
         f"No host adapter for {names[0]}. Known: {', '.join(known)}."
-        + (f" Nearest: {near[0]}." if near else "")
+        + (f" Attach to its {' and its '.join(inside)} instead." if inside else "")
+        + (f" Nearest: {near[0]}." if near and not inside else "")
         + " Write one with glocal.adapt.register_host, or put glocal.adapt.site() where the model computes attention "
         "and show it once to glocal.adapt.discover(model, ...)."
     )

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from glocal.adapt import Method, attach, host_of
+from glocal.adapt import Method, SiteCall, attach, host_of
+from glocal.adapt.records import Core
 
 from .exam import AtCore, HostExam, Inputs, run
 
@@ -81,11 +82,40 @@ class TestWan(HostExam):
             ("blocks.0.attn2", "text", 512),
         ]
 
+    def test_a_call_shows_the_stream_and_what_heads_add_to_it(self, model: nn.Module, given: Inputs) -> None:
+        class Kept(AtCore):
+            def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
+                out = super().core(q, k, v, call, inner)
+                if call.site.layer == 0 and self.factor:
+                    assert call.residual is not None and call.contribution is not None
+                    streams.append(call.residual)
+                    added.append(call.contribution(out))
+                return out
+
+        streams: list[Tensor] = []
+        added: list[Tensor] = []
+        entered: list[Tensor] = []  # the stream before the block
+        after: list[Tensor] = []  # the stream between the two attentions
+        model.get_submodule("blocks.0.norm2").register_forward_pre_hook(lambda _, args: after.append(args[0]))
+        model.get_submodule("blocks.0").register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+        given = {**given, "hidden_states": torch.cat([given["hidden_states"], given["hidden_states"] + 1])}
+        given["encoder_hidden_states"] = given["encoder_hidden_states"].expand(2, -1, -1)
+        given["timestep"] = torch.tensor([900.0, 400.0])  # gates of their own
+        with attach(model, Kept()):
+            run(model, given)
+        with attach(model, Kept(0.0)):
+            run(model, given)
+        assert added[0].shape == (2, 2, 72, 24)
+        torch.testing.assert_close(added[0].sum(1), after[0] - after[1], rtol=0, atol=1e-5)
+        assert torch.equal(streams[0], entered[0])
+
     def test_levels_of_single_tokens_count_by_the_highest(self, model: nn.Module, given: Inputs) -> None:
         each = torch.full((1, 72), 700.0)
         each[:, :24] = 0  # the first frame is given
-        with attach(model, AtCore()) as handle:
+        method = AtCore()
+        with attach(model, method) as handle:
             run(model, given, timestep=each)
+        assert method.calls[0].contribution is None  # the gate differs by token
         assert handle.state.timestep == pytest.approx(0.7)
 
     def test_a_backend_set_while_attached_holds(self, model: nn.Module, given: Inputs) -> None:

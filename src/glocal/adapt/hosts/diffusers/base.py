@@ -37,6 +37,10 @@ class DiffusersHost(ABC):
         """Where the tokens of one attention call lie; `keys`: how many keys it has."""
         return forward.layout
 
+    def record(self, model: Any, call: SiteCall) -> SiteCall:
+        """`call` with what else the host shows: the residual stream and what the heads add to it, where it can."""
+        return call
+
     def watch(self, model: Any, state: RunState) -> Undo:
         """Read the arguments of every forward; distinct noise levels are steps (`Follower`)."""
         arguments = signature(type(model).forward)
@@ -66,7 +70,7 @@ class DiffusersHost(ABC):
                 return None  # an adapter's extra attention to an image prompt
             layout = self.layout(_FORWARDS[model], site, k.shape[2], native)
             _check(site, layout, q.shape[2], k.shape[2], native)
-            return SiteCall(site, layout, RunState(), native=native)
+            return self.record(model, SiteCall(site, layout, RunState(), native=native))
 
         slot = slot_of(module, describe)
         below = slot.core

@@ -8,15 +8,23 @@ each with steps of its own; attach to both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor, nn
+
+from glocal.adapt.host import CoreFactory, Undo
 from glocal.adapt.hosts.diffusers.base import DiffusersHost
 from glocal.adapt.hosts.diffusers.intercept import NativeCall
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
-from glocal.adapt.records import Site
+from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.canvas import Layout
 
 SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
+
+_RUNNING: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()  # block -> its stream and time
 
 
 class WanHost(DiffusersHost):
@@ -44,6 +52,50 @@ class WanHost(DiffusersHost):
             return forward.layout
         image = native.number == 0 and keys != forward.text.shape[1]
         return Layout(forward.layout.q, canvas_of(("image" if image else "text", keys)))
+
+    def wrap_core(self, model: Any, site: Site, state: RunState, core: CoreFactory) -> Undo:
+        """As every host; while a block runs, its input and time embedding are kept for the record."""
+        block = model.get_submodule(site.name.rpartition(".")[0])
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            named = dict(zip(("hidden_states", "encoder_hidden_states", "temb"), args)) | kwargs
+            _RUNNING[module] = (named["hidden_states"], named["temb"])
+
+        def after(module: nn.Module, *_: Any) -> None:
+            _RUNNING.pop(module, None)
+
+        undo = super().wrap_core(model, site, state, core)
+        hooks = (
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after, always_call=True),
+        )
+
+        def back() -> None:
+            for hook in hooks:
+                hook.remove()
+            undo()
+
+        return back
+
+    def record(self, model: Any, call: SiteCall) -> SiteCall:
+        """Self-attention adds ``gate * W_O out``; the gate is one a sample, so any rows can be asked for. Where tokens
+        have noise levels of their own the gate differs by token and the contribution is not said.
+        """
+        block = model.get_submodule(call.site.name.rpartition(".")[0])
+        if call.site.kind != "self" or block not in _RUNNING:
+            return call
+        stream, time = _RUNNING[block]
+        if stream.shape[1] != call.layout.nq:
+            return call
+        if time.dim() != 3:
+            return replace(call, residual=stream)
+        gate = (block.scale_shift_table + time.float()).chunk(6, dim=1)[2]  # [B, 1, C]
+        weight = block.attn1.to_out[0].weight.unflatten(1, (call.site.heads, call.site.head_dim))  # [C, H, D]
+
+        def contribution(out: Tensor) -> Tensor:
+            return torch.einsum("bhmd,chd->bhmc", out, weight.to(out.dtype)) * gate[:, None].to(out.dtype)
+
+        return replace(call, residual=stream, contribution=contribution)
 
 
 ADAPTER = WanHost()
