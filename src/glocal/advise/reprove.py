@@ -47,9 +47,9 @@ def validate(
         before = preflight(model, sample, objective)
         proven = replace(with_canvas(recipe, before), host={})  # other weights are what it is proven on
         run.stage("time model", len(recipe.methods))
-        times, dropped = times_inside(run, before, sample, recipe.methods)
-        if dropped:
-            name, why = next(iter(dropped.items()))
+        times = times_inside(run, before, sample, recipe.methods)
+        if run.dropped.why:
+            name, why = next(iter(run.dropped.why.items()))
             raise AdviceError(f"Method {name} of the recipe does not run on this model: {why}")
         run.stage("validation", len(fresh))
         found = validate_pairs(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach as attach_method
+from glocal.advise.dropped import Dropped, broken, broken_records
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.forecast import check_budget, measured_forecast
 from glocal.advise.identity import host_record
@@ -84,6 +85,7 @@ class Run:
     stages: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
     name: str | None = None
+    dropped: Dropped = field(default_factory=Dropped)
 
     def stage(self, name: str | None, steps: int | None = None) -> None:
         """End the running stage and begin another."""
@@ -142,10 +144,20 @@ def _advise(run: Run, split: Split) -> Advice:
         check_budget(stages, run.options.budget)
 
     run.stage("time model", len(methods))
-    times, dropped = times_inside(run, before, probe_sample, methods)
+    times = times_inside(run, before, probe_sample, methods)
     methods = {n: m for n, m in methods.items() if n in times.methods}
     base = Advice(
-        Recipe("dense"), "dense", "", run.effort, run.target, before, times, (), dropped, methods, stages=run.stages
+        Recipe("dense"),
+        "dense",
+        "",
+        run.effort,
+        run.target,
+        before,
+        times,
+        (),
+        run.dropped.why,
+        methods,
+        stages=run.stages,
     )
     refusal = _refusal(run, before, times)
     if refusal is not None:
@@ -156,7 +168,11 @@ def _advise(run: Run, split: Split) -> Advice:
     run.stage("probe", 2 * (len(run.objective.levels) - 1))
     probed = _probe(run, probe_sample, methods, buckets)
     other = _probe(run, weight_sample, plain, buckets)
-    records = [*probed.records, *other.records]
+    methods = {n: m for n, m in methods.items() if n not in run.dropped.why}
+    plain = {n: m for n, m in plain.items() if n in methods}
+    if not plain:
+        raise AdviceError("Every method that was to give the step weights failed; see the errors of the candidates.")
+    records = [r for r in (*probed.records, *other.records) if r.method in methods]
     base = replace(base, records=tuple(records))
 
     run.stage("step weights", len(buckets) * len(plain))
@@ -183,7 +199,10 @@ def _advise(run: Run, split: Split) -> Advice:
     ceiling = main_error(run.objective.distance(dense, run.objective.ceiling(run.model, probe_sample)))
     measured = []
     for rung in ladder:
-        measured.append(measure_rung(run.model, rung, probe_sample, run.objective, (dense, seconds)))
+        try:
+            measured.append(measure_rung(run.model, rung, probe_sample, run.objective, (dense, seconds)))
+        except Exception as error:  # a kernel may fail in any way; the report names it, and three such stop
+            run.dropped.fail(rung.name, str(error))
         run.progress.step()
     base = replace(base, weights=weights, ladder=tuple(measured), anchors=(0.0, ceiling))
     steps, why = _winners(run, measured, ceiling)
@@ -237,23 +256,14 @@ def needed(target: Target) -> float:
     return target.speedup if target.speedup is not None and target.of == "end_to_end" else 1.0
 
 
-def times_inside(
-    run: Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]
-) -> tuple[Times, dict[str, str]]:
-    """Timed inside the first call of the middle site at the last step."""
+def times_inside(run: Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]) -> Times:
+    """Timed inside the first call of the middle site at the last step; candidates that do not run go to `dropped`."""
     found: list[Times] = []
-    dropped: dict[str, str] = {}
     site = before.sites[len(before.sites) // 2].name
     last = len(run.objective.levels) - 2
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: Any) -> None:
-        working = {}
-        for name, method in methods.items():
-            try:
-                method.plan(call.layout, q, k)
-                working[name] = method
-            except ValueError as error:  # does not fit this canvas; said so on the page
-                dropped[name] = str(error)
+        working = {name: m for name, m in methods.items() if _works(run.dropped, name, m, (q, k, v, call))}
         found.append(time_methods(q, k, v, call, working, rounds=run.effort.rounds))
 
     with attach_method(run.model, Inside(site, 0, look)):
@@ -261,7 +271,24 @@ def times_inside(
         run.objective.run(run.model, sample, start=last, latent=latent)
     if not found:
         raise AdviceError(f"Site {site!r} was never called; the host adapter reports sites that do not run.")
-    return found[0], dropped
+    return found[0]
+
+
+def _works(dropped: Dropped, name: str, method: MethodSpec, qkv: tuple[Tensor, Tensor, Tensor, Any]) -> bool:
+    """Whether a candidate runs on a real call and gives numbers."""
+    q, k, v, call = qkv
+    try:
+        method.plan(call.layout, q, k)
+    except ValueError as error:  # does not fit this canvas
+        dropped.unfit(name, str(error))
+        return False
+    try:
+        wrong = broken(method.run(q, k, v, call.layout, call.site.scale)[0])
+    except Exception as error:  # a kernel may fail in any way; the report names it, and three such stop
+        wrong = f"{type(error).__name__}: {error}"
+    if wrong is not None:
+        dropped.fail(name, wrong)
+    return wrong is None
 
 
 def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
@@ -300,6 +327,10 @@ def _probe(run: Run, sample: Sample, methods: Mapping[str, MethodSpec], buckets:
 
     with attach_method(run.model, probe):
         output = run.objective.run(run.model, sample, on_step=on_step)
+    for name, why in probe.errors.items():
+        run.dropped.unfit(name, why)
+    for name in sorted(broken_records(probe.records)):
+        run.dropped.fail(name, "the probe found NaN or infinity in its output")
     records = [r for r in probe.records if not any(fnmatch(r.site, glob) for glob in keep)]
     if not records:
         raise ValueError(f"keep_dense={list(keep)!r} leaves no site to advise on.")

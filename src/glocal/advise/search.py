@@ -133,7 +133,8 @@ def published(found: Found, shape: Sequence[int], levels: Sequence[float]) -> li
     out = []
     layers = 1 + max(found.layers)
     for plain in published_defaults(shape, layers):
-        rules = [replace(r, phase=_as_sigma(r.phase, levels)) for r in plain.rules]
+        rules = [replace(r, phase=_as_sigma(r.phase, levels), layers=_within(r, found.layers)) for r in plain.rules]
+        rules = [r for r in rules if r.layers]
         recipe = Recipe("candidate", {plain.method.id: plain.method}, tuple(rules), fallback=found.fallback)
         try:
             plain.method.plan(Layout.of(Canvas(tuple(shape))))
@@ -141,6 +142,11 @@ def published(found: Found, shape: Sequence[int], levels: Sequence[float]) -> li
             continue
         out.append(Rung(plain.name, "published", recipe, None, None, None))
     return out
+
+
+def _within(rule: Rule, layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The layers of a rule among those that may be touched."""
+    return layer_ranges([layer for layer in layers if rule.covers(layer)])
 
 
 def _as_sigma(phase: Phase, levels: Sequence[float]) -> Phase:

@@ -93,6 +93,7 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
         for pair in attempt.validation.pairs:
             row = {"kind": "rejected pair", "rung": attempt.rung.name, **asdict(pair), "drift": pair.drift}
             out.append(row)
+    out += [{"kind": "dropped", "name": name, "why": why} for name, why in advice.dropped.items()]
     out += [{"kind": "stage", "name": name, "seconds": seconds} for name, seconds in advice.stages.items()]
     return out
 
@@ -299,6 +300,15 @@ def _forecast(advice: Advice) -> Forecast | None:
 
 
 def _left_dense(advice: Advice) -> tuple[str, ...]:
+    dropped = [f"Dropped: {_name(advice, name)}: {why}" for name, why in advice.dropped.items()]
+    return (*_why_dense(advice), *dropped)
+
+
+def _name(advice: Advice, method: str) -> str:
+    return advice.methods[method].words() if method in advice.methods else method
+
+
+def _why_dense(advice: Advice) -> tuple[str, ...]:
     if advice.status == "dense":
         return (advice.reason, "The recipe says dense everywhere; the curve shows what was tried.")
     recipe = advice.recipe
