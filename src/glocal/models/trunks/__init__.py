@@ -1,0 +1,1 @@
+"""Networks that published systems start from, under the usual key names, without the packages that define them."""
