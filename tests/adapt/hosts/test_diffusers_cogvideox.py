@@ -11,22 +11,10 @@ from torch import Tensor, nn
 from glocal.adapt import attach, host_of
 
 from .exam import AtCore, Inputs, JointExam, run
+from .sizes import COGVIDEOX
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
 
-SIZES: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "in_channels": 4,
-    "out_channels": 4,
-    "time_embed_dim": 2,
-    "text_embed_dim": 8,
-    "num_layers": 2,
-    "sample_width": 12,
-    "sample_height": 8,
-    "sample_frames": 9,
-    "max_text_seq_length": 5,
-}
 ROTARY = {"use_rotary_positional_embeddings": True}  # as the 5B model; the 2B model adds its positions
 
 
@@ -35,7 +23,7 @@ class TestCogVideoX(JointExam):
     parts: ClassVar = [("text", 5), ("video", (3, 4, 6))]
 
     def build(self) -> nn.Module:
-        return diffusers.CogVideoXTransformer3DModel(**SIZES, **ROTARY)
+        return diffusers.CogVideoXTransformer3DModel(**COGVIDEOX, **ROTARY)
 
     def inputs(self, generator: torch.Generator, batch: int = 1) -> Inputs:
         from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -59,7 +47,7 @@ class TestCogVideoX(JointExam):
     def test_positions_that_are_added(self, given: Inputs) -> None:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = diffusers.CogVideoXTransformer3DModel(**SIZES).eval()
+            model = diffusers.CogVideoXTransformer3DModel(**COGVIDEOX).eval()
         del given["image_rotary_emb"]
         plain, method = run(model, given), AtCore()
         with attach(model, method):

@@ -11,21 +11,9 @@ from torch import Tensor, nn
 from glocal.adapt import attach
 
 from .exam import AtCore, Inputs, JointExam, run
+from .sizes import FLUX
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
-
-SIZES: dict[str, Any] = {
-    "patch_size": 1,
-    "in_channels": 16,
-    "num_layers": 2,
-    "num_single_layers": 2,
-    "attention_head_dim": 16,
-    "num_attention_heads": 2,
-    "joint_attention_dim": 32,
-    "pooled_projection_dim": 24,
-    "guidance_embeds": True,
-    "axes_dims_rope": (4, 6, 6),
-}
 
 
 def positions(rows: int, columns: int, image: int = 0) -> Tensor:
@@ -49,7 +37,7 @@ class TestFlux(JointExam):
     scale: ClassVar = 1.0
 
     def build(self) -> nn.Module:
-        return diffusers.FluxTransformer2DModel(**SIZES)
+        return diffusers.FluxTransformer2DModel(**FLUX)
 
     def inputs(self, generator: torch.Generator, batch: int = 1) -> Inputs:
         return {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,22 +12,9 @@ from glocal import attention
 from glocal.adapt import attach
 
 from .exam import AtCore, Inputs, JointExam, Replaced, run
+from .sizes import HUNYUAN_VIDEO
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
-
-SIZES: dict[str, Any] = {
-    "in_channels": 4,
-    "out_channels": 4,
-    "num_attention_heads": 2,
-    "attention_head_dim": 16,
-    "num_layers": 1,
-    "num_single_layers": 2,
-    "num_refiner_layers": 1,
-    "patch_size": 1,
-    "text_embed_dim": 16,
-    "pooled_projection_dim": 8,
-    "rope_axes_dim": (4, 6, 6),
-}
 
 
 class TestHunyuanVideo(JointExam):
@@ -40,7 +27,7 @@ class TestHunyuanVideo(JointExam):
     text_lengths: ClassVar = [3]
 
     def build(self) -> nn.Module:
-        return diffusers.HunyuanVideoTransformer3DModel(**SIZES)
+        return diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN_VIDEO)
 
     def inputs(self, generator: torch.Generator, batch: int = 1) -> Inputs:
         mask = torch.ones(batch, 5, dtype=torch.long)

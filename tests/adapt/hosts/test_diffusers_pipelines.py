@@ -11,10 +11,7 @@ from torch import Tensor
 from glocal.adapt import attach, host_of
 
 from .exam import Notes
-from .test_diffusers_cogvideox import SIZES as COGVIDEOX
-from .test_diffusers_flux import SIZES as FLUX
-from .test_diffusers_hunyuan_video import SIZES as HUNYUAN
-from .test_diffusers_wan import SIZES as WAN
+from .sizes import COGVIDEOX, FLUX, HUNYUAN_VIDEO, WAN
 
 REASON = "is not installed: pip install 'glocal[diffusers,transformers]'"
 diffusers = pytest.importorskip("diffusers", reason=f"diffusers {REASON}")
@@ -111,7 +108,7 @@ def test_hunyuan_video_calls_once() -> None:
     pipe = diffusers.HunyuanVideoPipeline(
         text_encoder=None,
         tokenizer=None,
-        transformer=diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN),
+        transformer=diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN_VIDEO),
         vae=vae,
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         text_encoder_2=None,

@@ -12,20 +12,9 @@ from glocal.adapt import Method, SiteCall, attach, host_of
 from glocal.adapt.records import Core
 
 from .exam import AtCore, HostExam, Inputs, run
+from .sizes import WAN
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
-
-SIZES: dict[str, Any] = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "in_channels": 4,
-    "out_channels": 4,
-    "text_dim": 16,
-    "freq_dim": 32,
-    "ffn_dim": 32,
-    "num_layers": 2,
-    "rope_max_seq_len": 32,
-}
 
 
 class TestWan(HostExam):
@@ -38,7 +27,7 @@ class TestWan(HostExam):
     parts: ClassVar = [("video", (3, 4, 6))]
 
     def build(self) -> nn.Module:
-        return diffusers.WanTransformer3DModel(**SIZES)
+        return diffusers.WanTransformer3DModel(**WAN)
 
     def inputs(self, generator: torch.Generator, batch: int = 1) -> Inputs:
         return {
@@ -66,7 +55,7 @@ class TestWan(HostExam):
         assert method.keys[0].shape == (1, 2, 5, 12)
 
     def test_an_image_condition_is_a_second_cross_attention(self, generator: torch.Generator) -> None:
-        model = diffusers.WanTransformer3DModel(**SIZES, image_dim=8, added_kv_proj_dim=24).eval()
+        model = diffusers.WanTransformer3DModel(**WAN, image_dim=8, added_kv_proj_dim=24).eval()
         given = {
             **self.inputs(generator),
             "encoder_hidden_states": torch.randn(1, 512, 16, generator=generator),  # the length diffusers assumes
@@ -160,6 +149,6 @@ class TestWan(HostExam):
                 run(model, given)
 
     def test_other_models_are_refused_by_name(self) -> None:
-        model = diffusers.WanVACETransformer3DModel(**SIZES, vace_layers=[0], vace_in_channels=4)
+        model = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=4)
         with pytest.raises(ValueError, match=r"No host adapter for .*WanVACETransformer3DModel\..* Nearest: .*Wan"):
             host_of(model)
