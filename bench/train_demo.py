@@ -1,7 +1,7 @@
 """Trains the built-in video model on procedural scenes and ships its weights and loss curve.
 
-    python bench/train_demo.py --device cuda --preset full     # about ten minutes on one H200
-    python bench/train_demo.py --device cpu --preset core      # about 95 minutes on one CPU core with bf16 units
+    python bench/train_demo.py --device cuda --preset full     # the budget meant for one GPU
+    python bench/train_demo.py --device cpu --preset core      # about 90 minutes on one shared CPU core with bf16 units
 
 Kill it at any time and start it again: it goes on from `--folder`. Weights (the average) and the curve are rewritten at
 every saved state.
@@ -60,14 +60,15 @@ PRESETS = {
     "core": Preset(
         (
             ClipStage(1, 32, 1400, 2.5),
-            ClipStage(4, 8, 1000, 3.0),
-            ClipStage(8, 3, 300, 3.0),
-            ClipStage(16, 1, 350, 3.0),
+            ClipStage(4, 8, 370, 3.0),
+            ClipStage(16, 1, 460, 6.0),
         ),
-        cooldown=900,
+        cooldown=700,
+        trunk_lr=3e-3,
+        lr=1.5e-3,
     ),
     "full": Preset(
-        (ClipStage(1, 256, 2500, 2.5), ClipStage(4, 64, 2500, 3.0), ClipStage(16, 32, 900, 3.0)),
+        (ClipStage(1, 256, 2500, 2.5), ClipStage(4, 64, 2500, 4.0), ClipStage(16, 32, 900, 6.0)),
         cooldown=1800,
         ema=0.999,
     ),

@@ -24,7 +24,7 @@ class SampleSpec:
     """
 
     steps: int = 8
-    shift: float = 3.0
+    shift: float = 6.0
     guidance: float | None = None
 
     def __post_init__(self) -> None:
