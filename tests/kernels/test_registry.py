@@ -53,6 +53,21 @@ def test_what_a_machine_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         picked(small, "flex")
 
 
+def test_an_unmeasured_backend_runs_when_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from glocal.kernels import flex, triton
+
+    for module in (flex, triton):
+        monkeypatch.setattr(module, "missing", lambda device: None)
+    small = replace(BASE, device="cuda", nq=64, nk=64)
+    found = registry.pick(small, "auto", blocks=(64, 64), kept=0.3)  # flex takes no blocks of 64
+    assert found.name == "reference" and "not triton: not yet measured on a GPU" in found.why
+    assert picked(small, "triton", (64, 64)) == "triton"
+    with pytest.raises(ValueError, match=r"query block 48 \(legal: powers of two from 16 to 128\)"):
+        picked(small, "triton", (48, 64))
+    text = registry.explain(small, "auto", blocks=(64, 64), kept=0.3)
+    assert "triton: could run too (not yet measured on a GPU, runs when named)" in text
+
+
 def test_the_reference_is_no_fallback_for_large_inputs() -> None:
     large = replace(BASE, dropout=True, nq=131072, nk=131072)
     with pytest.raises(
@@ -71,7 +86,7 @@ def test_a_named_backend_runs_or_raises() -> None:
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"backend='refrence' is unknown; legal: auto, dense, cpu, flex, reference. Nea"
+        ValueError, match=r"backend='refrence' is unknown; legal: auto, dense, cpu, flex, triton, reference. Nea"
     ):
         picked(BASE, "refrence")
 
