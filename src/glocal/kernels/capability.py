@@ -69,6 +69,7 @@ class Capability:
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
     deterministic: two calls give equal bits. note: how it computes, for people.
+    by_name_only: why "auto" passes over it; None where "auto" may take it.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Capability:
     most_pairs: int | None = None
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
+    by_name_only: str | None = None
 
 
 def refusals(

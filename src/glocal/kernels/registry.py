@@ -57,7 +57,7 @@ class Backend:
 Kept = float | Callable[[tuple[int, int]], float]
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "flex", "reference")
+_ORDER = ("dense", "cpu", "flex", "triton", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}
@@ -95,6 +95,8 @@ def pick(request: Request, backend: str, *, blocks: tuple[int, int] | None, kept
     refused = []
     for candidate in backends():
         reasons = _reasons(candidate, request, blocks)
+        if not reasons and candidate.capability.by_name_only is not None:
+            reasons = [candidate.capability.by_name_only]
         if not reasons:
             why = f"first that can on {request.device}"
             if refused:
@@ -125,7 +127,9 @@ def explain(request: Request, backend: str, *, blocks: tuple[int, int] | None, k
             lines.append(f"  {other.name}: {other.capability.note}")
             continue
         reasons = _reasons(other, request, blocks)
-        words = "refuses " + "; ".join(reasons) if reasons else "could run too"
+        kept_back = other.capability.by_name_only
+        can = "could run too" if kept_back is None else f"could run too ({kept_back})"
+        words = "refuses " + "; ".join(reasons) if reasons else can
         lines.append(f"  {other.name}: {words}")
     return "\n".join(lines)
 
