@@ -152,3 +152,17 @@ class TestWan(HostExam):
         model = diffusers.WanVACETransformer3DModel(**WAN, vace_layers=[0], vace_in_channels=4)
         with pytest.raises(ValueError, match=r"No host adapter for .*WanVACETransformer3DModel\..* Nearest: .*Wan"):
             host_of(model)
+
+    @pytest.mark.slow
+    def test_a_compiled_model(self, model: nn.Module, given: Inputs) -> None:
+        plain = run(model, given)
+        with attach(model, AtCore(0.5)):
+            wanted = run(model, given)
+        model.compile(backend="eager")
+        torch.testing.assert_close(run(model, given), plain)
+        method = AtCore(0.5)
+        with attach(model, method):
+            for _ in range(2):
+                torch.testing.assert_close(run(model, given), wanted)
+        assert [c.site.name for c in method.calls] == self.joint * 2
+        torch.testing.assert_close(run(model, given), plain)
