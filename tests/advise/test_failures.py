@@ -36,13 +36,14 @@ WIDE = Target(limits={"drift": 1e6})
 
 @pytest.fixture(autouse=True)
 def half_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every method takes half the time of dense, so that the ladder is always full."""
+    """Every method takes half the time of dense and attention is worth it, so that the ladder is always full."""
 
     def fixed(q, k, v, call, methods, *, rounds):
         dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
         return Times(dense, {n: replace(dense, method=n, median=0.5, kept=0.4, visited=0.4) for n in methods}, None)
 
     monkeypatch.setattr(run, "time_methods", fixed)
+    monkeypatch.setattr(run, "_refusal", lambda *args: None)
 
 
 def sabotage(monkeypatch: pytest.MonkeyPatch, ids: set[str], how: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -126,7 +127,6 @@ def test_an_abort_in_any_stage_leaves_nothing(
     monkeypatch.setattr("glocal.advise.AdviseOptions", lambda **_: OPTIONS)
     monkeypatch.setitem(run.effort_of.__globals__["EFFORTS"], "quick", EFFORT)
     job = _advise_job.Job("tiny", tmp_path / "out", limits={"drift": 1e6})
-    monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(run, "_winners", lambda run, measured, ceiling: (list(measured), ""))
     with pytest.raises(error, match="stopped"):
         _advise_job.run_job(job, as_json=True, quiet=True)

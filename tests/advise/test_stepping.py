@@ -46,6 +46,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
 
         measure_rung = run.measure_rung
         monkeypatch.setattr(run, "time_methods", fixed_times)
+        monkeypatch.setattr(run, "_refusal", lambda *args: None)
         monkeypatch.setattr(run, "measure_rung", measured)
         monkeypatch.setattr(run, "validate_pairs", validated)
         return seen
