@@ -1,6 +1,6 @@
 """What `advise` will cost, stage by stage, from what the preflight measured: time, memory, disk, before they are spent.
 
-Sparse runs are counted as dense ones, so the times are upper ends; what a probed call costs on top is measured on one.
+Sparse runs are counted as slow as dense ones; what a probed call costs on top is measured on one.
 """
 
 from __future__ import annotations
