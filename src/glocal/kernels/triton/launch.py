@@ -18,6 +18,7 @@ from glocal.kernels.triton.defaults import ROWS, padded, tuning
 from glocal.kernels.triton.forward_q import forward_kernel
 from glocal.kernels.triton.lists import Slots, check, transposed
 from glocal.kernels.triton.merge import fold_kernel, merge_kernel
+from glocal.kernels.triton.refine import refined
 
 _BIAS = Limits(keys=1 << 18, scores=1 << 26)
 
@@ -166,8 +167,10 @@ def _folded(w: _Work, slots: Tensor, order: Tensor, like: Tensor, split: int) ->
 def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
     assert call.plan is not None
     check(call.plan, (call.q_block, call.kv_block))
-    fields = call.plan.__dataclass_fields__
     widths = padded(q.shape[3]), padded(v.shape[3])
+    call = refined(call, max(widths), q.element_size())
+    assert call.plan is not None
+    fields = call.plan.__dataclass_fields__
     return _Work(
         call=call,
         plan=PlanTensors(*(getattr(call.plan, name).int().contiguous() for name in fields)),
