@@ -107,4 +107,5 @@ class SiteCall:
     native: Any = None
 
 
-Core = Callable[[Tensor, Tensor, Tensor, SiteCall], Tensor]  # q, k, v [B, H, N, D] -> out [B, H, N, D]
+# q, k, v [B, H, N, D] -> out [B, H, N, D]; a method may hand on some of the heads only.
+Core = Callable[[Tensor, Tensor, Tensor, SiteCall], Tensor]

@@ -68,22 +68,22 @@ class RecipeMethod(Method):
         if set(groups) == {"dense"}:
             stats.dense[reason if reason is not None else "by the recipe"] += heads
             return inner(q, k, v, call)
-        whole = None
         out = torch.empty_like(q)
         for name, members in groups.items():
+            mine = _heads(q, k, v, members)
             if name == "dense":
-                whole = inner(q, k, v, call) if whole is None else whole
-                out[:, members] = whole[:, members]
+                result = inner(*mine, call)
                 stats.dense["by the recipe"] += len(members)
-                continue
-            method = self.recipe.methods[name]
-            mine = [t if len(members) == heads else t[:, members] for t in (q, k, v)]
-            result, plan, kernel = method.run(mine[0], mine[1], mine[2], call.layout, call.site.scale)
-            out = result if len(members) == heads else out.index_copy(1, torch.tensor(members, device=q.device), result)
-            stats.methods[name] += len(members)
-            stats.kernels[kernel] += 1
-            stats.kept_sum += plan.kept * len(members)
-            stats.visited_sum += plan.visited * len(members)
+            else:
+                method = self.recipe.methods[name]
+                result, plan, kernel = method.run(*mine, call.layout, call.site.scale)
+                stats.methods[name] += len(members)
+                stats.kernels[kernel] += 1
+                stats.kept_sum += plan.kept * len(members)
+                stats.visited_sum += plan.visited * len(members)
+            if len(members) == heads:
+                return result
+            out[:, members] = result
         return out
 
     def _method(self, call: SiteCall, head: int) -> str:
@@ -121,6 +121,15 @@ class RecipeMethod(Method):
                 if fallback.unseen_canvas == "dense":
                     return "canvas not proven"
         return None
+
+
+def _heads(q: Tensor, k: Tensor, v: Tensor, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The query heads `members` and the key heads they use; as they are if that is all of them."""
+    if len(members) == q.shape[1]:
+        return q, k, v
+    group = q.shape[1] // k.shape[1]
+    keys = [head // group for head in members]
+    return q[:, members], k[:, keys], v[:, keys]
 
 
 def _between(shape: Sequence[int], proven: Sequence[Sequence[int]]) -> bool:
