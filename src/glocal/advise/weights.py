@@ -84,9 +84,7 @@ def make_buckets(levels: Sequence[float], count: int) -> tuple[Bucket, ...]:
     steps = len(levels) - 1
     count = min(count, steps)
     edges = [round(i * steps / count) for i in range(count + 1)]
-    return tuple(
-        Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(pairwise(edges))
-    )
+    return tuple(Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(pairwise(edges)))
 
 
 def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int, value: str = "residual") -> float:
