@@ -89,8 +89,8 @@ def test_feed_forward_and_gates() -> None:
                   blocks.SqueezeExcite(4, 2)):  # fmt: skip
         assert layer(x).shape == x.shape
     gate = blocks.SqueezeExcite(4, 2)
-    nn.init.zeros_(gate.fc2.weight)
-    nn.init.zeros_(gate.fc2.bias)
+    for parameter in gate.fc2.parameters():
+        nn.init.zeros_(parameter)
     assert torch.allclose(gate(x), x / 2)
     with pytest.raises(ValueError, match="kernel=4 must be odd, for example 5"):
         blocks.ConvPosition(4, 4)

@@ -11,17 +11,39 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from glocal.advise.hull import Hulls, lower_hulls
-from glocal.advise.probe import ProbeRecord
 
 _TURNS = 40  # tangents moved at most so often; a handful is usual
 _ROUNDS = 64  # passes that use up what the price of time left over
 _ROUNDING = 1e-12  # sums of the same times in another order differ by so much
+
+
+class Measured(Protocol):
+    """One measurement of a method at one head: what `advise.probe.ProbeRecord` holds."""
+
+    @property
+    def layer(self) -> int: ...
+    @property
+    def head(self) -> int: ...
+    @property
+    def bucket(self) -> int: ...
+    @property
+    def sample(self) -> str: ...
+    @property
+    def method(self) -> str: ...
+    @property
+    def mass(self) -> float: ...
+    @property
+    def output(self) -> float: ...
+    @property
+    def residual(self) -> float: ...
+    @property
+    def kept(self) -> float: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +93,7 @@ class Items:
 
     @staticmethod
     def from_records(
-        records: Iterable[ProbeRecord],
+        records: Iterable[Measured],
         time: Callable[[str, int, int], float],
         *,
         measure: Literal["residual", "output"] = "residual",
@@ -82,7 +104,7 @@ class Items:
         sample; so a method must be good on all of them. measure: error of what reaches the residual stream, or of the
         attention output. Records of head -1 (sums over heads) are passed over.
         """
-        sums: dict[tuple[int, int, int], dict[str, dict[str, list[ProbeRecord]]]] = {}
+        sums: dict[tuple[int, int, int], dict[str, dict[str, list[Measured]]]] = {}
         for record in records:
             if record.head >= 0:
                 of_item = sums.setdefault((record.layer, record.head, record.bucket), {})
