@@ -97,7 +97,7 @@ def synchronise(tensor: Tensor) -> None:
 def preflight(model: Any, sample: Sample, objective: Latents) -> Preflight:
     """Run the last step of `sample` a few times and compare. AdviceError where the model or the host misbehaves."""
     host = host_of(model)
-    sites = tuple(host.sites(model))
+    sites = tuple(s for s in host.sites(model) if s.kind != "cross")
     if not sites:
         raise AdviceError(f"{type(model).__name__} has no attention site that its host adapter knows.")
     last = len(objective.levels) - 2
