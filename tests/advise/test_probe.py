@@ -7,7 +7,7 @@ import torch
 
 from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.advise.methods import MethodSpec, candidates, default_tile
-from glocal.advise.probe import ProbeSpec, candidates_at, measure, partial_sums, spread
+from glocal.advise.probe import Probe, ProbeSpec, candidates_at, measure, partial_sums, spread
 from glocal.canvas import Canvas, Layout
 from glocal.ops import attend
 
@@ -81,6 +81,22 @@ def test_records_hold_what_a_head_adds_to_the_stream(generator: torch.Generator)
         wanted = (delta.norm(dim=-1) / stream[0].norm(dim=-1)).square().mean().sqrt()
         assert records[head].residual == pytest.approx(float(wanted), rel=1e-4)
     assert records[0].kept == pytest.approx(plan.kept)
+
+
+def test_methods_of_different_orders_are_probed_apart(generator: torch.Generator) -> None:
+    """Two one-to-one orders of equal blocks: what one method loses must not depend on the other being there."""
+    shape = (4, 4, 8)  # whole tiles: both orders have 128 places
+    q, k, v = tensors(generator, 2, 128)
+    tiled = MethodSpec("tile_windows", {"tile": [2, 2, 4], "window": [1, 1, 1]}, {"tile": [2, 2, 4]}, (16, 16))
+    raster = MethodSpec("windows", {"size": [1, 4, 8]}, "raster", (16, 16))
+
+    def found(**methods: MethodSpec) -> dict[tuple[str, int], float]:
+        spec = ProbeSpec(methods, lambda step: 0, frozenset({0}), blocks=8)
+        probe = Probe(spec)
+        probe.core(q, k, v, call_of(shape, 2), lambda q, k, v, call: q)
+        return {(r.method, r.head): r.output for r in probe.records}
+
+    assert found(tiled=tiled, raster=raster) == {**found(tiled=tiled), **found(raster=raster)}
 
 
 def test_blocks_are_spread_over_the_canvas() -> None:

@@ -88,14 +88,24 @@ class Probe(Method):
 
 def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
     """Plans that share orders and blocks share the partial sums."""
-    groups: dict[tuple, dict[str, BlockPlan]] = {}
+    groups: list[dict[str, BlockPlan]] = []
     for name, plan in plans.items():
-        key = (plan.q_block, plan.kv_block, tuple(plan.q_order.shape), int(plan.q_order.long().sum()))
-        key = next(
-            (g for g in groups if g == key and torch.equal(next(iter(groups[g].values())).q_order, plan.q_order)), key
-        )
-        groups.setdefault(key, {})[name] = plan
-    return list(groups.values())
+        for group in groups:
+            if _same_blocks(next(iter(group.values())), plan):
+                group[name] = plan
+                break
+        else:
+            groups.append({name: plan})
+    return groups
+
+
+def _same_blocks(a: BlockPlan, b: BlockPlan) -> bool:
+    """Whether two plans cut queries and keys into the same blocks."""
+    return (
+        (a.q_block, a.kv_block) == (b.q_block, b.kv_block)
+        and torch.equal(a.q_order, b.q_order)
+        and torch.equal(a.kv_order, b.kv_order)
+    )
 
 
 def measure(
