@@ -87,13 +87,13 @@ def make_buckets(levels: Sequence[float], count: int) -> tuple[Bucket, ...]:
     return tuple(Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(pairwise(edges)))
 
 
-def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int, value: str = "residual") -> float:
+def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int) -> float:
     """Root of the summed squares over sites and heads, the mean over the probed steps of a bucket."""
     by_step: dict[tuple[int, str, str], float] = {}
     for r in records:
         if r.method == method and r.bucket == bucket and r.head >= 0:
             key = (r.step, r.branch, r.sample)
-            by_step[key] = by_step.get(key, 0.0) + getattr(r, value) ** 2
+            by_step[key] = by_step.get(key, 0.0) + r.residual**2
     return math.sqrt(sum(by_step.values()) / len(by_step)) if by_step else 0.0
 
 

@@ -111,14 +111,6 @@ class Layout:
         rule = table[q.part, k.part]
         return (rule == 1) | ((rule == 2) & (k.index <= q.index))
 
-    def same_grid(self, q: Coords, k: Coords) -> Tensor:
-        """Whether each (broadcast) pair lies inside one grid, bool."""
-        table = torch.tensor(
-            [[self.inside(a, b) for b in range(len(self.kv.parts))] for a in range(len(self.q.parts))],
-            device=q.part.device,
-        )
-        return table[q.part, k.part]
-
     def segments(self, batch: int, device: torch.device | str) -> tuple[Tensor, Tensor] | None:
         """Document number of every query and key, int32 [B, Nq] and [B, Nk], -1 for padding; None if all is one."""
         if not self.lengths and self.documents is None:

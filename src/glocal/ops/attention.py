@@ -12,7 +12,8 @@ from torch import Tensor
 
 from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import registry
-from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors, TableBias
+from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors
+from glocal.kernels.capability import bias_kind
 from glocal.kernels.registry import Picked, Request
 from glocal.ops import _operator
 from glocal.ops.score import Score
@@ -206,7 +207,7 @@ def _facts(
     score: Score,
 ) -> tuple[Any, ...]:
     """The fields of a `Request`, as constants that a compiled graph can carry (`index` settles a symbolic size)."""
-    kinds = {"table" if isinstance(b, TableBias) else "dense" for b in bias}
+    kinds = {bias_kind(b) for b in bias}
     tensors = [q, k, v, *(b.values if isinstance(b, DenseBias) else b.table for b in bias)]
     return (
         q.device.type,
