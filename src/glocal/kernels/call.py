@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from glocal.kernels.quant import Quant
+
 
 @dataclass(frozen=True, eq=False)
 class PlanTensors:
@@ -62,6 +64,7 @@ class Call:
     counts: int32 [B|1, H|1, Nq, Nk] for the reference backend, else None.
     segments: int32 [B, Nq] and [B, Nk] document numbers, -1 for padding; None if all tokens see each other.
     dropout: probability of dropping a weight; seed: int64 [1] for its generator.
+    quant: how to round, None for exact attention.
     """
 
     backend: str
@@ -75,6 +78,7 @@ class Call:
     segments: tuple[Tensor, Tensor] | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    quant: Quant | None = None
 
     def encode(self) -> tuple[list[Tensor], str]:
         """Tensors and the constant string that says what each of them is."""
@@ -91,6 +95,8 @@ class Call:
             f"blocks={self.q_block},{self.kv_block}",
             f"dropout={self.dropout}",
         ]
+        if self.quant is not None:
+            words.append(f"quant={self.quant.word}")
         if self.plan is not None:
             p = self.plan
             lists = (p.full_count, p.full_index, p.part_count, p.part_index, p.part_mask)
@@ -125,6 +131,7 @@ class Call:
             segments=(tensors[s.segments[0]], tensors[s.segments[1]]) if s.segments else None,
             dropout=s.dropout,
             seed=take(s.seed)[0] if s.seed else None,
+            quant=s.quant,
         )
 
 
@@ -141,6 +148,7 @@ class Spec:
     counts: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
+    quant: Quant | None = None
     bias: tuple[tuple[int, ...], ...] = ()
 
 
@@ -156,6 +164,8 @@ def parse(spec: str) -> Spec:
             words[name] = None if value == "None" else float(value)
         elif name == "backend":
             words[name] = value
+        elif name == "quant":
+            words[name] = Quant.of_word(value)
         else:
             places = tuple(int(i) for i in value.split(","))
             words[name] = (*words["bias"], places) if name == "bias" else places

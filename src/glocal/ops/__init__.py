@@ -1,6 +1,8 @@
 """The differentiable operators people call."""
 
+from glocal.kernels.quant import Quant
 from glocal.ops import cells, merge
+from glocal.ops._approximation import Approximation
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
 from glocal.ops.dynamic_conv import dynamic_conv
@@ -12,6 +14,7 @@ from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, S
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
 
 __all__ = [
+    "Approximation",
     "Attended",
     "BlockStats",
     "Capture",
@@ -24,6 +27,7 @@ __all__ = [
     "PerKey",
     "PerPart",
     "Pooled",
+    "Quant",
     "Ratio",
     "Relative",
     "ResizePool",
