@@ -230,8 +230,8 @@ def bench(
                 continue
             call = call_of("quantised", made, case.dim, fitted(QUANTS[label], case.block))
             ready = work_of(call, n, n)
-            time = timed(lambda: launch.forward(*qkv, call, ready, tuning), repeat)
-            rounding, _ = timed(lambda: launch.quantise(*qkv, ready), repeat)
+            time = timed(partial(roughly, call, tuning, qkv), repeat)
+            rounding, _ = timed(partial(launch.quantise, *qkv, ready), repeat)
             errors = errors_of(partial(roughly, call, tuning), call)
             shown = f"{label} {tuning.rows}/{tuning.warps}/{tuning.stages}"
             row(shown, time, rounding, errors)
