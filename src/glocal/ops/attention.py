@@ -22,6 +22,7 @@ from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.selection import plan_selection
+from glocal.plan.slots import PlanSlots
 from glocal.routing.selection import Selection
 
 
@@ -53,7 +54,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None = None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None = None,
     *,
     canvas: Canvas | Layout | None = None,
     score: Score | None = None,
@@ -63,7 +64,7 @@ def attention(
 
     q: [..., Hq, Nq, D]; k: [..., Hkv, Nk, D]; v: [..., Hkv, Nk, Dv], as in scaled_dot_product_attention: leading
         dimensions broadcast, Hq is a multiple of Hkv, any strides; float32, bfloat16, float16 or float64.
-    pattern: a Pattern, a Selection of a router, or a BlockPlan; None is dense.
+    pattern: a Pattern, a Selection of a router, a BlockPlan, or PlanSlots that hold one; None is dense.
     canvas: where the tokens lie (a Canvas, or a Layout where the two sides differ); needed by a Pattern.
     score: scale, soft-cap and biases; default scale D ** -0.5.
     backend: "auto" or a name of `glocal.kernels.registry.names()`; a named backend runs or raises.
@@ -78,7 +79,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None = None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None = None,
     *,
     canvas: Canvas | Layout | None = None,
     score: Score | None = None,
@@ -99,7 +100,7 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None,
     canvas: Canvas | Layout | None,
     score: Score | None,
     backend: str,
@@ -107,6 +108,8 @@ def _run(
     lse: bool = False,
 ) -> tuple[Tensor, Tensor, Prepared]:
     _check(q, k, v)
+    if isinstance(pattern, PlanSlots):
+        pattern = pattern.plan
     score = Score() if score is None else score
     lead, (q4, k4, v4) = _flat(q, k, v)
     segments, bias = None, ()
