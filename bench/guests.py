@@ -2,9 +2,9 @@
 
     python3 bench/guests.py --out FILE.csv [--cases video,image256] [--check-only]
 
-Tokens already lie in plan order, as in a model that is permuted once. Every backend is first compared with the
-definition, forward and backward, on small cases that use tails, orders, grouped heads and partial blocks; one that
-fails is named and prints no time. "eff." counts visible pairs alone.
+Tokens already lie in plan order, as in a model that is permuted once; where tiles do not divide the canvas, gathering
+is timed too. Every backend is first compared with the definition, forward and backward, on small cases that use tails,
+orders, grouped heads and partial blocks; one that fails is named and prints no time. "eff." counts visible pairs alone.
 """
 
 from __future__ import annotations
@@ -154,7 +154,9 @@ def timed(run: Callable[[], object], repeat: int) -> tuple[float, float]:
 
 
 def in_place(made: BlockPlan) -> BlockPlan:
-    """The same lists for tokens that lie in plan order; the canvas divides into blocks."""
+    """The same lists for tokens that lie in plan order, where the canvas divides into blocks."""
+    if made.q_order.shape[-1] != made.layout.nq:
+        return made
     order = torch.arange(made.q_order.shape[-1], dtype=torch.int32, device=made.device)[None, None]
     return replace(made, q_order=order, kv_order=order)
 
@@ -163,6 +165,8 @@ def sampled(made: BlockPlan, qkv: tuple[Tensor, ...], out: Tensor) -> float:
     """Error of the rows of four query blocks whose key blocks are all full; NaN where there are none."""
     q, k, v = qkv
     worst = float("nan")
+    if made.q_order.shape[-1] != made.layout.nq:
+        return worst
     rows = (made.partial.count[0] == 0).nonzero().flatten().tolist()
     for row in rows[:: max(1, len(rows) // 4)]:
         head = row % q.shape[1]

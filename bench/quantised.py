@@ -62,7 +62,8 @@ QUANTS = {
     "fp8 both, smooth": Quant("fp8", "fp8", (128, 128), smooth_k=True),
     "fp8 both, by token": Quant("fp8", "fp8", (1, 128)),
 }
-TUNED = tuple(launch.Tuning(*t) for t in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3), (128, 4, 2)))
+TUNED = tuple(launch.Tuning(*t) for t in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)))
+TUNED += tuple(launch.Tuning(128, 4, stages, hopper=True) for stages in (2, 3, 4))
 EXACT = ("gluon", "triton", "fa4", "cudnn_sparse")
 
 
@@ -127,7 +128,9 @@ def inputs(kind: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def in_place(made: BlockPlan) -> BlockPlan:
-    """The same lists for tokens that lie in plan order; the canvas divides into blocks."""
+    """The same lists for tokens that lie in plan order, where the canvas divides into blocks."""
+    if made.q_order.shape[-1] != made.layout.nq:
+        return made
     order = torch.arange(made.q_order.shape[-1], dtype=torch.int32, device=made.device)[None, None]
     return replace(made, q_order=order, kv_order=order)
 
@@ -233,7 +236,7 @@ def bench(
             time = timed(partial(roughly, call, tuning, qkv), repeat)
             rounding, _ = timed(partial(launch.quantise, *qkv, ready), repeat)
             errors = errors_of(partial(roughly, call, tuning), call)
-            shown = f"{label} {tuning.rows}/{tuning.warps}/{tuning.stages}"
+            shown = f"{label} {'warp groups' if tuning.hopper else tuning.rows}/{tuning.warps}/{tuning.stages}"
             row(shown, time, rounding, errors)
     return rows
 
@@ -247,7 +250,7 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--tune", action="store_true", help="time every tuning, not the default alone")
     options = parser.parse_args()
-    tunings = TUNED if options.tune else (launch.DEFAULT,)
+    tunings = TUNED if options.tune else (launch.DEFAULT, launch.HOPPER)
     rows: list[dict[str, Any]] = []
     sound = set()
     for label in options.quants.split(";"):

@@ -46,6 +46,12 @@ class Prepared:
         return found if bool(found.any()) else None
 
     @cached_property
+    def equal(self) -> int | None:
+        """The length of all lists, None where they differ or are empty."""
+        least, most = int(self.count.min()), int(self.count.max())
+        return most if least == most > 0 else None
+
+    @cached_property
     def some(self) -> bool:
         """Whether the guest has anything to do."""
         return bool((self.count > 0).any())

@@ -52,6 +52,8 @@ def _block(
         acc = tl.dot(p.to(v.dtype), v, acc * old[:, None])
     else:
         v = v8.load([(start // ROOM) * DV, block * BK])
+        p = tl.permute(tl.reshape(p, (p.shape[0], BK // 16, 2, 4, 2)), (0, 1, 3, 2, 4))  # as values lie
+        p = tl.reshape(p, (p.shape[0], BK))
         if PV == "fp8":
             acc = tl.dot(p.to(tl.float8e4nv), tl.trans(v), acc * old[:, None])
         else:

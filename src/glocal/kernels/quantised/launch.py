@@ -26,14 +26,16 @@ _STEPS = 16  # tiles of a program that looks at channels
 
 @dataclass(frozen=True)
 class Tuning:
-    """Query rows of a program, its warps, and stages of its loop."""
+    """Query rows of a program, its warps, and stages of its loop. hopper: the kernel of warp groups, where it fits."""
 
     rows: int = 64
     warps: int = 4
     stages: int = 2
+    hopper: bool = False
 
 
 DEFAULT = Tuning()
+HOPPER = Tuning(rows=128, stages=3, hopper=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,12 +51,24 @@ class Rounded:
     mean: Tensor | None
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work, tuning: Tuning = DEFAULT) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work, tuning: Tuning | None = None
+) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq].
+
+    tuning: None for the fastest that fits; the kernel of warp groups is used where it fits alone.
+    """
+    if tuning is None:
+        tuning = HOPPER if q.is_cuda and fits(q, v, call, work) else DEFAULT
     where: Any = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
     with where:
         given = quantise(q, k, v, work)
-        out, lse = attended(given, q, call, work, tuning)
+        if tuning.hopper:
+            from glocal.kernels.quantised.groups import warp_groups
+
+            out, lse = warp_groups(given, q, call, work, tuning)
+        else:
+            out, lse = attended(given, q, call, work, tuning)
     out, lse = work.returned(out[..., : v.shape[3]], lse)
     return out, unsmoothed(lse, q, given.mean, call.scale)
 
@@ -78,7 +92,7 @@ def attended(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tunin
     lse = torch.empty(b, h, work.rows, dtype=torch.float32, device=like.device)
     rows = min(tuning.rows, call.q_block)
     tiles = work.rows // rows
-    live = None if work.live is None else _row(work.live.to(torch.int8), h)
+    live = None if work.live is None else plan_row(work.live.to(torch.int8), h)
     kernel: Any = attend_kernel
     if lse.numel():
         d = given.q.shape[3]
@@ -86,7 +100,7 @@ def attended(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tunin
         box = [call.kv_block, size] if quant.pv == "none" else [size, call.kv_block]
         values = TensorDescriptor.from_tensor(given.v.view(-1, given.v.shape[3]), box)
         kernel[(b * h * tiles,)](
-            given.q, keys, values, given.q_scale, given.k_scale, given.v_scale, live, out, lse, _row(plan.owner, h),
+            given.q, keys, values, given.q_scale, given.k_scale, given.v_scale, live, out, lse, plan_row(plan.owner, h),
             (plan.full_count, plan.full_index, plan.full_index.shape[-1]),
             (plan.part_count, plan.part_index, plan.part_index.shape[-1], plan.part_mask), plan.masks,
             float(call.scale), h, h // given.k.shape[1], tiles, work.rows, work.columns, call.q_block // rows,
@@ -95,6 +109,22 @@ def attended(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tunin
             num_warps=tuning.warps,
         )  # fmt: skip
     return out, lse
+
+
+def fits(q: Tensor, v: Tensor, call: Call, work: Work) -> bool:
+    """Whether the kernel of warp groups takes the call."""
+    quant, sizes = work.quant, (64, 128)
+    return (
+        torch.cuda.get_device_capability(q.device) == (9, 0)
+        and quant.pv != "int8"
+        and (quant.pv == "fp8" or v.dtype != torch.float32)
+        and call.q_block in sizes
+        and call.kv_block in sizes
+        and quant.group[1] == call.kv_block
+        and padded(q.shape[3]) in sizes
+        and padded(v.shape[3]) in sizes
+        and work.live is None
+    )
 
 
 def _rounded(x: Tensor, side: Side, room: int, group: int, kind: str, mean: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -163,6 +193,7 @@ def _order(side: Side) -> tuple[Any, ...]:
     return (t, t.stride(0) if t.shape[0] > 1 else 0, t.stride(1) if t.shape[1] > 1 else 0)
 
 
-def _row(t: Tensor, heads: int) -> tuple[Any, ...]:
+def plan_row(t: Tensor, heads: int) -> tuple[Any, ...]:
+    """A plan tensor [batch|1, heads|1, ...] for `row_of`."""
     samples, own = t.shape[0], t.shape[1]
     return (t.contiguous(), t.stride(0) if samples > 1 else 0, t.stride(1) if own > 1 else 0, heads // own)

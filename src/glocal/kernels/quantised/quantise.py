@@ -89,7 +89,11 @@ def turned_kernel(
     v, order, scale, out, heads, slots, n, room, tiles,
     DV: tl.constexpr, WDV: tl.constexpr, BN: tl.constexpr, LARGEST: tl.constexpr, INT: tl.constexpr,
 ):  # fmt: skip
-    """Values rounded by channel: out 8 bits [B, H, WDV, room]; scale: float32 [B, H, DV]."""
+    """Values rounded by channel: out 8 bits [B, H, WDV, room]; scale: float32 [B, H, DV].
+
+    Of every 16 slots, slot 8 i + 2 c + j comes to place 4 c + 2 i + j: so accumulators of the logits serve as left
+    operand of the next product as they lie.
+    """
     pid = tl.program_id(0)
     member, tile = pid // tiles, pid % tiles
     b, h = member // heads, member % heads
@@ -102,7 +106,8 @@ def turned_kernel(
         values = (values + _ROUND) - _ROUND
     else:
         values = tl.minimum(tl.maximum(values, -LARGEST), LARGEST)
-    turned = tl.trans(values.to(out.dtype.element_ty))
+    moved = tl.permute(tl.reshape(values, (BN // 16, 2, 4, 2, WDV)), (0, 2, 1, 3, 4))
+    turned = tl.trans(tl.reshape(moved, (BN, WDV)).to(out.dtype.element_ty))
     place = (member.to(tl.int64) * WDV + column)[:, None] * room + slot[None, :]
     tl.store(out + place, turned, mask=(slot < room)[None, :])
 

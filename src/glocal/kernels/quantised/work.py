@@ -60,6 +60,11 @@ class Work:
             pads = torch.zeros(1, 1, self.k.slots, dtype=torch.bool, device=self.plan.owner.device)
         return ~pad(pads, (0, short), value=True)
 
+    @cached_property
+    def masked(self) -> bool:
+        """Whether some block is partial."""
+        return bool((self.plan.part_count > 0).any())
+
     def key_live(self, heads: int) -> Tensor:
         """The same as a tensor for every query head."""
         if self.live is None:
