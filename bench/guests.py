@@ -116,7 +116,7 @@ def check(name: str, small: Small) -> str:
     )
     counts = torch.ones(1, 1, n, n, dtype=torch.int32, device="cuda") if made is None else made.dense_counts()
     exact = Call("reference", small.dim**-0.5, counts=counts)
-    wide = [t.float() for t in (q, k, v)]
+    wide = (q.float(), k.float(), v.float())
     want = reference.forward(*wide, exact)
     module, call = registry.implementation(name), call_of(name, made, small.dim)
     out, lse = module.forward(q, k, v, call)
@@ -243,7 +243,7 @@ def main() -> None:
     for label in [] if options.check_only else options.cases.split(","):
         case = CASES[label]
         for name in ("fa4_dense",) if case.pattern is None else options.names.split(","):
-            if name in bad or refused(name, (case.heads,) * 2, case, torch.bfloat16, False) is not None:
+            if name in bad or refused(name, (case.heads, case.heads), case, torch.bfloat16, False) is not None:
                 continue
             try:
                 rows += bench(name, label, case, options.repeat)

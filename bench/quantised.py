@@ -135,7 +135,7 @@ def in_place(made: BlockPlan) -> BlockPlan:
     return replace(made, q_order=order, kv_order=order)
 
 
-def exact(name: str, made: BlockPlan, qkv: tuple[Tensor, ...], repeat: int) -> tuple[float, float] | str:
+def exact(name: str, made: BlockPlan, qkv: tuple[Tensor, Tensor, Tensor], repeat: int) -> tuple[float, float] | str:
     """Time of an exact backend, or why there is none."""
     if name not in registry.names():
         return "no such backend"
