@@ -79,7 +79,7 @@ def variants(case: Case) -> dict[str, list[Tuning]]:
 
 def put(part: str, value: Tuning) -> None:
     """Make `value` the choice for every head size."""
-    defaults.TABLE[part] = [(256, value)]  # type: ignore[index]
+    defaults.TABLE[part] = [(256, value, value)]  # type: ignore[index]
 
 
 def inputs(case: Case) -> tuple[list[Tensor], Call, Canvas]:
