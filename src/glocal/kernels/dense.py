@@ -20,7 +20,7 @@ CAPABILITY = Capability(
     needs="nothing",
     devices=("cpu", "cuda"),
     dtypes=ALL_DTYPES,
-    note="the fastest fused dense attention of torch with LSE (cuDNN, FlashAttention, CPU flash), own tiles for the rest",
+    note="fastest fused dense attention of torch with LSE (cuDNN, FlashAttention, CPU flash), own tiles for the rest",
     sparse=False,
 )
 
