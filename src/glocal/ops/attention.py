@@ -83,7 +83,7 @@ def attend(
     backend: str = "auto",
 ) -> Attended:
     """`attention` that also returns the log-sum-exp of the logits, the backend picked and the share of pairs kept."""
-    out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend)
+    out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend, lse=True)
     return Attended(out, lse, picked, plan_, data[0] if picked.needs == "counts" else None)
 
 
@@ -100,6 +100,8 @@ def _run(
     canvas: Canvas | Layout | None,
     score: Score | None,
     backend: str,
+    *,
+    lse: bool = False,
 ) -> tuple[Tensor, Tensor, Prepared]:
     _check(q, k, v)
     if isinstance(pattern, PlanSlots):
@@ -113,7 +115,7 @@ def _run(
         layout_size_check(layout, q4.shape[2], k4.shape[2])
         segments = layout.segments(q4.shape[0], q.device)
         bias = _lower(score, layout, q4.shape[1])
-    facts = _facts(q4, k4, v4, pattern, bias, segments, score)
+    facts = (*_facts(q4, k4, v4, pattern, bias, segments, score), lse)
     if isinstance(pattern, BlockPlan):
         pattern.check(q4.shape[2], k4.shape[2])
         picked, compiled, data = _ready(pattern, facts, backend)
@@ -137,8 +139,8 @@ def _run(
         seed=_seed(score),
     )
     tensors, spec = call.encode()
-    out, lse = _operator.attend(q4, k4, v4, tensors, spec)
-    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:]), (picked, compiled, data)
+    out, ends = _operator.attend(q4, k4, v4, tensors, spec)
+    return out.reshape(*lead, *out.shape[1:]), ends.reshape(*lead, *ends.shape[1:]), (picked, compiled, data)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
