@@ -15,10 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels.call import Call, Grads, PlanTensors
-from glocal.patterns.base import Dense
-from glocal.plan.build import PlanSpec, plan
+from glocal.plan.blockplan import pack
+from glocal.plan.facts import OrderFacts, declare_order, declare_sound
 
 Engine = Literal["cudnn", "flash", "tiles"]
 _ATEN = torch.ops.aten
@@ -97,6 +96,32 @@ def _triton() -> bool:
 
 def _planned(q: Tensor, k: Tensor, call: Call) -> Call:
     """The call with a plan in which everybody sees everybody."""
-    layout = Layout(Canvas([Part("q", (q.shape[2],))]), Canvas([Part("k", (k.shape[2],))]))
-    made = plan(Dense(), layout, PlanSpec(_BLOCK, _BLOCK), device=q.device)
-    return replace(call, q_block=_BLOCK, kv_block=_BLOCK, plan=PlanTensors(**made.tensors()))
+    made = _everything(q.shape[2], k.shape[2], q.device)
+    return replace(call, q_block=_BLOCK, kv_block=_BLOCK, plan=made)
+
+
+@lru_cache(maxsize=16)
+def _everything(nq: int, nk: int, device: torch.device) -> PlanTensors:
+    """Lists of all key blocks for all query blocks; a last block that is not full is masked."""
+    with torch.inference_mode(False):
+        where = {"dtype": torch.int32, "device": device}
+        rows, whole, rest = -(-nq // _BLOCK), nk // _BLOCK, nk % _BLOCK
+        orders = []
+        for n in (nq, nk):
+            order = torch.arange(-(-n // _BLOCK) * _BLOCK, **where)
+            order = torch.where(order < n, order, -1)[None, None]
+            orders.append(declare_order(order, OrderFacts(True, True, True, holes=False)))
+        full = torch.arange(whole, **where).expand(1, rows, whole).contiguous()
+        declare_sound(full)
+        part = torch.full((1, rows, int(rest > 0)), whole, **where)
+        seen = (torch.arange(_BLOCK, device=device) < rest).expand(1, _BLOCK, _BLOCK)
+        return PlanTensors(
+            *orders,
+            full_count=torch.full((1, rows), whole, **where),
+            full_index=full,
+            part_count=torch.full((1, rows), int(rest > 0), **where),
+            part_index=part,
+            part_mask=torch.zeros_like(part),
+            masks=pack(seen)[: int(rest > 0)],
+            owner=torch.zeros(1, 1, **where),
+        )

@@ -6,13 +6,15 @@ CPU: torch's flash attention for CPUs, low precision computed in float32. CUDA: 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from glocal.kernels import _blockwise, _dense_cuda
 from glocal.kernels._jobs import Limits
-from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.call import Call, DenseBias, Grads, PlanTensors
 from glocal.kernels.capability import ALL_DTYPES, Capability
 
 CAPABILITY = Capability(
@@ -29,6 +31,7 @@ _PIECES = Limits(keys=1 << 14, scores=1 << 22)
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    call = _masked(q, call)
     if q.device.type == "cuda":
         chosen = _dense_cuda.engine(q, k, v, call)
         if chosen is not None:
@@ -44,6 +47,14 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Grads:
     """Gradients through out and LSE."""
+    biases, call = len(call.bias), _masked(q, call)
+    grads = _backward(grad_out, grad_lse, q, k, v, out, lse, call)
+    return replace(grads, bias=grads.bias[:biases])
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Grads:
     if q.device.type == "cuda":
         grads = _dense_cuda.backward(grad_out, grad_lse, q, k, v, out, lse, call)
         if grads is not None:
@@ -59,6 +70,17 @@ def backward(
     )
     grad_q = _unfold(found[0], groups)[..., : q.shape[3]]
     return Grads(grad_q.to(q.dtype), found[1][..., : k.shape[3]].to(k.dtype), found[2][..., : v.shape[3]].to(v.dtype))
+
+
+def _masked(q: Tensor, call: Call) -> Call:
+    """Counts of a pattern as a bias, log of how often a pair counts; the last bias of the call."""
+    if call.counts is None:
+        return call
+    counts = call.counts
+    if counts.shape[1] not in (1, q.shape[1]):
+        counts = counts.repeat_interleave(q.shape[1] // counts.shape[1], 1)
+    mask = DenseBias(counts.to(torch.float64 if q.dtype == torch.float64 else torch.float32).log())
+    return replace(call, counts=None, bias=(*call.bias, mask), bias_grad=call.bias_grad and bool(call.bias))
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
