@@ -57,7 +57,7 @@ class Backend:
 Kept = float | Callable[[tuple[int, int]], float]
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "flex", "triton", "reference")
+_ORDER = ("dense", "cpu", "gluon", "flex", "triton", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}

@@ -39,6 +39,12 @@ def by_key(masks: Tensor, kv_block: int) -> Tensor:
     return _cached(masks, kv_block, turned=True)
 
 
+def kept(order: Tensor, kv_block: int) -> Tensor:
+    """Words int32 [b, h, key blocks * 4] of the slots of an order [b, h, room] that hold a key."""
+    b, h, room = order.shape
+    return owned((order >= 0).reshape(b * h * (room // kv_block), 1, kv_block)).reshape(b, h, -1)
+
+
 def _cached(masks: Tensor, kv_block: int, *, turned: bool) -> Tensor:
     version = (masks.data_ptr(), 0 if masks.is_inference() else masks._version, kv_block)
     known = _KNOWN.get(masks)
@@ -73,3 +79,10 @@ def hidden(s, word, columns: gl.constexpr):
     seen = (bits & place) != 0  # [64, columns / 8, 4, 2]
     seen = gl.convert_layout(gl.reshape(seen, [64, columns]), layouts.products(columns), assert_trivial=True)
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def pad_words(at, columns: gl.constexpr):
+    """The four words at `at`, [1, 4], for `hidden`."""
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, layouts.words(columns)))
+    return gl.expand_dims(gl.load(at + lane), 0)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from glocal.kernels.call import Call
+from glocal.kernels.call import Call, PlanTensors
 
 TILE_BYTES = 1 << 15  # of one tile, block times padded head size: kernels compiled for sm_90 then need up to 225 KiB
 FLOAT32_TOKENS = 32  # products in full float32 are unrolled; larger tiles take minutes to compile
@@ -27,9 +27,14 @@ def refined(call: Call, width: int, itemsize: int) -> Call:
     q, k = -(-call.q_block // most), -(-call.kv_block // most)  # parts of each block
     if q == k == 1:
         return call
+    return replace(call, plan=cut(plan, q, k), q_block=call.q_block // q, kv_block=call.kv_block // k)
+
+
+def cut(plan: PlanTensors, q: int, k: int) -> PlanTensors:
+    """The same plan with each query block in q parts and each key block in k; parts of keys hold whole mask words."""
     m, rows, words = plan.masks.shape
     masks = plan.masks.reshape(m, q, rows // q, k, words // k).transpose(2, 3).reshape(m * q * k, rows // q, words // k)
-    finer = replace(
+    return replace(
         plan,
         full_count=plan.full_count.repeat_interleave(q, 1) * k,
         full_index=_split(plan.full_index, q, k, rows=False),
@@ -38,7 +43,6 @@ def refined(call: Call, width: int, itemsize: int) -> Call:
         part_mask=_split(plan.part_mask, q, k, rows=True),
         masks=masks,
     )
-    return replace(call, plan=finer, q_block=call.q_block // q, kv_block=call.kv_block // k)
 
 
 def _split(index: Tensor, q: int, k: int, *, rows: bool) -> Tensor:
