@@ -135,21 +135,23 @@ def main() -> None:
         print(f"{name}: {p} planned in {time.time() - start:.1f} s", flush=True)
         g = torch.Generator("cuda").manual_seed(1)
         shape = (1, case.heads, n, case.dim)
-        qkv = tuple(torch.randn(shape, device="cuda", generator=g, dtype=torch.float32).bfloat16() for _ in range(3))
+        q, k, v = qkv = tuple(
+            torch.randn(shape, device="cuda", generator=g, dtype=torch.float32).bfloat16() for _ in range(3)
+        )
         call = call_of(p, case.dim)
-        known = launch.facts(call.plan, (p.q_block, p.kv_block), n, n)
-        given = launch.Inputs(qkv, launch.placed(*qkv, call.plan, known))
+        work = launch.prepare(q, k, v, call)
+        given = launch.placed(work, q, k, v)
+        print(f"  into plan order {timed(partial(launch.placed, work, q, k, v), asked.repeat)[0]:.3f} ms", flush=True)
         for variant in asked.variants.split(","):
             changes = {name: int(value) for name, value in (word.split("=") for word in variant.split() if word)}
-            tuned = replace(tuning(case.block, case.block, case.dim), **changes)
+            tuned = replace(tuning(case.block, case.dim), **changes)
             try:
-                out, lse = launch.forward(*qkv, call, tuned)
+                out, lse = launch.forward(q, k, v, call, tuned)
                 error = checked(p, qkv, out, lse)
                 if not error < 2e-2:
                     print(f"  {variant}: WRONG, error {error}", flush=True)
                     continue
-                to = launch.Outputs(out, lse, None if known.q_lies else call.plan.q_order)
-                kernel = timed(partial(launch.run, given, to, call, known, tuned), asked.repeat)
+                kernel = timed(partial(launch.run, work, given, out, lse, tuned), asked.repeat)
             except Exception as problem:  # a variant that does not fit is a row that says so
                 print(f"  {variant}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
                 continue
@@ -163,7 +165,7 @@ def main() -> None:
             rows.append(
                 [name, variant, f"{kernel[0]:.4f}", f"{kernel[1]:.4f}", f"{visible:.1f}", f"{visited:.1f}", error]
             )
-        whole = timed(partial(launch.forward, *qkv, call), asked.repeat)
+        whole = timed(partial(launch.forward, q, k, v, call), asked.repeat)
         print(f"  whole call with permutation {whole[0]:.3f} ms", flush=True)
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("w", newline="") as file:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,66 +32,44 @@ on_hopper = pytest.mark.skipif(torch.cuda.is_available() and not HOPPER, reason=
 
 @pytest.mark.parametrize("columns", [64, 128])
 def test_words_hold_the_columns_a_lane_owns(columns: int, generator: torch.Generator) -> None:
-    from glocal.kernels.gluon.masks import owned
+    from glocal.kernels.gluon.masks import by_key, by_query, kept
 
     seen = torch.rand(2, 64, columns, generator=generator) < 0.5
-    words = owned(seen)
-    assert words.shape == (2, 64, 4) and words.dtype == torch.int32
+    words, turned = by_query(pack(seen), columns), by_key(pack(seen), columns)
+    assert words.shape == (3, 64, 4) and turned.shape == (3, columns, 4) and bool((words[2] == -1).all())
+    order = torch.where(seen[0, 0], 7, -1)[None, None].int()
+    live = kept(order, columns).reshape(4)
     for lane in range(4):
         for bit in range(columns // 4):
             column = 8 * (bit // 2) + 2 * lane + bit % 2
-            assert torch.equal((words[..., lane] >> bit & 1).bool(), seen[..., column])
+            assert torch.equal((words[:2, :, lane] >> bit & 1).bool(), seen[..., column])
+            assert bool(live[lane] >> bit & 1) == bool(seen[0, 0, column])
+        for bit in range(16):
+            row = 8 * (bit // 2) + 2 * lane + bit % 2
+            assert torch.equal((turned[:2, :, lane] >> bit & 1).bool(), seen[:, row])
 
 
 def test_words_are_made_once_for_a_table(generator: torch.Generator) -> None:
-    from glocal.kernels.gluon.masks import by_key, by_query
+    from glocal.kernels.gluon.masks import by_query
 
-    seen = torch.rand(3, 128, 64, generator=generator) < 0.5
-    table = pack(seen)
+    table = pack(torch.rand(3, 128, 64, generator=generator) < 0.5)
     words = by_query(table, 64)
-    assert words.shape == (4, 128, 4) and by_query(table, 64) is words
-    assert by_key(table, 64).shape == (4, 64, 4)
-    first = by_key(table, 64)[1]
-    assert torch.equal((first[:, 3] >> 5 & 1).bool(), seen[1, 8 * 2 + 2 * 3 + 1])  # bit 5 of lane 3 is column 23
+    assert by_query(table, 64) is words
     table[0] = 0
     assert by_query(table, 64) is not words and int(by_query(table, 64)[0].abs().sum()) == 0
 
 
-def test_facts_of_a_plan() -> None:
-    from glocal.kernels.gluon.facts import facts
-
-    def of(made: BlockPlan) -> Any:
-        blocks = (made.q_block, made.kv_block)
-        return facts(PlanTensors(**made.tensors()), blocks, made.layout.nq, made.layout.nk)
-
-    raster = of(window(200, 71, (64, 64)))
-    assert raster.q_lies and raster.kv_lies and raster.once and raster.every and raster.masked and not raster.padded
-    tiled = of(plan(Neighborhood((9, 9)), Canvas((20, 20)), PlanSpec(64, 64)))
-    assert not tiled.q_lies and tiled.once and tiled.every
-    seen = torch.ones(1, 2, 1, dtype=torch.bool)
-    order = torch.arange(128)
-    order[70:] = torch.arange(58)
-    keys = torch.arange(64)
-    keys[5] = -1
-    strange = of(lists(order[None, None], keys[None, None], (128, 64), (64, 64), seen))
-    assert not strange.once and not strange.every and strange.padded and strange.even and not strange.masked
-
-
 @dataclass(frozen=True)
 class Kernel:
-    """One way to compile the forward kernel."""
+    """One way to compile the forward kernel. stack: bytes a thread may keep beside registers, outside of loops."""
 
     blocks: tuple[int, int] = (128, 128)
     dims: tuple[int, int] = (128, 128)
     masked: bool = True
-    stages: int = 2
     pads: bool = False
     softcap: bool = False
-    most: int = 168
-    emulate: int = 0
-    held: bool = False
-    pinned: bool = False
-    queries: int = 1
+    tuned: dict[str, Any] = field(default_factory=dict)
+    stack: int = 0
 
     def compiled(self) -> Any:
         import triton
@@ -99,6 +78,10 @@ class Kernel:
         from triton.experimental.gluon._runtime import GluonASTSource
 
         from glocal.kernels.gluon.forward_q import forward_kernel
+        from glocal.kernels.gluon.tuning import Shape, tuning
+
+        tuned = replace(tuning(self.blocks[0], max(self.dims)), **self.tuned)
+        shape = Shape.of(self.blocks, self.dims, self.masked, tuned)
 
         def tile(rows: int, columns: int) -> str:
             layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
@@ -106,38 +89,27 @@ class Kernel:
 
         row = ("*i32", "i32", "i32", "i32")
         taken: dict[str, Any] = {
-            "q": tile(64, self.dims[0]),
-            "k": tile(self.blocks[1], self.dims[0]),
-            "v": tile(self.blocks[1], self.dims[1]),
-            "out": ("*bf16", "*fp32", row, "i32", "*i32"),
+            "q": tile(64, shape.d),
+            "k": tile(shape.keys, shape.d),
+            "v": tile(shape.keys, shape.dv),
+            "out": ("*bf16", "*fp32", row, "i32"),
             "lists": (row, ("*i32", "*i32", "i32"), ("*i32", "*i32", "i32", "*i32"), "i32"),
-            "table": "*i32",
-            "pads": row if self.pads else "constexpr",
+            "masks": ("*i32", row if self.pads else "constexpr"),
             "work": ("*i32", "i32", "i32"),
             "group": "i32",
             "score": ("fp32", "fp32" if self.softcap else "constexpr"),
             "tiles": "i32",
+            "C": "constexpr",
         }
         names = forward_kernel.arg_names
-        constants = {
-            "BQ": self.blocks[0],
-            "BK": self.blocks[1],
-            "REAL": self.dims[1],
-            "MASKED": self.masked,
-            "STAGES": self.stages,
-            "REGISTERS": 240,
-            "EMULATE": self.emulate,
-            "QREG": self.held,
-            "PIN": self.pinned,
-            "QUERIES": self.queries,
-        }
-        fixed: dict[tuple[int, ...], Any] = {(names.index(name),): value for name, value in constants.items()}
+        fixed: dict[tuple[int, ...], Any] = {(names.index("C"),): shape}
         if not self.pads:
-            fixed[(names.index("pads"),)] = None
+            fixed[(names.index("masks"), 1)] = None
         if not self.softcap:
             fixed[(names.index("score"), 1)] = None
-        source = GluonASTSource(forward_kernel, {name: taken.get(name, "constexpr") for name in names}, fixed)
-        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4, "maxnreg": self.most})
+        source = GluonASTSource(forward_kernel, {name: taken[name] for name in names}, fixed)
+        options = {"num_warps": 4, "maxnreg": tuned.most}
+        return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
 KERNELS = {
@@ -145,13 +117,13 @@ KERNELS = {
     "128 x 128": Kernel(),
     "128 x 128, pads": Kernel(pads=True),
     "128 x 128, soft-cap": Kernel(softcap=True),
-    "128 x 128, D 64": Kernel(dims=(64, 64), stages=3),
-    "128 x 128, D 32, Dv 16": Kernel(dims=(32, 16), stages=3),
-    "64 x 64": Kernel((64, 64), most=128),
-    "64 x 128": Kernel((64, 128), most=128),
+    "128 x 128, D 64": Kernel(dims=(64, 64)),
+    "128 x 128, D 32, Dv 16": Kernel(dims=(32, 16)),
+    "64 x 64": Kernel((64, 64)),
+    "64 x 128": Kernel((64, 128)),
     "128 x 64": Kernel((128, 64)),
-    "128 x 64, D 256": Kernel((128, 64), dims=(256, 256)),
-    "64 x 64, D 256": Kernel((64, 64), dims=(256, 256), most=224),
+    "128 x 128, D 256": Kernel(dims=(256, 256), stack=64),
+    "64 x 64, D 256": Kernel((64, 64), dims=(256, 256)),
 }
 
 
@@ -169,7 +141,8 @@ def test_every_kernel_compiles_for_hopper_without_spills(name: str, tmp_path: Pa
         pytest.skip("Triton came without cuobjdump: registers cannot be read")
     command = [str(tool), "-res-usage", str(tmp_path / "kernel.cubin")]
     usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert "STACK:0 " in usage and "LOCAL:0 " in usage, usage
+    found = re.search(r"STACK:(\d+) .*LOCAL:(\d+) ", usage)
+    assert found is not None and int(found[1]) <= KERNELS[name].stack and found[2] == "0", usage
 
 
 def test_auto_passes_over_it_and_its_limits_are_said() -> None:
@@ -251,7 +224,8 @@ def plain(x: QKV, counts: Tensor, scale: float, softcap: float | None) -> Tensor
 
 def examined(made: BlockPlan, x: QKV, scale: float = 0.2, softcap: float | None = None) -> tuple[Tensor, Tensor]:
     """Run and hold against the definition in float64: at most twice the error of plain torch."""
-    out, lse = gluon.forward(*x, call_of(made, scale, softcap))
+    q, k, v = x
+    out, lse = gluon.forward(q, k, v, call_of(made, scale, softcap))
     counts = made.to("cuda").dense_counts()
     exact, exact_lse = reference.forward(*(t.double() for t in x), Call("reference", scale, softcap, counts=counts))
     assert out.dtype == x[0].dtype and lse.dtype == torch.float32 and out.shape == exact.shape
@@ -463,7 +437,8 @@ def test_strides_beyond_two_to_the_31(generator: torch.Generator) -> None:
     for t in x:
         view = room.as_strided(t.shape, (far, far, 64, 1))
         view.copy_(t)
-        got = gluon.forward(*(view if u is t else u for u in x), call_of(made))
+        q, k, v = (view if u is t else u for u in x)
+        got = gluon.forward(q, k, v, call_of(made))
         want = gluon.forward(*x, call_of(made))
         views.append(torch.equal(got[0], want[0]))
     assert views == [True, True, True]

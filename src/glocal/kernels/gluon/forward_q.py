@@ -3,13 +3,13 @@
 softmax of one key block while the tensor cores work on the products of the next.
 
 Tuples that travel together: `lists` is (row of `owner`, full, partial, number of the mask that hides nothing), where
-full is (counts, key blocks, width) and partial has mask numbers besides; `work` is (order of the tiles or None, query
-heads, query blocks); `score` is (scale, soft-cap or None); a plan row is (pointer, stride of samples, stride of heads,
-query heads a plan head).
+full is (counts, key blocks, width) and partial has mask numbers besides; `work` is (order of the query blocks or None,
+query heads, query blocks); `score` is (scale, soft-cap or None); a plan row is (pointer, stride of samples, stride of
+heads, query heads a plan head). C is a `tuning.Shape`, known when the kernel is compiled.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportGeneralTypeIssues=false
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 # Inside kernels, annotations and operators mean what the compiler of Gluon makes of them.
 
 from __future__ import annotations
@@ -43,24 +43,25 @@ def row_of(t, b, h):
 
 
 @gluon.jit
-def lengths(lists, b, h, block, blocks):
-    """The row of a query block in the lists, and how many partial and full entries it has."""
+def lengths(lists, b, h, block, blocks, STEPS: gl.constexpr):
+    """The row of a query block in the lists, its partial steps and all its steps; a key block takes STEPS of them."""
     place = gl.load(row_of(lists[0], b, h)).to(gl.int64) * blocks + block
-    return place, gl.load(lists[2][0] + place), gl.load(lists[1][0] + place)
+    part = gl.load(lists[2][0] + place)
+    return place, part * STEPS, (part + gl.load(lists[1][0] + place)) * STEPS
 
 
 @gluon.jit
-def entry(lists, place, part, i):
-    """Key block of entry i; partial entries come first."""
-    full_at = lists[1][1] + place * lists[1][2] + (i - part)
-    part_at = lists[2][1] + place * lists[2][2] + i
-    return gl.load(gl.where(i < part, part_at, full_at))
+def block_of(lists, place, part, step, STEPS: gl.constexpr):
+    """Key block of a step; partial blocks come first."""
+    full_at = lists[1][1] + place * lists[1][2] + (step - part) // STEPS
+    part_at = lists[2][1] + place * lists[2][2] + step // STEPS
+    return gl.load(gl.where(step < part, part_at, full_at))
 
 
 @gluon.jit
-def mask_of(lists, place, part, i):
-    """Mask number of entry i."""
-    return gl.load(lists[2][3] + place * lists[2][2] + i, mask=i < part, other=lists[3])
+def mask_of(lists, place, part, step, STEPS: gl.constexpr):
+    """Mask number of a step."""
+    return gl.load(lists[2][3] + place * lists[2][2] + step // STEPS, mask=step < part, other=lists[3])
 
 
 @gluon.jit
@@ -71,10 +72,16 @@ def after(slot, phase, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def fetch(loads, BQ: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, QUERIES: gl.constexpr):
-    """The warp that fetches: the queries of a tile once, keys and values of its list into rings of STAGES."""
+def fetch(loads, C: gl.constexpr):
+    """The warp that fetches: the queries of a tile once, keys and values of its list into rings."""
+    ROWS: gl.constexpr = C.rows
+    KEYS: gl.constexpr = C.keys
+    BLOCK: gl.constexpr = C.block
+    QUERIES: gl.constexpr = C.queries
     q, k, v, shared, ready, lists, work, group, tiles = loads
-    PARTS: gl.constexpr = BQ // 64
+    PARTS: gl.constexpr = ROWS // 64
+    STEPS: gl.constexpr = BLOCK // KEYS
+    STAGES: gl.constexpr = C.stages
     BYTES: gl.constexpr = q.block_type.nbytes * PARTS
     qs, ks, vs = shared
     q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
@@ -83,24 +90,23 @@ def fetch(loads, BQ: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, QUERI
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(1)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, h, block = place_of(tile, work)
-        place, part, full = lengths(lists, b, h, block, work[2])
-        count = part + full
+        place, part, count = lengths(lists, b, h, block, work[2], STEPS)
         if count > 0:
             kv_head = h // group
-            mine = entry(lists, place, part, 0)
-            k_slot, k_phase = fetch_one(k, ks, k_ready, k_free, b, kv_head, mine * BK, k_slot, k_phase, STAGES)
+            mine = block_of(lists, place, part, 0, STEPS) * BLOCK
+            k_slot, k_phase = fetch_one(k, ks, k_ready, k_free, b, kv_head, mine, k_slot, k_phase, STAGES)
             mbarrier.wait(q_free.index(q_slot), q_phase)
             mbarrier.expect(q_ready.index(q_slot), BYTES)
             for i in gl.static_range(PARTS):
                 to = qs.index(q_slot * PARTS + i)
-                tma.async_copy_global_to_shared(q, [b, h, block * BQ + i * 64, 0], q_ready.index(q_slot), to)
+                tma.async_copy_global_to_shared(q, [b, h, block * ROWS + i * 64, 0], q_ready.index(q_slot), to)
             q_slot, q_phase = after(q_slot, q_phase, QUERIES)
             for i in range(1, count):
-                coming = entry(lists, place, part, i)
-                k_slot, k_phase = fetch_one(k, ks, k_ready, k_free, b, kv_head, coming * BK, k_slot, k_phase, STAGES)
-                v_slot, v_phase = fetch_one(v, vs, v_ready, v_free, b, kv_head, mine * BK, v_slot, v_phase, STAGES)
+                coming = block_of(lists, place, part, i, STEPS) * BLOCK + i % STEPS * KEYS
+                k_slot, k_phase = fetch_one(k, ks, k_ready, k_free, b, kv_head, coming, k_slot, k_phase, STAGES)
+                v_slot, v_phase = fetch_one(v, vs, v_ready, v_free, b, kv_head, mine, v_slot, v_phase, STAGES)
                 mine = coming
-            v_slot, v_phase = fetch_one(v, vs, v_ready, v_free, b, kv_head, mine * BK, v_slot, v_phase, STAGES)
+            v_slot, v_phase = fetch_one(v, vs, v_ready, v_free, b, kv_head, mine, v_slot, v_phase, STAGES)
 
 
 @gluon.jit
@@ -189,26 +195,27 @@ def scores(q, ks, slot, BK: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def step(acc, p, top, total, slots, q, shared, ready, word, score, SIZES: gl.constexpr, HIDES: gl.constexpr):
-    """Values of the block before are summed while the logits of this one are weighed."""
-    BK: gl.constexpr = SIZES[1]
-    DV: gl.constexpr = SIZES[3]
-    STAGES: gl.constexpr = SIZES[6]
+def advance(acc, p, top, total, slots, q, shared, ready, word, score, C: gl.constexpr, HIDES: gl.constexpr):
+    """One step: the values of the step before are summed while the logits of this one are weighed."""
+    KEYS: gl.constexpr = C.keys
+    D: gl.constexpr = C.d
+    DV: gl.constexpr = C.dv
+    STAGES: gl.constexpr = C.stages
     k_slot, k_phase, v_slot, v_phase = slots
     k_ready, k_free, v_ready, v_free = ready[2], ready[3], ready[4], ready[5]
     wide: gl.constexpr = layouts.products(DV)
     mbarrier.wait(k_ready.index(k_slot), k_phase)
-    s = scores(q, shared[1], k_slot, BK, SIZES[2])
+    s = scores(q, shared[1], k_slot, KEYS, D)
     mbarrier.wait(v_ready.index(v_slot), v_phase)
-    acc = warpgroup_mma(p, shared[2].index(v_slot).reshape([BK, DV]), acc, is_async=True)
+    acc = warpgroup_mma(p, shared[2].index(v_slot).reshape([KEYS, DV]), acc, is_async=True)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_free.index(k_slot))
     s = capped(s, score)
     if HIDES:
-        s = hidden(s, word, BK)
-    weights, top, total, old = weigh(s, top, total, factor(score), 0 if HIDES else SIZES[7])
+        s = hidden(s, word, KEYS)
+    weights, top, total, old = weigh(s, top, total, factor(score), 0 if HIDES else C.emulate)
     weights = weights.to(shared[2].dtype)
-    if SIZES[9]:
+    if C.pinned:  # the barrier is known to be passed, but no instruction is moved across its loop
         mbarrier.wait(v_ready.index(v_slot), v_phase)
     acc, p = warpgroup_mma_wait(0, deps=[acc, p])
     mbarrier.arrive(v_free.index(v_slot))
@@ -220,128 +227,128 @@ def step(acc, p, top, total, slots, q, shared, ready, word, score, SIZES: gl.con
 
 
 @gluon.jit
-def words_of(lists, table, pads, place, part, i, mask, at, first, SIZES: gl.constexpr):
-    """Words of entry i: its mask, without the pads of its key block where `pads` are given."""
-    word = load_words(table, mask, first, SIZES[0], SIZES[1])
-    if pads is not None:
-        block = entry(lists, place, part, i)
-        word = word & pad_words(row_of(pads, at[0], at[1]) + block * 4, SIZES[1])
-    return word
+def words_of(lists, masks, place, part, step, mask, at, first, C: gl.constexpr):
+    """Words of a step: its part of a mask, without the pads of its key block where there may be any.
+
+    masks: (words of `masks.by_query`, plan row of words of `masks.kept` or None).
+    """
+    ROWS: gl.constexpr = C.rows
+    KEYS: gl.constexpr = C.keys
+    BLOCK: gl.constexpr = C.block
+    STEPS: gl.constexpr = BLOCK // KEYS
+    word = load_words(masks[0], mask, first, ROWS, KEYS)
+    if masks[1] is not None:
+        block = block_of(lists, place, part, step, STEPS)
+        word = word & pad_words(row_of(masks[1], at[0], at[1]) + block * 4, KEYS)
+    return word >> (step % STEPS * (KEYS // 4))
 
 
 @gluon.jit
-def attend(mine, PART: gl.constexpr, SIZES: gl.constexpr):
+def attend(mine, PART: gl.constexpr, C: gl.constexpr):
     """One group of four warps: rows 64 * PART .. 64 * PART + 63 of every query block."""
-    shared, ready, lists, table, pads, out, work, score, tiles = mine
-    BK: gl.constexpr = SIZES[1]
-    D: gl.constexpr = SIZES[2]
-    DV: gl.constexpr = SIZES[3]
-    MASKED: gl.constexpr = SIZES[5]
-    STAGES: gl.constexpr = SIZES[6]
+    ROWS: gl.constexpr = C.rows
+    KEYS: gl.constexpr = C.keys
+    BLOCK: gl.constexpr = C.block
+    D: gl.constexpr = C.d
+    DV: gl.constexpr = C.dv
+    STAGES: gl.constexpr = C.stages
+    QUERIES: gl.constexpr = C.queries
+    shared, ready, lists, masks, out, work, score, tiles = mine
+    PARTS: gl.constexpr = ROWS // 64
+    STEPS: gl.constexpr = BLOCK // KEYS
+    HIDES: gl.constexpr = C.masked or masks[1] is not None
     q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
-    row: gl.constexpr = gl.SliceLayout(1, layouts.products(BK))
-    QREG: gl.constexpr = SIZES[8]
-    QUERIES: gl.constexpr = SIZES[10]
-    BQ: gl.constexpr = SIZES[0]
+    row: gl.constexpr = gl.SliceLayout(1, layouts.products(KEYS))
     slots = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))  # slot and phase of keys, of values
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, h, block = place_of(tile, work)
-        place, part, full = lengths(lists, b, h, block, work[2])
-        count = part + full
-        hiding = count if pads is not None else part
+        place, part, count = lengths(lists, b, h, block, work[2], STEPS)
+        hiding = count if masks[1] is not None else part
         top = gl.full([64], float("-inf"), gl.float32, layout=row)
         total = gl.zeros([64], gl.float32, layout=row)
         acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
         if count > 0:
             k_slot, k_phase, v_slot, v_phase = slots
             mbarrier.wait(q_ready.index(q_slot), q_phase)
-            q = shared[0].index(q_slot * (BQ // 64) + PART).reshape([64, D])
-            if QREG:
-                q = q.load(layouts.operand(BK))
+            q = shared[0].index(q_slot * PARTS + PART).reshape([64, D])
+            if C.held:
+                q = q.load(layouts.operand(KEYS))
                 mbarrier.arrive(q_free.index(q_slot))
             mbarrier.wait(k_ready.index(k_slot), k_phase)
-            s = warpgroup_mma_wait(0, deps=[scores(q, shared[1], k_slot, BK, D)])
+            s = warpgroup_mma_wait(0, deps=[scores(q, shared[1], k_slot, KEYS, D)])
             mbarrier.arrive(k_free.index(k_slot))
             k_slot, k_phase = after(k_slot, k_phase, STAGES)
             s = capped(s, score)
-            if MASKED:
-                mask = mask_of(lists, place, part, 0)
-                s = hidden(s, words_of(lists, table, pads, place, part, 0, mask, (b, h), PART * 64, SIZES), BK)
+            if HIDES:
+                mask = mask_of(lists, place, part, 0, STEPS)
+                s = hidden(s, words_of(lists, masks, place, part, 0, mask, (b, h), PART * 64, C), KEYS)
             p, top, total, _ = weigh(s, top, total, factor(score), 0)
             p = gl.convert_layout(p.to(shared[2].dtype), layouts.operand(DV))
             slots = (k_slot, k_phase, v_slot, v_phase)
-            if MASKED:
-                mask = mask_of(lists, place, part, 1)
+            if HIDES:
+                mask = mask_of(lists, place, part, 1, STEPS)
                 for i in range(1, hiding):
-                    word = words_of(lists, table, pads, place, part, i, mask, (b, h), PART * 64, SIZES)
-                    mask = mask_of(lists, place, part, i + 1)
-                    acc, p, top, total, slots = step(
-                        acc, p, top, total, slots, q, shared, ready, word, score, SIZES, True
+                    word = words_of(lists, masks, place, part, i, mask, (b, h), PART * 64, C)
+                    mask = mask_of(lists, place, part, i + 1, STEPS)
+                    acc, p, top, total, slots = advance(
+                        acc, p, top, total, slots, q, shared, ready, word, score, C, True
                     )
-            for i in range(gl.maximum(hiding, 1), count):
-                acc, p, top, total, slots = step(acc, p, top, total, slots, q, shared, ready, None, score, SIZES, False)
+            for _ in range(gl.maximum(hiding, 1), count):
+                acc, p, top, total, slots = advance(acc, p, top, total, slots, q, shared, ready, None, score, C, False)
             k_slot, k_phase, v_slot, v_phase = slots
             mbarrier.wait(v_ready.index(v_slot), v_phase)
-            acc = warpgroup_mma(p, shared[2].index(v_slot).reshape([BK, DV]), acc, is_async=True)
-            if not QREG:
+            acc = warpgroup_mma(p, shared[2].index(v_slot).reshape([KEYS, DV]), acc, is_async=True)
+            if not C.held:
                 mbarrier.arrive(q_free.index(q_slot))
             acc, p = warpgroup_mma_wait(0, deps=[acc, p])
             mbarrier.arrive(v_free.index(v_slot))
             v_slot, v_phase = after(v_slot, v_phase, STAGES)
             slots = (k_slot, k_phase, v_slot, v_phase)
             q_slot, q_phase = after(q_slot, q_phase, QUERIES)
-        put(acc, top, total, out, (b, h, block), PART, work, SIZES)
+        put(acc, top, total, out, (b, h, block), block * ROWS + PART * 64, work[1], C)
 
 
 @gluon.jit
-def put(acc, top, total, out, at, PART: gl.constexpr, work, SIZES: gl.constexpr):
-    """Write the rows of one group to their tokens, and mark blocks whose values are not finite."""
-    DV: gl.constexpr = SIZES[3]
-    REAL: gl.constexpr = SIZES[4]
-    MASKED: gl.constexpr = SIZES[5]
-    values, lse, order, n, ill = out
-    b, h, block = at
+def put(acc, top, total, out, at, first, heads, C: gl.constexpr):
+    """Write the rows of one group to their tokens."""
+    DV: gl.constexpr = C.dv
+    REAL: gl.constexpr = C.real
+    values, lse, order, n = out
     wide: gl.constexpr = layouts.products(DV)
     side: gl.constexpr = gl.SliceLayout(1, wide)
     top, total = gl.convert_layout(top, side), gl.convert_layout(total, side)
-    slot = block * SIZES[0] + PART * 64 + gl.arange(0, 64, layout=side)
+    slot = first + gl.arange(0, 64, layout=side)
     if order is None:
         token = gl.where(slot < n, slot, -1)
     else:
-        token = gl.load(row_of(order, b, h) + slot)
+        token = gl.load(row_of(order, at[0], at[1]) + slot)
     acc = acc * gl.expand_dims(1.0 / gl.where(total == 0, 1.0, total), 1)
     column = gl.arange(0, DV, layout=gl.SliceLayout(0, wide))
-    member = b.to(gl.int64) * work[1] + h
-    to = gl.expand_dims((member * n + token) * REAL, 1) + gl.expand_dims(column, 0)
+    to = (at[0].to(gl.int64) * heads + at[1]) * n + token
     there = gl.expand_dims(token >= 0, 1) & gl.expand_dims(column < REAL, 0)
-    gl.store(values + to, acc.to(values.dtype.element_ty), mask=there)
-    gl.store(lse + member * n + token, top * LN2 + gl.log(total), mask=token >= 0)
-    if MASKED:
-        finite = gl.sum(acc * 0.0, 1) == 0.0
-        worst = gl.max(gl.where(finite, 0, 1), 0)
-        gl.store(ill + (member * work[2] + block) * (SIZES[0] // 64) + PART, worst)
+    gl.store(values + gl.expand_dims(to * REAL, 1) + gl.expand_dims(column, 0), acc.to(values.dtype.element_ty), there)
+    gl.store(lse + to, top * LN2 + gl.log(total), mask=token >= 0)
 
 
 @gluon.jit
-def forward_kernel(
-    q, k, v, out, lists, table, pads, work, group, score, tiles,
-    BQ: gl.constexpr, BK: gl.constexpr, REAL: gl.constexpr, MASKED: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr, EMULATE: gl.constexpr, QREG: gl.constexpr, PIN: gl.constexpr, QUERIES: gl.constexpr,
-):  # fmt: skip
-    """Out [B, Hq, n, REAL] and LSE float32 [B, Hq, n], for the query blocks of all samples and heads.
+def forward_kernel(q, k, v, out, lists, masks, work, group, score, tiles, C: gl.constexpr):
+    """Out [B, Hq, n, real] and LSE float32 [B, Hq, n], for the query blocks of all samples and heads.
 
-    q, k, v: descriptors of [B, H, rows, D] with tiles [1, 1, 64 or BK, D]; what lies beyond the tensor reads as 0.
-    out: (values, LSE, row of the token order or None where slots are tokens, n, int32 marks [tiles, BQ / 64]).
-    table: words of `masks.by_query`. pads: None, or the plan row of words of the keys that are none of `masks.kept`.
-    MASKED: some entry is partial or has pads; then marks say which tiles hold values that are not finite.
+    q, k, v: descriptors of [B, H, rows, D] with tiles [1, 1, 64 or keys, D]; what lies beyond the tensor reads as 0.
+    out: (values, LSE, row of the token order or None where slots are tokens, n). masks: as in `words_of`.
+    group: query heads a head of k. tiles: B * Hq * query blocks.
     """
-    PARTS: gl.constexpr = BQ // 64
-    D: gl.constexpr = q.block_type.shape[3]
-    DV: gl.constexpr = v.block_type.shape[3]
+    KEYS: gl.constexpr = C.keys
+    D: gl.constexpr = C.d
+    DV: gl.constexpr = C.dv
+    STAGES: gl.constexpr = C.stages
+    QUERIES: gl.constexpr = C.queries
+    REGISTERS: gl.constexpr = C.registers
+    PARTS: gl.constexpr = C.rows // 64
     qs = gl.allocate_shared_memory(q.dtype, [QUERIES * PARTS, 1, 1, 64, D], q.layout)
-    ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, BK, D], k.layout)
-    vs = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, BK, DV], v.layout)
+    ks = gl.allocate_shared_memory(k.dtype, [STAGES, 1, 1, KEYS, D], k.layout)
+    vs = gl.allocate_shared_memory(v.dtype, [STAGES, 1, 1, KEYS, DV], v.layout)
     one: gl.constexpr = mbarrier.MBarrierLayout()
     q_ready = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], one)
     q_free = gl.allocate_shared_memory(gl.int64, [QUERIES, 1], one)
@@ -360,13 +367,10 @@ def forward_kernel(
     shared = (qs, ks, vs)
     ready = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
     loads = (q, k, v, shared, ready, lists, work, group, tiles)
-    mine = (shared, ready, lists, table, pads, out, work, score, tiles)
-    sizes: gl.constexpr = (BQ, BK, D, DV, REAL, MASKED, STAGES, EMULATE, QREG, PIN, QUERIES)
+    mine = (shared, ready, lists, masks, out, work, score, tiles)
     if PARTS == 2:
         gl.warp_specialize(
-            [(attend, (mine, 0, sizes)), (attend, (mine, 1, sizes)), (fetch, (loads, BQ, BK, STAGES, QUERIES))],
-            [4, 1],
-            [REGISTERS, 24],
+            [(attend, (mine, 0, C)), (attend, (mine, 1, C)), (fetch, (loads, C))], [4, 1], [REGISTERS, 24]
         )
     else:
-        gl.warp_specialize([(attend, (mine, 0, sizes)), (fetch, (loads, BQ, BK, STAGES, QUERIES))], [1], [24])
+        gl.warp_specialize([(attend, (mine, 0, C)), (fetch, (loads, C))], [1], [24])

@@ -7,30 +7,74 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tuning:
-    """stages: key blocks in flight. ctas: programs a multiprocessor. persistent: each takes many query blocks in turn.
+    """keys: tokens of a step, at most those of a key block. stages: steps in flight. queries: query blocks in flight.
 
+    ctas: programs a multiprocessor. persistent: each takes many query blocks in turn.
     registers: of a thread of the second group. most: of a thread before the groups share them out.
-    emulate: of so many exponentials one is left to the multipliers; 0 for none. held: queries stay in registers.
-    pinned: all exponentials come before the wait for the values' product. queries: query blocks in flight.
+    held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
+    emulate: of so many exponentials one is left to the multipliers; 0 for none.
     """
 
+    keys: int = 128
     stages: int = 2
+    queries: int = 1
     ctas: int = 1
     persistent: bool = True
     registers: int = 240
     most: int = 168
-    emulate: int = 0
     held: bool = False
     pinned: bool = False
-    queries: int = 1
+    emulate: int = 0
 
 
-def tuning(q_block: int, kv_block: int, width: int) -> Tuning:
-    """For block sizes of 64 or 128 and the larger padded head size."""
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for.
+
+    rows: of a query block, 64 or 128. block: keys of a key block. d, dv: padded head sizes. real: columns of the
+    result. masked: there are partial blocks. The rest is as in `Tuning`.
+    """
+
+    rows: int
+    block: int
+    keys: int
+    d: int
+    dv: int
+    real: int
+    masked: bool
+    stages: int
+    queries: int
+    registers: int
+    held: bool
+    pinned: bool
+    emulate: int
+
+    @staticmethod
+    def of(blocks: tuple[int, int], dims: tuple[int, int], masked: bool, tuned: Tuning) -> Shape:
+        """For (query, key) block sizes and (key, value) head sizes."""
+        return Shape(
+            rows=blocks[0],
+            block=blocks[1],
+            keys=min(tuned.keys, blocks[1]),
+            d=padded(dims[0]),
+            dv=padded(dims[1]),
+            real=dims[1],
+            masked=masked,
+            stages=tuned.stages,
+            queries=tuned.queries,
+            registers=tuned.registers,
+            held=bool(tuned.held),
+            pinned=bool(tuned.pinned),
+            emulate=tuned.emulate,
+        )
+
+
+def tuning(q_block: int, width: int) -> Tuning:
+    """For query blocks of 64 or 128 and the larger padded head size."""
     if q_block == 64:
-        if width > 128:
-            return Tuning(most=240)
-        return Tuning(ctas=2, most=128)
+        return Tuning(keys=64, most=224) if width > 128 else Tuning(ctas=2, most=128)
+    if width > 128:
+        return Tuning(keys=64)
     return Tuning(stages=3 if width <= 64 else 2)
 
 
