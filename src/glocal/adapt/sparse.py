@@ -85,7 +85,7 @@ class Ran:
         return float(self._kept) / self.sparse if self.sparse else 1.0
 
     def add(self, plan: BlockPlan, kernel: str, pattern: bool) -> None:
-        """A sparse call. What a pattern keeps its plan knows; lists of blocks are counted on the device, without wait."""
+        """A sparse call. What a pattern keeps its plan knows; block lists are counted on the device, without wait."""
         self.sparse += 1
         self.kernels[kernel] += 1
         visited, kept = (plan.visited, plan.kept) if pattern else _counted(plan)
