@@ -45,6 +45,7 @@ CoreFactory = Callable[[Core], Core]
 _DIFFUSERS = "diffusers.models.transformers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+    "glocal.models.language.decoder.Decoder": "glocal.adapt.hosts.decoder",
     f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": "glocal.adapt.hosts.diffusers.cogvideox",
     f"{_DIFFUSERS}.transformer_flux.FluxTransformer2DModel": "glocal.adapt.hosts.diffusers.flux",
     f"{_DIFFUSERS}.transformer_hunyuan_video.HunyuanVideoTransformer3DModel": (
