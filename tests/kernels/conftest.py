@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,3 +138,31 @@ def examine() -> Any:
         assert_close(run(case, backend, dtype), plain(case, torch.float64), plain(case, dtype), dtype)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def interpreter() -> None:
+    """Mend the interpreter of Triton 3.6: it reads loop bounds by int(array), which numpy 2.4 refuses for arrays of one
+    entry, and multiplies the bits of bfloat16 as if they were integers.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    usual: Any = interpreter._patch_lang_tensor
+    builder: Any = interpreter.InterpreterBuilder
+    usual_dot: Any = builder.create_dot
+
+    def patched(tensor: Any, scope: Any) -> None:
+        usual(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def wide(t: Any) -> Any:
+        if t.data.dtype != np.uint16:
+            return t
+        return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    interpreter._patch_lang_tensor = patched
+    builder.create_dot = lambda self, a, b, *rest: usual_dot(self, wide(a), wide(b), *rest)

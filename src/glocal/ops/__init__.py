@@ -1,5 +1,6 @@
 """The differentiable operators people call."""
 
+from glocal.kernels import planning as _planning
 from glocal.ops import cells, merge
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
@@ -11,6 +12,7 @@ from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
 from glocal.ops.norm import layer_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
+from glocal.ops.reorder import Finish, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "ConvPool",
     "Dense",
     "Epilogue",
+    "Finish",
     "GroupPool",
     "HeadGroup",
     "MeanPool",
@@ -45,4 +48,8 @@ __all__ = [
     "linear_weights",
     "merge",
     "pool",
+    "reorder",
+    "restore",
 ]
+
+_planning.register()
