@@ -20,11 +20,15 @@ from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import reference, registry
 from glocal.kernels import triton as backend
 from glocal.kernels.call import Bias, Call, DenseBias, Grads, PlanTensors, TableBias
-from glocal.kernels.triton import refine
+from glocal.kernels.triton import planning
 from glocal.ops import attend
 from glocal.patterns import CausalWindow, Neighborhood, PerHead
+from glocal.plan import lists as lists_of
+from glocal.plan import plan_blocks
 from glocal.plan.blockplan import BlockLists, BlockPlan
 from glocal.plan.build import PlanSpec, plan
+from glocal.plan.facts import declared_turned
+from glocal.routing import Partition
 from glocal.testing import check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -166,11 +170,9 @@ def test_grouped_heads(heads: tuple[int, int], generator: torch.Generator) -> No
     compared(made, Inputs.random(made, Sizes(heads), generator))
 
 
-@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64), (64, 32), (128, 128)], ids=str)
-def test_blocks(blocks: tuple[int, int], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    if INTERPRETED:  # float32 is cut to blocks of 32 for the compiler's sake alone
-        monkeypatch.setattr(refine, "FLOAT32_TOKENS", 128)
-    made = window(71 if max(blocks) < 128 else 150, 43, blocks)
+@pytest.mark.parametrize("blocks", [(16, 16), (32, 16), (16, 64), (64, 32), (128, 128), (48, 96), (192, 160)], ids=str)
+def test_blocks(blocks: tuple[int, int], generator: torch.Generator) -> None:
+    made = window(71 if max(blocks) < 64 else 250, 43 if max(blocks) < 64 else 203, blocks)
     compared(made, Inputs.random(made, Sizes((1, 1)), generator))
 
 
@@ -182,7 +184,7 @@ def test_head_sizes(dims: tuple[int, int], generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("blocks", [(64, 128), (64, 32)], ids=str)
 def test_wide_heads_cut_blocks(blocks: tuple[int, int], generator: torch.Generator) -> None:
-    made = window(260, 251, blocks)
+    made = window(150, 131, blocks)
     assert int(made.full.count.sum()) > 0 and int(made.partial.count.sum()) > 0
     compared(made, Inputs.random(made, Sizes((1, 1), (256, 4)), generator), tolerance=5e-5)
 
@@ -379,3 +381,32 @@ def test_published_numbers(name: str, on_cpu: None, golden: Callable[[str], Path
     result = check(golden(name), device=DEVICE, backend="triton")
     assert result.passed, result.verdict
     assert result.backend == "triton"
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 5, 7), (2, 70, 33), (1, 3, 0)], ids=str)
+def test_lists_made_on_the_device(shape: tuple[int, int, int], generator: torch.Generator) -> None:
+    picked = torch.rand(shape, generator=generator).to(DEVICE) < 0.4
+    for mine, plain in (
+        (planning.compact(picked, shape[2]), lists_of.compact(picked.cpu(), shape[2])),
+        (planning.compact(picked, 3), lists_of.compact(picked.cpu(), 3)),
+        (planning.compact_columns(picked), lists_of.compact_columns(picked.cpu())),
+    ):
+        for a, b in zip(mine, plain, strict=True):
+            assert torch.equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize("most", [1, 5, 40])
+def test_entries_put_in_order(most: int, generator: torch.Generator) -> None:
+    index = torch.randint(-1, 9, (2, 6, most), generator=generator).int().to(DEVICE)
+    count = torch.randint(0, most + 1, (2, 6), generator=generator).int().to(DEVICE)
+    for a, b in zip(planning.rising(index, count, 8), lists_of.plain_rising(index, count, 8), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_tiles_seen_by_key_block(generator: torch.Generator) -> None:
+    """Lists the other way round, made by the planner, give the gradients of those that are sorted here."""
+    part = Partition.blocks(64, 16)
+    picked = torch.rand(1, 2, 4, 4, generator=generator) < 0.5
+    made = plan_blocks(picked, Layout.of(Canvas((64,))), part, part, backward=True)
+    assert declared_turned(made.full.index) is not None
+    compared(made, Inputs.random(made, Sizes((2, 1)), generator))

@@ -3,9 +3,10 @@
 from glocal.adapt.attach import Handle, Method, attach, open_handles
 from glocal.adapt.host import HostAdapter, host_of, register_host
 from glocal.adapt.private import discover, site
-from glocal.adapt.records import RunState, Site, SiteCall
+from glocal.adapt.records import Block, RunState, Site, SiteCall
 
 __all__ = [
+    "Block",
     "Handle",
     "HostAdapter",
     "Method",

@@ -43,14 +43,20 @@ class HostAdapter(Protocol):
 CoreFactory = Callable[[Core], Core]
 
 _DIFFUSERS = "diffusers.models.transformers"
+_HERE = "glocal.adapt.hosts.diffusers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
-    f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": "glocal.adapt.hosts.diffusers.cogvideox",
-    f"{_DIFFUSERS}.transformer_flux.FluxTransformer2DModel": "glocal.adapt.hosts.diffusers.flux",
-    f"{_DIFFUSERS}.transformer_hunyuan_video.HunyuanVideoTransformer3DModel": (
-        "glocal.adapt.hosts.diffusers.hunyuan_video"
-    ),
-    f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": "glocal.adapt.hosts.diffusers.wan",
+    f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": f"{_HERE}.cogvideox",
+    f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": f"{_HERE}.pixart",
+    f"{_DIFFUSERS}.transformer_cosmos.CosmosTransformer3DModel": f"{_HERE}.cosmos",
+    f"{_DIFFUSERS}.transformer_flux.FluxTransformer2DModel": f"{_HERE}.flux",
+    f"{_DIFFUSERS}.transformer_flux2.Flux2Transformer2DModel": f"{_HERE}.flux2",
+    f"{_DIFFUSERS}.transformer_hunyuan_video.HunyuanVideoTransformer3DModel": f"{_HERE}.hunyuan_video",
+    f"{_DIFFUSERS}.transformer_ltx.LTXVideoTransformer3DModel": f"{_HERE}.ltx",
+    f"{_DIFFUSERS}.transformer_mochi.MochiTransformer3DModel": f"{_HERE}.mochi",
+    f"{_DIFFUSERS}.transformer_sd3.SD3Transformer2DModel": f"{_HERE}.sd3",
+    f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": f"{_HERE}.wan",
+    "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": f"{_HERE}.unet",
 }
 _REGISTERED: dict[str, HostAdapter] = {}
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from glocal.canvas import Layout
 
@@ -38,6 +38,20 @@ class Site:
     rotary: str = "none"
 
 
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module without attention of its own at which methods may act: `Method.blocks` asks for them.
+
+    name: path in its component. role: "down", "mid", "up" (stages of a UNet), "resnet", "downsampler", "upsampler",
+    "layer" (a transformer block). module: the module, for what its forward is made of.
+    """
+
+    name: str
+    role: str
+    module: nn.Module
+    component: str = "transformer"
+
+
 @dataclass
 class RunState:
     """Where the model is in its run; the host keeps it up to date.
@@ -46,6 +60,7 @@ class RunState:
     timestep: the noise level in [0, 1] (1 is pure noise) of a generator, else the host's own number.
     rows: (sample, guidance branch) of every row of the batch. expert: name of the active sub-model.
     call: forwards of this step before this one. branches: guidance branches seen in this step.
+    forward: the host's own record of the forward that runs, or ran last.
     store: whatever methods remember, keyed (site name, own name); it is cleared when a run starts.
     """
 
@@ -57,6 +72,7 @@ class RunState:
     expert: str | None = None
     call: int = 0
     branches: set[Branch] = field(default_factory=set)
+    forward: Any = field(default=None, repr=False)
     store: dict[tuple[str, Hashable], Any] = field(default_factory=dict)
 
     @property
@@ -96,7 +112,7 @@ class SiteCall:
     layout: where the tokens lie in this call. state: the running state. residual [B, N, C]: the stream before the
     attention is added, if the host shows it. contribution: maps per-head outputs [B, H, M, D] (M rows of the call, any
     choice) to what each adds to the residual stream [B, H, M, C]; None if the host cannot say. native: the host's own
-    record of the call.
+    record of the call. row: the row of the batch that this call serves, where the host calls once a sample; None: all.
     """
 
     site: Site
@@ -105,6 +121,7 @@ class SiteCall:
     residual: Tensor | None = None
     contribution: Callable[[Tensor], Tensor] | None = None
     native: Any = None
+    row: int | None = None
 
 
 # q, k, v [B, H, N, D] -> out [B, H, N, D]; a method may hand on some of the heads only.

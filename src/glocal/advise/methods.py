@@ -122,7 +122,8 @@ class MethodSpec:
     ) -> tuple[Tensor, BlockPlan, str]:
         """out, the plan it ran on and the kernel's name."""
         built = self.plan(layout, q, k)
-        done = attend(q, k, v, built, score=Score(scale=scale), backend=self.backend[0])
+        # A plan serves calls of other lengths too: this call's own must be said.
+        done = attend(q, k, v, built, canvas=layout, score=Score(scale=scale), backend=self.backend[0])
         return done.out, built, done.picked.name
 
 

@@ -1,8 +1,9 @@
-"""Data that is made on the spot: procedural moving scenes with everything known about them."""
+"""Data that is made on the spot: procedural moving scenes with everything known about them, and text to look up in."""
 
 from glocal.data.objects import Layouts, SceneSpec, draw_layouts
 from glocal.data.render import Rendered, render
 from glocal.data.scenes import Scene, make_scene, make_scenes
+from glocal.data.texts import TextSpec, make_text
 from glocal.data.words import ObjectAttributes, Question
 
 __all__ = [
@@ -12,8 +13,10 @@ __all__ = [
     "Rendered",
     "Scene",
     "SceneSpec",
+    "TextSpec",
     "draw_layouts",
     "make_scene",
     "make_scenes",
+    "make_text",
     "render",
 ]

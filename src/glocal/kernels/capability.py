@@ -21,6 +21,7 @@ class Request:
     """What a call asks for.
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
+    lse_grad: the LSE is returned, so that its gradient may be wanted too.
     keys: most keys that a tile of 16 queries sees together, None where the pattern has no plan of windows.
     """
 
@@ -39,6 +40,7 @@ class Request:
     segments: bool = False
     dropout: bool = False
     sparse: bool = True
+    lse_grad: bool = False
     keys: int | None = None
 
 
@@ -73,6 +75,8 @@ class Capability:
     most_keys: keys of a tile that it may hold where it needs windows.
     deterministic: two calls give equal bits. note: how it computes, for people.
     by_name_only: why "auto" passes over it; None where "auto" may take it.
+    equal_blocks: query and key blocks must have one size. packages: what it needs, (distribution, least version).
+    training: the record that counts where gradients are wanted, None for this one.
     """
 
     name: str
@@ -101,6 +105,9 @@ class Capability:
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
     by_name_only: str | None = None
+    equal_blocks: bool = False
+    packages: tuple[tuple[str, str], ...] = ()
+    training: Capability | None = None
 
 
 def refusals(
@@ -111,6 +118,8 @@ def refusals(
     blocks: block sizes of a plan that exists already. torch_version: default the running one.
     """
     c, r, out = capability, request, []
+    if r.grad and c.training is not None:
+        c = c.training
     found = torch.__version__ if torch_version is None else torch_version
     if version(found) < c.min_torch:
         out.append(f"torch {found} is older than {c.min_torch[0]}.{c.min_torch[1]}")
@@ -128,6 +137,8 @@ def refusals(
             out.append(f"{name} {size} (legal: {legal})")
     if c.equal_dims and r.head_dim != r.value_dim:
         out.append(f"value size {r.value_dim} differs from head size {r.head_dim} (legal: equal sizes)")
+    if c.equal_blocks and blocks is not None and blocks[0] != blocks[1]:
+        out.append(f"query blocks of {blocks[0]} with key blocks of {blocks[1]} (legal: equal sizes)")
     for kind in r.bias:
         if kind not in c.bias:
             legal_kinds = ", ".join(c.bias) if c.bias else "none"
@@ -137,6 +148,7 @@ def refusals(
         ("lengths or documents", r.segments, c.segments),
         ("dropout", r.dropout, c.dropout),
         ("gradients", r.grad, c.backward),
+        ("a gradient of the LSE", r.grad and r.lse_grad, c.lse_grad),
         ("a pattern", r.sparse, c.sparse),
         ("dense attention", not r.sparse, c.dense),
         ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk), c.empty),

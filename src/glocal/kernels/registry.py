@@ -56,8 +56,10 @@ class Backend:
 
 Kept = float | Callable[[tuple[int, int]], float]
 
+_GUESTS = ("fa4_dense", "fa4", "cudnn_sparse")
+
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "windows", "flex", "triton", "reference")
+_ORDER = ("dense", "cpu", "windows", "flex", "triton", *_GUESTS, "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}
@@ -177,4 +179,4 @@ def _backend(name: str) -> Backend:
 
 
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"glocal.kernels.{name}")
+    return importlib.import_module(f"glocal.kernels.{'guests.' if name in _GUESTS else ''}{name}")

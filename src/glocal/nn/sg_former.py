@@ -37,8 +37,11 @@ PARTS: dict[int, tuple[Parts, int]] = {
 class PositionedAttention(nn.Module):
     """What all three layers have: a convolution that tells places, and the output layer.
 
-    The result is proj(attention + lepe_conv(lepe_linear(x))).
+    The result is proj(attention + lepe_conv(lepe_linear(x))). fused: False computes the softmax in the open, with the
+    rounding of the authors' code: later layers sort tokens by numbers that differ in their last digit.
     """
+
+    fused = True
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
@@ -58,7 +61,10 @@ class PositionedAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q: [B, heads, N, head size], k, v: [B, heads, M, head size] -> [B, N, heads * head size]."""
-        out = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        if self.fused:
+            out = nn.functional.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = (q @ k.mT * self.scale).softmax(-1) @ v
         return out.transpose(1, 2).flatten(2)
 
 

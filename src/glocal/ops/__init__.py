@@ -1,5 +1,6 @@
 """The differentiable operators people call."""
 
+from glocal.kernels import planning as _planning
 from glocal.ops import cells, merge
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
@@ -46,3 +47,5 @@ __all__ = [
     "reorder",
     "restore",
 ]
+
+_planning.register()

@@ -21,6 +21,7 @@ from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.selection import plan_selection
+from glocal.plan.slots import PlanSlots
 from glocal.plan.windows import window_keys, window_plan
 from glocal.routing.selection import Selection
 
@@ -51,7 +52,7 @@ def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None = None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None = None,
     *,
     canvas: Canvas | Layout | None = None,
     score: Score | None = None,
@@ -61,7 +62,7 @@ def attention(
 
     q: [..., Hq, Nq, D]; k: [..., Hkv, Nk, D]; v: [..., Hkv, Nk, Dv], as in scaled_dot_product_attention: leading
         dimensions broadcast, Hq is a multiple of Hkv, any strides; float32, bfloat16, float16 or float64.
-    pattern: a Pattern, a Selection of a router, or a BlockPlan; None is dense.
+    pattern: a Pattern, a Selection of a router, a BlockPlan, or PlanSlots that hold one; None is dense.
     canvas: where the tokens lie (a Canvas, or a Layout where the two sides differ); needed by a Pattern.
     score: scale, soft-cap and biases; default scale D ** -0.5.
     backend: "auto" or a name of `glocal.kernels.registry.names()`; a named backend runs or raises.
@@ -76,14 +77,14 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None = None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None = None,
     *,
     canvas: Canvas | Layout | None = None,
     score: Score | None = None,
     backend: str = "auto",
 ) -> Attended:
     """`attention` that also returns the log-sum-exp of the logits, the backend picked and the share of pairs kept."""
-    out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend)
+    out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend, lse=True)
     return Attended(out, lse, picked, plan_, data[0] if picked.needs == "counts" else None)
 
 
@@ -96,12 +97,16 @@ def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None,
     canvas: Canvas | Layout | None,
     score: Score | None,
     backend: str,
+    *,
+    lse: bool = False,
 ) -> tuple[Tensor, Tensor, Prepared]:
     _check(q, k, v)
+    if isinstance(pattern, PlanSlots):
+        pattern = pattern.plan
     score = Score() if score is None else score
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
@@ -111,7 +116,7 @@ def _run(
         layout_size_check(layout, q4.shape[2], k4.shape[2])
         segments = layout.segments(q4.shape[0], q.device)
         bias = _lower(score, layout, q4.shape[1])
-    facts = _facts(q4, k4, v4, pattern, bias, segments, score)
+    facts = (*_facts(q4, k4, v4, pattern, bias, segments, score), lse)
     if isinstance(pattern, BlockPlan):
         pattern.check(q4.shape[2], k4.shape[2])
         picked, compiled, data = _ready(pattern, facts, backend)
@@ -135,8 +140,8 @@ def _run(
         seed=_seed(score),
     )
     tensors, spec = call.encode()
-    out, lse = _operator.attend(q4, k4, v4, tensors, spec)
-    return out.reshape(*lead, *out.shape[1:]), lse.reshape(*lead, *lse.shape[1:]), (picked, compiled, data)
+    out, ends = _operator.attend(q4, k4, v4, tensors, spec)
+    return out.reshape(*lead, *out.shape[1:]), ends.reshape(*lead, *ends.shape[1:]), (picked, compiled, data)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from glocal.canvas import Layout
+from glocal.plan.facts import copy_facts, declare_sound, declared_sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,12 @@ class BlockPlan:
                 return BlockLists(*(move(getattr(value, f.name)) for f in fields(value)))  # type: ignore[arg-type]
             return value
 
-        return replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        moved = replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        for name in ("q_order", "kv_order"):
+            copy_facts(getattr(self, name), getattr(moved, name))
+        if declared_sound(self.full.index):
+            declare_sound(moved.full.index)
+        return moved
 
     def check(self, nq: int, nk: int) -> None:
         """Raise ValueError if the plan was made for other numbers of tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from glocal.canvas import Canvas, Layout, Order, raster, tile
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
+from glocal.plan.facts import declare_order, declare_sound, order_facts
 from glocal.plan.states import FULL, NONE, OPEN, PART, Side, classify, mix
 from glocal.plan.tiling import best_tiles
 
@@ -123,13 +124,15 @@ def _build(
             rows.append(row)
         owner.append(unique[name])
     state, row = torch.stack(states), torch.stack(rows)  # [U, q blocks, kv blocks]
+    full = BlockLists.from_dense(state == FULL)
+    declare_sound(full.index)
     return BlockPlan(
         layout=layout,
         q_block=spec.q_block,
         kv_block=spec.kv_block,
-        q_order=_present(q, layout.q_start),
-        kv_order=_present(k, layout.kv_start),
-        full=BlockLists.from_dense(state == FULL),
+        q_order=_present(q, layout.q_start, layout.nq),
+        kv_order=_present(k, layout.kv_start, layout.nk),
+        full=full,
         partial=BlockLists.from_dense(state == PART, row),
         masks=table.packed(),
         owner=torch.tensor([owner], dtype=torch.int32, device=device),
@@ -137,8 +140,9 @@ def _build(
     )
 
 
-def _present(side: Side, start: int) -> Tensor:
-    return torch.where(side.index >= 0, side.index - start, -1).int().reshape(1, 1, -1)
+def _present(side: Side, start: int, tokens: int) -> Tensor:
+    order = torch.where(side.index >= 0, side.index - start, -1).int().reshape(1, 1, -1)
+    return declare_order(order, replace(order_facts(order, tokens), holes=False))  # masks hide the pads
 
 
 class _MaskTable:

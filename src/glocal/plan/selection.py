@@ -2,11 +2,14 @@
 
 A pattern inside the selection (`within`) is compiled once for the groups and cached; each step then only looks up which
 listed blocks are full, partial or hidden. Groups that differ by sample or head are settled by definition.
+
+On CUDA nothing waits for the device: lists are as wide as the selection's, and what is to be known of groups that
+follow from a canvas is looked at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,6 +20,8 @@ from glocal.canvas import Canvas, Order
 from glocal.patterns.base import Dense, Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
 from glocal.plan.build import PlanSpec, plan
+from glocal.plan.facts import UNKNOWN, declare_order, declare_sound, order_facts
+from glocal.plan.lists import rising
 from glocal.plan.states import FULL, NONE, PART
 from glocal.routing.partition import Partition
 from glocal.routing.selection import Selection
@@ -24,6 +29,8 @@ from glocal.routing.selection import Selection
 _CHUNK = 1 << 22  # pairs evaluated at once
 _SMALL = 16  # smaller key groups are gathered into blocks
 _GATHERED = 64  # keys of such a block
+_KNOWN_PADS: WeakKeyDictionary[Partition, WeakKeyDictionary[Partition, _Pads | None]] = WeakKeyDictionary()
+_ROWS: WeakKeyDictionary[Partition, Tensor] = WeakKeyDictionary()
 _TABLES: WeakKeyDictionary[BlockPlan, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
 
@@ -31,8 +38,9 @@ def plan_selection(selection: Selection, *, device: torch.device | str = "cpu") 
     """A BlockPlan of `selection`: one block a group, a list for each sample and head.
 
     Key groups smaller than 16 tokens (token selections) are gathered, query group by query group, into blocks of 64.
-    Repeats are kept: a group listed m times stands m times in its list. Without pads, a pattern or a policy table
-    nothing waits for the device but one look for pads.
+    Repeats are kept: a group listed m times stands m times in its list. Entries beyond a count list nothing, nor do
+    numbers outside the groups on CUDA (on the CPU: ValueError). Waits for the device remain where groups differ by
+    sample or head inside a pattern, and for `dedupe`.
     Raises ValueError if groups and pattern disagree about heads, or the pattern does not fit the layout.
     """
     selection = _moved(selection, torch.device(device))
@@ -47,8 +55,8 @@ def plan_selection(selection: Selection, *, device: torch.device | str = "cpu") 
     elif within is not None:
         found = _looked_up(selection, within)
     else:
-        found = _padded(selection)
-    return _assemble(selection, found)
+        found = padded(selection)
+    return assemble(selection, found)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +88,7 @@ def gathered(selection: Selection, block: int) -> Selection:
     keys = keys.unflatten(2, (groups, most)).flatten(3)  # [B, H, groups, most * size]
     keys = keys.gather(-1, (keys < 0).long().argsort(dim=-1, stable=True))  # pads go last
     length = (keys >= 0).sum(-1)
-    longest = int(length.max()) if length.numel() else 0
+    longest = keys.shape[-1] if keys.is_cuda else (int(length.max()) if length.numel() else 0)
     blocks = -(-longest // block)
     keys = pad(keys[..., :longest], (0, blocks * block - longest), value=-1)
     own = torch.arange(groups * blocks, device=index.device, dtype=torch.int32).reshape(1, 1, groups, blocks)
@@ -112,22 +120,53 @@ def _empty_masks(selection: Selection) -> Tensor:
     return torch.zeros(0, q, -(-k // 32), dtype=torch.int32, device=selection.index.device)
 
 
-def _padded(selection: Selection) -> _Settled:
-    """No pattern: a block is partial where its key group has pads."""
-    index, count = selection.index, selection.count
+@dataclass(frozen=True, eq=False)
+class _Pads:
+    """Where two partitions have pads. masks: all pairs of kinds of padding; the kinds of each group, and of each key
+    kind whether some and every token is there.
+    """
+
+    masks: Tensor
+    which_q: Tensor
+    which_k: Tensor
+    kinds: int
+    some: Tensor
+    every: Tensor
+
+
+def _pads(selection: Selection) -> _Pads | None:
+    """None if no key group has pads."""
     valid_q, valid_k = selection.q_groups >= 0, selection.kv_groups >= 0  # [b|1, h|1, groups, tokens]
     if bool(valid_k.all()):
-        return _Settled(index, count, None, None, _empty_masks(selection))
+        return None
     kinds_q, which_q = _kinds(valid_q)
     kinds_k, which_k = _kinds(valid_k)
     masks = pack((kinds_q[:, None, :, None] & kinds_k[None, :, None, :]).flatten(0, 1))
-    b, h = _sizes(index, which_q, which_k)
+    return _Pads(masks, which_q, which_k, kinds_k.shape[0], kinds_k.any(-1), kinds_k.all(-1))
+
+
+def padded(selection: Selection) -> _Settled:
+    """No pattern: a block is partial where its key group has pads."""
+    index, count = selection.index, selection.count
+    q_part, kv_part = selection.q_part, selection.kv_part
+    if index.is_cuda and not kv_part.fixed:  # a look would wait: the order says where pads are, and kernels read it
+        return _Settled(index, count, None, None, _empty_masks(selection))
+    if q_part.fixed and kv_part.fixed:
+        known = _KNOWN_PADS.setdefault(q_part, WeakKeyDictionary())
+        if kv_part not in known:
+            known[kv_part] = _pads(selection)
+        pads = known[kv_part]
+    else:
+        pads = _pads(selection)
+    if pads is None:
+        return _Settled(index, count, None, None, _empty_masks(selection))
+    b, h = _sizes(index, pads.which_q, pads.which_k)
     index, count = index.expand(b, h, -1, -1), count.expand(b, h, -1)
-    key_kind = which_k.expand(b, h, -1).gather(2, index.flatten(2).long()).reshape(index.shape)
-    row = which_q.expand(b, h, -1)[..., None] * kinds_k.shape[0] + key_kind
-    some, every = kinds_k.any(-1)[key_kind], kinds_k.all(-1)[key_kind]
-    state = torch.where(some, torch.where(every, FULL, PART), NONE)
-    return _Settled(index, count, state, row, masks)
+    place = index.flatten(2).long().clamp(0, kv_part.groups - 1)
+    key_kind = pads.which_k.expand(b, h, -1).gather(2, place).reshape(index.shape)
+    row = pads.which_q.expand(b, h, -1)[..., None] * pads.kinds + key_kind
+    state = torch.where(pads.some[key_kind], torch.where(pads.every[key_kind], FULL, PART), NONE)
+    return _Settled(index, count, state, row, pads.masks)
 
 
 def _kinds(valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +194,8 @@ def _looked_up(selection: Selection, within: Pattern) -> _Settled:
     index, count = _per_head(selection, state.shape[0])
     h, groups = index.shape[1:3]
     head = torch.arange(h, device=index.device) * state.shape[0] // h
-    where = (head[None, :, None, None], torch.arange(groups, device=index.device)[:, None], index.long())
+    place = index.long().clamp(0, max(selection.kv_part.groups - 1, 0))
+    where = (head[None, :, None, None], torch.arange(groups, device=index.device)[:, None], place)
     return _Settled(index, count, state[where], row[where], compiled.masks)
 
 
@@ -278,31 +318,37 @@ class _Distinct:
         return torch.cat(self.words)
 
 
-def _assemble(selection: Selection, found: _Settled) -> BlockPlan:
+def assemble(selection: Selection, found: _Settled, *, rising_already: bool = False) -> BlockPlan:
+    """The plan of settled entries. rising_already: lists are sorted, and their numbers legal."""
     b, h, groups, most = found.index.shape
-    live = torch.arange(most, device=found.index.device) < found.count[..., None]
-    far = max(selection.kv_part.groups, 1)
-    rising = torch.where(live, found.index, far).argsort(dim=-1, stable=True)  # key blocks in the order of memory
-    index = found.index.gather(-1, rising).flatten(0, 1)
-    live = live.gather(-1, rising).flatten(0, 1)  # [U, groups, most]
+    listed = found.count.reshape(b * h, groups).int().contiguous()
+    index = found.index.reshape(b * h, groups, most).int().contiguous()
+    place, count = None, listed
+    if not rising_already:  # key blocks in the order of memory, [U, groups, most]
+        index, place, count = rising(index, listed, selection.kv_part.groups)
+    if not count.is_cuda and not torch.equal(count, listed):
+        raise ValueError(
+            f"Selection: a list names a key group outside 0 to {selection.kv_part.groups - 1}, or more than {most} "
+            "groups."
+        )
     if found.state is None or found.row is None:
         none = torch.zeros(b * h, groups, 0, dtype=torch.int32, device=index.device)
-        full = BlockLists(found.count.flatten(0, 1).int(), torch.where(live, index, 0).int())
+        full = BlockLists(count, index)
         partial = BlockLists(torch.zeros_like(full.count), none, none)
     else:
-        state, row = (t.gather(-1, rising).flatten(0, 1) for t in (found.state, found.row))
+        live = torch.arange(most, device=index.device) < count[..., None]
+        state, row = (t.reshape(b * h, groups, most) for t in (found.state, found.row))
+        if place is not None:
+            state, row = (t.gather(-1, place.long()) for t in (state, row))
         full = _list(live & (state == FULL), index, None)
         partial = _list(live & (state == PART), index, row)
-    orders = [
-        _spread(part.members, part.members.shape[0], h if part.members.shape[1] > 1 else 1).flatten(2)
-        for part in (selection.q_part, selection.kv_part)
-    ]
+    declare_sound(full.index)
     return BlockPlan(
         layout=selection.layout,
         q_block=selection.q_part.most,
         kv_block=selection.kv_part.most,
-        q_order=orders[0],
-        kv_order=orders[1],
+        q_order=_row(selection.q_part, h, selection.layout.nq),
+        kv_order=_row(selection.kv_part, h, selection.layout.nk),
         full=full,
         partial=partial,
         masks=found.masks,
@@ -311,11 +357,23 @@ def _assemble(selection: Selection, found: _Settled) -> BlockPlan:
     )
 
 
+def _row(part: Partition, heads: int, tokens: int) -> Tensor:
+    """The members as an order, and what is known of it; the same tensor at every step for groups that stay."""
+    samples, own = part.members.shape[:2]
+    if part.fixed:
+        if part not in _ROWS:
+            row = part.members.flatten(2)
+            _ROWS[part] = declare_order(row, replace(order_facts(row, tokens), holes=False))  # masks hide the pads
+        return _ROWS[part]
+    row = _spread(part.members, samples, heads if own > 1 else 1).flatten(2)
+    return declare_order(row, UNKNOWN) if row.is_cuda else row
+
+
 def _list(chosen: Tensor, index: Tensor, row: Tensor | None) -> BlockLists:
     """The chosen entries of each row, moved to its front."""
     count = chosen.sum(-1, dtype=torch.int32)
-    most = int(count.max()) if count.numel() else 0
-    front = (~chosen).long().argsort(dim=-1, stable=True)[..., :most]
+    most = index.shape[-1] if count.is_cuda else (int(count.max()) if count.numel() else 0)
+    front = (~chosen).int().argsort(dim=-1, stable=True)[..., :most]
     keep = torch.arange(most, device=index.device) < count[..., None]
     entries = torch.where(keep, index.gather(-1, front), 0).int()
     return BlockLists(count, entries, None if row is None else torch.where(keep, row.gather(-1, front), 0).int())

@@ -94,7 +94,12 @@ class Keep:
         best = scores[..., :groups].argsort(dim=-1, descending=True, stable=True)
         best = best.gather(-1, (~mine.gather(-1, best)).long().argsort(dim=-1, stable=True))  # the picked ones first
         count = mine.sum(-1, dtype=torch.int32)
-        most = min(self._limit(groups), groups) if fixed else (int(count.max()) if count.numel() else 0)
+        if fixed:
+            most = min(self._limit(groups), groups)
+        elif count.is_cuda:  # looking for the longest list would wait for the device
+            most = groups
+        else:
+            most = int(count.max()) if count.numel() else 0
         live = torch.arange(most, device=count.device) < count[..., None]
         index = torch.where(live, best[..., :most], 0).int()
         return Kept(index, count, None if competing is None else picked[..., groups:])

@@ -6,10 +6,12 @@ arXiv 2510.24606), frames (HeSS, arXiv 2603.25336) and clusters are all one gath
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -17,6 +19,10 @@ from torch.nn.functional import pad
 
 from glocal.canvas import Canvas, Order, raster, tile
 from glocal.patterns.blocks import digest
+
+_KEPT = 64
+_BLOCKS: OrderedDict[Hashable, Partition] = OrderedDict()
+_MOVED: WeakKeyDictionary[Partition, dict[torch.device, Partition]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +33,7 @@ class Partition:
         groups or in none; what lies in none is never seen and sees nothing.
     name: what cut the tokens. shape: groups along each axis where the groups form a grid, else None.
     order, canvas: the order whose blocks the groups are and its canvas, where there is one; planning is faster with it.
+    fixed: the groups follow from a canvas, not from data, so what is found out about them once is kept.
     """
 
     members: Tensor
@@ -34,6 +41,7 @@ class Partition:
     shape: tuple[int, ...] | None = None
     order: Order | None = None
     canvas: Canvas | None = None
+    fixed: bool = False
 
     def __post_init__(self) -> None:
         if self.members.dim() != 4:
@@ -69,16 +77,20 @@ class Partition:
 
     def to(self, device: torch.device | str) -> Partition:
         """The same groups on another device."""
-        if self.members.device == torch.device(device):
+        device = torch.device(device)
+        if self.members.device == device or (device.index is None and self.members.device.type == device.type):
             return self
-        return replace(self, members=self.members.to(device))
+        moved = _MOVED.setdefault(self, {})
+        if device not in moved:
+            moved[device] = replace(self, members=self.members.to(device))
+        return moved[device]
 
     def without(self, hidden: Tensor) -> Partition:
         """The same groups less the tokens marked in `hidden`, bool [batch|1, N]: padding that must not be scored."""
         here = self.members.expand(max(self.members.shape[0], hidden.shape[0]), -1, -1, -1)
         table = hidden[:, None, :].expand(here.shape[0], here.shape[1], -1)  # [B, H, N]
         gone = table.gather(2, here.clamp(min=0).flatten(2).long()).unflatten(2, here.shape[2:])
-        return replace(self, members=torch.where(gone, -1, here), order=None, canvas=None)
+        return replace(self, members=torch.where(gone, -1, here), order=None, canvas=None, fixed=False)
 
     def gather(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """The tokens of each group, [B, H, groups, most, D] of x [B, H, N, D]; pads hold `fill`."""
@@ -113,19 +125,27 @@ class Partition:
         each axis of the canvas's grid (other parts are cut into runs of as many tokens); or an `Order` with a block.
         """
         canvas = Canvas((tokens,)) if isinstance(tokens, int) else tokens
-        if isinstance(block, int):
-            if block < 1:
-                raise ValueError(f"Partition.blocks: block={block} must be at least 1.")
-            order = raster(canvas, block)
-        else:
-            order = block if isinstance(block, Order) else tile(canvas, block)
+        if isinstance(block, Order):
+            return Partition._of_order(canvas, block)
+        if isinstance(block, int) and block < 1:
+            raise ValueError(f"Partition.blocks: block={block} must be at least 1.")
+        key = (canvas, block if isinstance(block, int) else tuple(block))
+        if key not in _BLOCKS:  # a router asks for the same blocks at every step
+            order = raster(canvas, block) if isinstance(block, int) else tile(canvas, block)
+            _BLOCKS[key] = Partition._of_order(canvas, order)
+            if len(_BLOCKS) > _KEPT:
+                _BLOCKS.popitem(last=False)
+        return _BLOCKS[key]
+
+    @staticmethod
+    def _of_order(canvas: Canvas, order: Order) -> Partition:
         gather = order.gather.reshape((1,) * (3 - order.gather.dim()) + order.gather.shape)
         gather = pad(gather, (0, -gather.shape[-1] % order.block), value=-1)
         members = gather.unflatten(-1, (-1, order.block)).int()
         shape = None
         if len(order.regions) == 1 and set(order.regions[0].dilation) == {1}:
             shape = order.regions[0].tiles
-        return Partition(members, f"blocks {order.name}", shape, order, canvas)
+        return Partition(members, f"blocks {order.name}", shape, order, canvas, fixed=True)
 
     @staticmethod
     def regions(
@@ -161,7 +181,7 @@ class Partition:
         index = index.permute(*range(0, 2 * rank, 2), *range(1, 2 * rank, 2))
         members = index.reshape(index.shape[:rank].numel(), -1).int()
         words = "x".join(map(str, number))
-        return Partition(members[None, None], f"regions {words}", number)
+        return Partition(members[None, None], f"regions {words}", number, fixed=True)
 
     @staticmethod
     def chunks(bounds: Tensor, most: int | None = None) -> Partition:
@@ -199,7 +219,7 @@ class Partition:
         rows = [*inside, *others]
         most = max(row.numel() for row in rows)
         members = torch.stack([pad(row, (0, most - row.numel()), value=-1) for row in rows]).int()
-        return Partition(members[None, None], f"frames of {chosen.name}", None if others else (frames,))
+        return Partition(members[None, None], f"frames of {chosen.name}", None if others else (frames,), fixed=True)
 
     @staticmethod
     def clusters(labels: Tensor, groups: int, most: int | None = None) -> Partition:

@@ -76,12 +76,20 @@ class Selection:
 
 
 def from_mask(
-    layout: Layout, q_part: Partition, kv_part: Partition, mask: Tensor, within: Pattern | None = None
+    layout: Layout,
+    q_part: Partition,
+    kv_part: Partition,
+    mask: Tensor,
+    within: Pattern | None = None,
+    *,
+    most: int | None = None,
 ) -> Selection:
     """The selection that a group mask (or how often each group counts) describes.
 
     mask: bool or int [query groups, key groups], [heads|1, ...] or [batch|1, heads|1, ...]; the shards of S2-Attention
-        (arXiv 2407.17678) are such a mask. One wait for the device.
+        (arXiv 2407.17678) are such a mask.
+    most: width of the lists. None: the longest list, or on CUDA the number of key groups for a bool mask, since looking
+        would wait for the device. A longer list raises an error (on CUDA when it is noticed).
     """
     times = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).int()
     if times.shape[2:] != (q_part.groups, kv_part.groups):
@@ -90,7 +98,13 @@ def from_mask(
             f"{kv_part.groups} key groups."
         )
     count = times.sum(-1, dtype=torch.int32)
-    most = int(count.max()) if count.numel() else 0
+    free = mask.is_cuda and mask.dtype == torch.bool
+    if most is None:
+        most = kv_part.groups if free else (int(count.max()) if count.numel() else 0)
+    elif mask.is_cuda:
+        torch._assert_async((count <= most).all(), f"from_mask: a row lists more than most={most} groups")
+    elif count.numel() and int(count.max()) > most:
+        raise ValueError(f"from_mask: most={most}, but a row lists {int(count.max())} groups.")
     ends = times.cumsum(-1).contiguous()
     place = torch.arange(most, device=mask.device).expand(*count.shape, most).contiguous()
     index = torch.searchsorted(ends, place, right=True).clamp(max=max(kv_part.groups - 1, 0))

@@ -1,86 +1,107 @@
-"""Gradients of keys and values: one key block and the query blocks that list it, over all query heads of its head."""
+"""Gradients of keys and values: one tile of keys and the query blocks that list it, over all query heads of its head.
+
+Tiles lie the other way round, [keys, queries], so that weights and their gradients enter the products from registers.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from glocal.kernels.triton.tile import INF, clean, head_of, logits, row_of, rows, seen, tokens
+from glocal.kernels.triton.tile import factor, logits, row_of, seen, together
 
 
 @triton.jit
 def _block(
-    state, keys, values, k_token, block, mask, at, q, grad_out, known, starts, masks, score,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    state, keys, values, k_slot, q_start, mask, at, q_desc, grad_desc, known, base, words, score, row,
+    QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, COLUMN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS^T q and P^T dO of one query block to state = (grad of keys, grad of values)."""
-    grad_k, grad_v = state
-    q_token = tokens(starts[2], block, BQ)
-    query = rows(q, starts[0], q_token, D, WD)
-    grad = rows(grad_out, starts[1], q_token, DV, WDV)
-    end = tl.load(known[0] + q_token, mask=q_token >= 0, other=INF)
-    delta = tl.load(known[1] + q_token, mask=q_token >= 0, other=0.0)
-    s, tanh = logits(query, keys, q_token, k_token, at, score, PRECISION)
-    p = tl.exp(s - end[:, None])
-    ds = p * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    """Add dS^T q and P^T dO of queries q_start .. q_start + BM to state = (grad of keys, of values, sums of dS)."""
+    grad_k, grad_v, column = state
+    query = q_desc.load([base + q_start, 0])
+    grad = grad_desc.load([base + q_start, 0])
+    q_slot = q_start + tl.arange(0, BM)
+    end, delta = tl.load(known[0] + q_slot), tl.load(known[1] + q_slot)
+    s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # [BN, BM]
+    s, tanh = logits(s, q_slot, k_slot, at, score, True)
+    p = tl.exp2(s * factor(score) - end[None, :])
+    if MASKED:
+        p = tl.where(seen(words, mask, row, q_start % QB, KB, QB, BN, BM), p, 0.0)
+    if score[4] is not None:
+        p = tl.where(together(score[4], q_slot, k_slot, at, True), p, 0.0)
+    grad_v = tl.dot(p.to(grad.dtype), grad, grad_v, input_precision=PRECISION)
+    ds = p * (tl.dot(values, tl.trans(grad), input_precision=PRECISION) - delta[None, :])
+    if COLUMN:
+        column += tl.sum(ds, 1)
     if score[1] is not None:
         ds = ds * (1.0 - tanh * tanh)
-    if MASKED or score[4] is not None:
-        found = seen(q_token, k_token, at, masks, mask, score[4], MASKED, BK, BQ)
-        ill = tl.max(tl.where(tl.abs(grad.to(tl.float32)) < INF, 0, 1), 1) > 0
-        p = tl.where(found, tl.where(ill[:, None], float("nan"), p), 0.0)
-        ds = tl.where(found, ds, 0.0)
-        query, grad = clean(query), clean(grad)
-    grad_v += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision=PRECISION)
-    grad_k += tl.dot(tl.trans(ds.to(query.dtype)), query, input_precision=PRECISION)
-    return grad_k, grad_v
+    grad_k = tl.dot(ds.to(query.dtype), query, grad_k, input_precision=PRECISION)
+    return grad_k, grad_v, column
 
 
 @triton.jit
 def backward_kv_kernel(
-    q, k, v, grad_out, end, delta, grad_k, grad_v, q_order, kv_order, owner, full, part, masks, score,
-    units, shared, split, blocks, nq,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q_desc, grad_desc, k_desc, v_desc, end, delta, grad_k, grad_v, grad_bias, kv_order, owner, full, part, words, score,
+    units, shared, split, blocks, q_room, n,
+    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DIRECT: tl.constexpr, MASKS: tl.constexpr, COLUMN: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_k, grad_v float32 [B, units, blocks * BK, D or DV] in the order of kv_order.
+    """grad_k, grad_v [B, units, n, D or DV], by token if DIRECT, else float32 in slot order with n slots.
 
     A unit is a key head with its `shared` query heads or, where the plan differs by query head, one of the `split`
-    query heads of a key head. full and part hold the query blocks of each key block. One program a key block and unit.
+    query heads of a key head. full and part: (begins, counts, query blocks, mask rows), begins and counts
+    by list and key block.
+    COLUMN: grad_bias float32 [B, Hq, blocks * KB] gets the sums of dS over queries, the gradient of a bias by key.
+    One program a tile of keys and unit.
     """
+    SPLIT: tl.constexpr = KB // BN
+    STEPS: tl.constexpr = QB // BM
     pid = tl.program_id(0)
-    block = pid % blocks
-    member = pid // blocks
+    tiles = blocks * SPLIT
+    member = pid // tiles
+    tile = pid % tiles
     b, unit = member // units, member % units
     first = unit * shared
-    k_token = tokens(row_of(kv_order, b, first), block, BK)
-    keys = rows(k, head_of(k, b, unit // split), k_token, D, WD)
-    values = rows(v, head_of(v, b, unit // split), k_token, DV, WDV)
-    to_k = tl.zeros([BK, WD], tl.float32)
-    to_v = tl.zeros([BK, WDV], tl.float32)
+    row = tile % SPLIT * BN
+    k_slot = tile * BN + tl.arange(0, BN)
+    base = (b * (units // split) + unit // split) * blocks * KB + tile * BN
+    keys = k_desc.load([base, 0])
+    values = v_desc.load([base, 0])
+    to_k = tl.zeros([BN, WD], tl.float32)
+    to_v = tl.zeros([BN, WDV], tl.float32)
     for j in range(shared):
         h = first + j
         at = (b, h)
-        row = (b.to(tl.int64) * units * shared + h) * nq
-        known = (end + row, delta + row)
-        starts = (head_of(q, b, h), head_of(grad_out, b, h), row_of(q_order, b, h))
-        place = tl.load(row_of(owner, b, h)).to(tl.int64) * blocks + block
-        for i in range(tl.load(full[0] + place)):
-            other = tl.load(full[1] + place * full[2] + i)
-            to_k, to_v = _block(
-                (to_k, to_v), keys, values, k_token, other, other, at, q, grad_out, known, starts, masks, score,
-                D, DV, WD, WDV, BQ, BK, False, PRECISION,
+        rows_before = b * units * shared + h
+        known = (end + rows_before.to(tl.int64) * q_room, delta + rows_before.to(tl.int64) * q_room)
+        place = tl.load(row_of(owner, b, h)).to(tl.int64) * blocks + tile // SPLIT
+        column = tl.zeros([BN], tl.float32)
+        begin = tl.load(full[0] + place)
+        for i in range(tl.load(full[1] + place) * STEPS):
+            q_start = tl.load(full[2] + begin + i // STEPS) * QB + i % STEPS * BM
+            to_k, to_v, column = _block(
+                (to_k, to_v, column), keys, values, k_slot, q_start, 0, at, q_desc, grad_desc, known,
+                rows_before * q_room, words, score, row, QB, KB, BM, BN, False, COLUMN, PRECISION,
             )  # fmt: skip
-        for i in range(tl.load(part[0] + place)):
-            other = tl.load(part[1] + place * part[2] + i)
-            mask = tl.load(part[3] + place * part[2] + i)
-            to_k, to_v = _block(
-                (to_k, to_v), keys, values, k_token, other, mask, at, q, grad_out, known, starts, masks, score,
-                D, DV, WD, WDV, BQ, BK, True, PRECISION,
-            )  # fmt: skip
-    slot = pid.to(tl.int64) * BK + tl.arange(0, BK)
+        if MASKS:
+            begin = tl.load(part[0] + place)
+            for i in range(tl.load(part[1] + place) * STEPS):
+                q_start = tl.load(part[2] + begin + i // STEPS) * QB + i % STEPS * BM
+                mask = tl.load(part[3] + begin + i // STEPS)
+                to_k, to_v, column = _block(
+                    (to_k, to_v, column), keys, values, k_slot, q_start, mask, at, q_desc, grad_desc, known,
+                    rows_before * q_room, words, score, row, QB, KB, BM, BN, True, COLUMN, PRECISION,
+                )  # fmt: skip
+        if COLUMN:
+            tl.store(grad_bias + rows_before.to(tl.int64) * blocks * KB + k_slot, column)
+    token = tl.load(row_of(kv_order, b, first) + k_slot)
+    to = token if DIRECT else k_slot
+    live = (token >= 0 if DIRECT else k_slot >= 0)[:, None]
+    place = member.to(tl.int64) * n + to
     column, column_v = tl.arange(0, WD), tl.arange(0, WDV)
-    live = (slot >= 0)[:, None]
-    tl.store(grad_k + slot[:, None] * D + column[None, :], to_k * score[0], mask=(column < D)[None, :] & live)
-    tl.store(grad_v + slot[:, None] * DV + column_v[None, :], to_v, mask=(column_v < DV)[None, :] & live)
+    to_k = (to_k * score[0]).to(grad_k.dtype.element_ty)
+    tl.store(grad_k + place[:, None] * D + column[None, :], to_k, mask=(column < D)[None, :] & live)
+    to_v = to_v.to(grad_v.dtype.element_ty)
+    tl.store(grad_v + place[:, None] * DV + column_v[None, :], to_v, mask=(column_v < DV)[None, :] & live)

@@ -1,72 +1,84 @@
-"""Gradient of the queries: one query block, its key blocks once more, P made again from the LSE."""
+"""Gradient of the queries: one tile of queries, its key blocks once more, P made again from the LSE."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from glocal.kernels.triton.tile import INF, clean, head_of, logits, row_of, rows, seen, tokens
+from glocal.kernels.triton.tile import factor, logits, row_of, seen, together
 
 
 @triton.jit
 def _block(
-    acc, q, grad, end, delta, q_token, block, mask, at, k, v, starts, masks, score,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    acc, q, grad, end, delta, q_slot, k_slot, mask, at, k_desc, v_desc, base, words, score, row,
+    QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add dS k of one key block, dS = P (dP - delta) (1 - tanh^2)."""
-    k_token = tokens(starts[2], block, BK)
-    keys = rows(k, starts[0], k_token, D, WD)
-    values = rows(v, starts[1], k_token, DV, WDV)
-    s, tanh = logits(q, keys, q_token, k_token, at, score, PRECISION)
-    ds = tl.exp(s - end[:, None]) * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - delta[:, None])
+    """Add dS k of keys k_slot .. k_slot + BN, dS = P (dP - delta) (1 - tanh^2)."""
+    keys = k_desc.load([base + k_slot, 0])
+    values = v_desc.load([base + k_slot, 0])
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    places = k_slot + tl.arange(0, BN)
+    s, tanh = logits(s, q_slot, places, at, score, False)
+    p = tl.exp2(s * factor(score) - end[:, None])
+    ds = p * (tl.dot(grad, tl.trans(values), input_precision=PRECISION) - delta[:, None])
     if score[1] is not None:
         ds = ds * (1.0 - tanh * tanh)
-    if MASKED or score[4] is not None:
-        ds = tl.where(seen(q_token, k_token, at, masks, mask, score[4], MASKED, BK, BQ), ds, 0.0)
-        keys = clean(keys)
-    return acc + tl.dot(ds.to(keys.dtype), keys, input_precision=PRECISION)
+    if MASKED:
+        ds = tl.where(seen(words, mask, row, k_slot % KB, QB, KB, BM, BN), ds, 0.0)
+    if score[4] is not None:
+        ds = tl.where(together(score[4], q_slot, places, at, False), ds, 0.0)
+    return tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
 
 
 @triton.jit
 def backward_q_kernel(
-    q, k, v, grad_out, end, delta, grad_q, q_order, kv_order, owner, full, part, masks, score, heads, group, blocks, nq,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q_desc, grad_desc, k_desc, v_desc, end, delta, grad_q, q_order, owner, full, part, words, score,
+    heads, group, blocks, q_room, room, n,
+    D: tl.constexpr, WD: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    DIRECT: tl.constexpr, MASKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_q float32 [B, Hq, blocks * BQ, D] in the order of q_order.
+    """grad_q [B, Hq, n, D] by token if DIRECT, else float32 in slot order with n slots.
 
-    end: LSE, +inf for empty rows; delta = grad . out - grad of LSE; both [B, Hq, Nq].
-    full and part as in the forward kernel. One program a query block.
+    Descriptors hold rows in slot order: queries of `q_room` slots a head, keys of `room`. end: LSE in base 2, +inf for
+    empty rows; delta = grad . out - grad of LSE; both [B, Hq, q_room]. full and part as in the forward kernel.
     """
+    SPLIT: tl.constexpr = QB // BM
+    STEPS: tl.constexpr = KB // BN
     pid = tl.program_id(0)
-    block = pid % blocks
-    member = pid // blocks
+    tiles = blocks * SPLIT
+    member = pid // tiles
+    tile = tiles - 1 - pid % tiles
     b, h = member // heads, member % heads
     at = (b, h)
-    q_token = tokens(row_of(q_order, b, h), block, BQ)
-    query = rows(q, head_of(q, b, h), q_token, D, WD)
-    grad = rows(grad_out, head_of(grad_out, b, h), q_token, DV, WDV)
-    known = member.to(tl.int64) * nq + q_token
-    lse = tl.load(end + known, mask=q_token >= 0, other=INF)
-    drop = tl.load(delta + known, mask=q_token >= 0, other=0.0)
-    starts = (head_of(k, b, h // group), head_of(v, b, h // group), row_of(kv_order, b, h))
-    place = tl.load(row_of(owner, b, h)).to(tl.int64) * blocks + block
-    acc = tl.zeros([BQ, WD], tl.float32)
-    for i in range(tl.load(full[0] + place)):
-        other = tl.load(full[1] + place * full[2] + i)
+    row = tile % SPLIT * BM
+    q_slot = tile * BM + tl.arange(0, BM)
+    q_token = tl.load(row_of(q_order, b, h) + q_slot)
+    query = q_desc.load([member * q_room + tile * BM, 0])
+    grad = grad_desc.load([member * q_room + tile * BM, 0])
+    known = member.to(tl.int64) * q_room + q_slot
+    lse = tl.load(end + known)
+    drop = tl.load(delta + known)
+    base = (b * (heads // group) + h // group) * room
+    place = tl.load(row_of(owner, b, h)).to(tl.int64) * blocks + tile // SPLIT
+    acc = tl.zeros([BM, WD], tl.float32)
+    for i in range(tl.load(full[0] + place) * STEPS):
+        k_slot = tl.load(full[1] + place * full[2] + i // STEPS) * KB + i % STEPS * BN
         acc = _block(
-            acc, query, grad, lse, drop, q_token, other, other, at, k, v, starts, masks, score,
-            D, DV, WD, WDV, BQ, BK, False, PRECISION,
+            acc, query, grad, lse, drop, q_slot, k_slot, 0, at, k_desc, v_desc, base, words, score, row,
+            QB, KB, BM, BN, False, PRECISION,
         )  # fmt: skip
-    for i in range(tl.load(part[0] + place)):
-        other = tl.load(part[1] + place * part[2] + i)
-        mask = tl.load(part[3] + place * part[2] + i)
-        acc = _block(
-            acc, query, grad, lse, drop, q_token, other, mask, at, k, v, starts, masks, score,
-            D, DV, WD, WDV, BQ, BK, True, PRECISION,
-        )  # fmt: skip
-    slot = pid.to(tl.int64) * BQ + tl.arange(0, BQ)
+    if MASKS:
+        for i in range(tl.load(part[0] + place) * STEPS):
+            entry = place * part[2] + i // STEPS
+            k_slot = tl.load(part[1] + entry) * KB + i % STEPS * BN
+            mask = tl.load(part[3] + entry)
+            acc = _block(
+                acc, query, grad, lse, drop, q_slot, k_slot, mask, at, k_desc, v_desc, base, words, score, row,
+                QB, KB, BM, BN, True, PRECISION,
+            )  # fmt: skip
     column = tl.arange(0, WD)
-    place_out = grad_q + slot[:, None] * D + column[None, :]
-    tl.store(place_out, acc * score[0], mask=(column < D)[None, :] & (slot >= 0)[:, None])
+    to = q_token if DIRECT else q_slot
+    live = q_token >= 0 if DIRECT else q_slot >= 0
+    place_out = grad_q + (member.to(tl.int64) * n + to)[:, None] * D + column[None, :]
+    tl.store(place_out, (acc * score[0]).to(grad_q.dtype.element_ty), mask=live[:, None] & (column < D)[None, :])

@@ -1,41 +1,60 @@
-"""Launch numbers by size, as data. They follow from registers and shared memory; no GPU has measured them yet."""
+"""Tiles and launch numbers by size, as data: what `bench/triton_tiles.py` found fastest."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+Part = Literal["forward", "backward_q", "backward_kv"]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """Warps of a program and stages of its pipelined loop."""
+    """queries, keys: most tokens of a tile; warps of a program; stages of its pipelined loop."""
 
+    queries: int
+    keys: int
     warps: int
     stages: int
 
 
-# (largest block side up to, padded head size up to) -> forward, backward; the first row that fits counts.
-_TABLE = (
-    (32, 128, Tuning(2, 3), Tuning(2, 2)),
-    (32, 256, Tuning(4, 2), Tuning(4, 1)),
-    (64, 64, Tuning(4, 3), Tuning(4, 2)),
-    (64, 128, Tuning(4, 3), Tuning(4, 2)),
-    (64, 256, Tuning(8, 2), Tuning(8, 1)),
-    (128, 64, Tuning(4, 3), Tuning(8, 2)),
-    (128, 128, Tuning(8, 2), Tuning(8, 1)),
-    (128, 256, Tuning(8, 1), Tuning(8, 1)),
-)
+# (padded head size up to) -> for 16-bit numbers; the first row that fits counts.
+TABLE: dict[Part, list[tuple[int, Tuning]]] = {
+    "forward": [
+        (64, Tuning(128, 64, 4, 3)),
+        (128, Tuning(128, 64, 8, 3)),
+        (256, Tuning(64, 64, 4, 2)),
+    ],
+    "backward_q": [
+        (64, Tuning(128, 64, 4, 3)),
+        (128, Tuning(128, 64, 8, 2)),
+        (256, Tuning(64, 32, 4, 2)),
+    ],
+    "backward_kv": [
+        (64, Tuning(64, 128, 8, 2)),
+        (128, Tuning(64, 128, 8, 2)),
+        (256, Tuning(32, 64, 8, 1)),
+    ],
+}
+FLOAT32 = {64: Tuning(64, 32, 4, 2), 128: Tuning(32, 32, 4, 2), 256: Tuning(16, 16, 4, 1)}
+FLOAT32_PRECISION = "ieee"
+ROWS = 32  # tokens of a program that moves rows
 
-ROWS = 32  # tokens of a program that brings slots back to tokens
+
+def tuning(part: Part, width: int, itemsize: int, blocks: tuple[int, int]) -> Tuning:
+    """For the larger padded head size; tiles are powers of two that divide the query and key block."""
+    table = list(FLOAT32.items()) if itemsize == 4 else TABLE[part]
+    for most, found in table:
+        if width <= most:
+            queries, keys = (_part(b, most_) for b, most_ in zip(blocks, (found.queries, found.keys), strict=True))
+            warps = min(found.warps, max(1, queries * keys // 512)) if part != "backward_kv" else found.warps
+            return Tuning(queries, keys, warps if warps & (warps - 1) == 0 else 4, found.stages)
+    raise ValueError(f"backend='triton': padded head size {width}; legal: to 256.")
 
 
-def tuning(block: int, width: int, *, backward: bool) -> Tuning:
-    """For the larger block side and the larger padded head size."""
-    for most_block, most_width, ahead, back in _TABLE:
-        if block <= most_block and width <= most_width:
-            return back if backward else ahead
-    raise ValueError(
-        f"backend='triton': block {block} with padded head size {width}; legal: blocks to 128, head sizes to 256."
-    )
+def _part(block: int, most: int) -> int:
+    """The largest power of two up to `most` that divides `block`."""
+    return min(block & -block, most)
 
 
 def padded(size: int) -> int:

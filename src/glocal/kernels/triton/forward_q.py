@@ -1,78 +1,98 @@
-"""One query block against its full and partial key blocks: online softmax (arXiv 2205.14135), rows in plan order."""
+"""One tile of queries against its full and partial key blocks: online softmax (arXiv 2205.14135)."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from glocal.kernels.triton.tile import INF, clean, head_of, logits, row_of, rows, seen, tokens
+from glocal.kernels.triton.tile import INF, LN2, factor, head_of, keys_at, logits, row_of, rows, seen, together
 
 
 @triton.jit
 def _block(
-    state, q, q_token, block, mask, at, k, v, starts, masks, score,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    state, q, q_slot, k_slot, mask, at, k, v, starts, base, words, score, row,
+    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, HOLES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold one key block into state = (sum of weights times values, largest logit, sum of weights)."""
+    """Fold keys k_slot .. k_slot + BN into state = (sum of weights times values, largest logit, sum of weights)."""
     acc, top, total = state
-    k_token = tokens(starts[2], block, BK)
-    s, _ = logits(q, rows(k, starts[0], k_token, D, WD), q_token, k_token, at, score, PRECISION)
-    values = rows(v, starts[1], k_token, DV, WDV)
-    HIDES: tl.constexpr = MASKED or score[4] is not None
-    if HIDES:
-        found = seen(q_token, k_token, at, masks, mask, score[4], MASKED, BK, BQ)
-        s = tl.where(found, s, -INF)
-    new = tl.maximum(top, tl.max(s, 1))
+    keys = keys_at(k[0], k[1], starts[0], starts[2], base, k_slot, BN, D, WD)
+    s = tl.dot(q, tl.trans(keys), input_precision=PRECISION)
+    places = k_slot + tl.arange(0, BN)
+    s, _ = logits(s, q_slot, places, at, score, False)
+    if MASKED:
+        s = tl.where(seen(words, mask, row, k_slot % KB, QB, KB, BM, BN), s, -INF)
+    if HOLES:
+        s += tl.where(tl.load(starts[2] + places) >= 0, 0.0, -INF)[None, :]
+    if score[4] is not None:
+        s = tl.where(together(score[4], q_slot, places, at, False), s, -INF)
+    new = tl.maximum(top, tl.max(s, 1) * factor(score))
     shift = tl.where(new == -INF, 0.0, new)
-    p = tl.exp(s - shift[:, None])
-    old = tl.exp(top - shift)
+    p = tl.exp2(s * factor(score) - shift[:, None])
+    old = tl.exp2(top - shift)
     total = total * old + tl.sum(p, 1)
-    if HIDES:  # a value that is not finite reaches the rows that see it and no others
-        ill = tl.max(tl.where(tl.abs(values.to(tl.float32)) < INF, 0, 1), 1) > 0
-        p = tl.where(found & ill[None, :], float("nan"), p)
-        values = clean(values)
-    acc = acc * old[:, None] + tl.dot(p.to(values.dtype), values, input_precision=PRECISION)
+    values = keys_at(v[0], v[1], starts[1], starts[2], base, k_slot, BN, DV, WDV)
+    acc = tl.dot(p.to(values.dtype), values, acc * old[:, None], input_precision=PRECISION)
     return acc, new, total
 
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, q_order, kv_order, owner, full, part, masks, score, heads, group, blocks,
-    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
-    BQ: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+    q, k_desc, k, v_desc, v, out, lse, q_order, kv_order, owner, full, part, words, score, heads, group, blocks,
+    room, n,
+    D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr, QB: tl.constexpr, KB: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, DIRECT: tl.constexpr, HOLES: tl.constexpr, MASKS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out float32 [B, Hq, blocks * BQ, DV] and lse [B, Hq, blocks * BQ], slots in the order of q_order.
+    """DIRECT: out [B, Hq, n, DV], lse [B, Hq, n], rows by token; otherwise float32 rows in slot order, n its length.
 
-    full: (counts, block numbers, width); part: (counts, block numbers, width, mask rows). One program a query block.
+    k_desc, v_desc: descriptors over [samples * key heads * room] rows in slot order; None: k and v are gathered.
+    full: (counts, block numbers, width); part: (counts, block numbers, width, mask rows). room: slots of kv_order.
+    group: query heads a head of the descriptors. MASKS: whether partial blocks exist.
+    One program a tile of BM queries; later tiles start first: under causal patterns they are the longest.
     """
+    SPLIT: tl.constexpr = QB // BM
+    STEPS: tl.constexpr = KB // BN
     pid = tl.program_id(0)
-    block = pid % blocks
-    member = pid // blocks
+    tiles = blocks * SPLIT
+    member = pid // tiles
+    tile = tiles - 1 - pid % tiles
+    block = tile // SPLIT
     b, h = member // heads, member % heads
     at = (b, h)
-    q_token = tokens(row_of(q_order, b, h), block, BQ)
+    row = tile % SPLIT * BM
+    q_slot = tile * BM + tl.arange(0, BM)
+    q_token = tl.load(row_of(q_order, b, h) + q_slot)
     query = rows(q, head_of(q, b, h), q_token, D, WD)
     starts = (head_of(k, b, h // group), head_of(v, b, h // group), row_of(kv_order, b, h))
+    base = (b * (heads // group) + h // group) * room
     place = tl.load(row_of(owner, b, h)).to(tl.int64) * blocks + block
-    acc = tl.zeros([BQ, WDV], tl.float32)
-    top = tl.full([BQ], -INF, tl.float32)
-    total = tl.zeros([BQ], tl.float32)
-    for i in range(tl.load(full[0] + place)):
-        other = tl.load(full[1] + place * full[2] + i)
+    acc = tl.zeros([BM, WDV], tl.float32)
+    top = tl.full([BM], -INF, tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for i in range(tl.load(full[0] + place) * STEPS):
+        k_slot = tl.load(full[1] + place * full[2] + i // STEPS) * KB + i % STEPS * BN
         acc, top, total = _block(
-            (acc, top, total), query, q_token, other, other, at, k, v, starts, masks, score,
-            D, DV, WD, WDV, BQ, BK, False, PRECISION,
+            (acc, top, total), query, q_slot, k_slot, 0, at, (k_desc, k), (v_desc, v), starts, base, words, score, row,
+            D, DV, WD, WDV, QB, KB, BM, BN, False, HOLES, PRECISION,
         )  # fmt: skip
-    for i in range(tl.load(part[0] + place)):
-        other = tl.load(part[1] + place * part[2] + i)
-        mask = tl.load(part[3] + place * part[2] + i)
-        acc, top, total = _block(
-            (acc, top, total), query, q_token, other, mask, at, k, v, starts, masks, score,
-            D, DV, WD, WDV, BQ, BK, True, PRECISION,
-        )  # fmt: skip
-    slot = pid.to(tl.int64) * BQ + tl.arange(0, BQ)
+    if MASKS:
+        for i in range(tl.load(part[0] + place) * STEPS):
+            entry = place * part[2] + i // STEPS
+            k_slot = tl.load(part[1] + entry) * KB + i % STEPS * BN
+            mask = tl.load(part[3] + entry)
+            acc, top, total = _block(
+                (acc, top, total), query, q_slot, k_slot, mask, at, (k_desc, k), (v_desc, v), starts, base, words,
+                score, row, D, DV, WD, WDV, QB, KB, BM, BN, True, HOLES, PRECISION,
+            )  # fmt: skip
     acc = acc / tl.where(total == 0, 1.0, total)[:, None]
+    end = (top + tl.log2(total)) * LN2
+    to = q_token if DIRECT else q_slot
+    live = q_token >= 0 if DIRECT else q_slot >= 0
+    to_row = member.to(tl.int64) * n + to
     column = tl.arange(0, WDV)
-    tl.store(out + slot[:, None] * DV + column[None, :], acc, mask=(column < DV)[None, :] & (slot >= 0)[:, None])
-    tl.store(lse + slot, top + tl.log(total))
+    tl.store(
+        out + to_row[:, None] * DV + column[None, :], acc.to(out.dtype.element_ty),
+        mask=live[:, None] & (column < DV)[None, :],
+    )  # fmt: skip
+    tl.store(lse + to_row, end, mask=live)

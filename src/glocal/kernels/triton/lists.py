@@ -10,10 +10,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.kernels._jobs import _check
 from glocal.kernels.call import PlanTensors
-from glocal.plan.blockplan import BlockLists
+from glocal.plan.facts import declared_sound, declared_turned
 
-# Plans whose lists were checked, by the tensor of their full lists: looking at them costs a wait for the device.
+# Plans whose lists were checked, and their lists by key block, by the tensor of their full lists.
 _CHECKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_TURNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,26 @@ class Slots:
         return Slots(slots.int(), starts)
 
 
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """Query blocks of each key block, in rising order; repeats stay. With e = u * key blocks + j, key block j of list u
+    has `count[e]` entries from `index[begin[e]]` on. mask: rows of the mask table, like index.
+    """
+
+    begin: Tensor
+    count: Tensor
+    index: Tensor
+    mask: Tensor | None
+
+
 def check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
-    """Raise ValueError for block or mask numbers that point nowhere; once for each plan, unless it is changed."""
-    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *map(_version, _lists(plan)))
+    """Raise ValueError for block or mask numbers that point nowhere; once for each plan, unless it is changed.
+
+    Lists that were made on the device are declared sound by whoever made them and are not looked at: that would wait.
+    """
+    if declared_sound(plan.full_index):
+        return
+    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *_versions(plan))
     known = _CHECKED.get(plan.full_index)
     if known is not None and known == mark:
         return
@@ -43,22 +61,40 @@ def check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
     _CHECKED[plan.full_index] = mark
 
 
-def transposed(plan: PlanTensors, blocks: tuple[int, int]) -> tuple[BlockLists, BlockLists]:
-    """Full and partial lists by key block: the query blocks that see it, in rising order; repeats stay."""
-    kv_blocks = plan.kv_order.shape[-1] // blocks[1]
-    out = []
-    for lists in (
-        BlockLists(plan.full_count, plan.full_index),
-        BlockLists(plan.part_count, plan.part_index, plan.part_mask),
-    ):
-        u, row, column, mask = lists.entries()
-        out.append(BlockLists.from_entries((lists.count.shape[0], kv_blocks), u, column, row, mask))
-    return out[0], out[1]
+def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
+    """Full and partial lists by key block. Made once for each plan unless it changes; no wait for the device."""
+    made = declared_turned(plan.full_index)
+    if made is not None and plan.part_index.shape[-1] == 0:
+        none = plan.full_index.new_zeros(0)
+        every = torch.arange(made[0].numel(), dtype=torch.int32, device=none.device) * made[1].shape[-1]
+        return Turned(every, made[0], made[1], None), Turned(every, torch.zeros_like(made[0]), none, none)
+    capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
+    mark = (kv_blocks, *_versions(plan))
+    known = None if capturing else _TURNED.get(plan.full_index)
+    if known is not None and known[0] == mark:
+        return known[1]
+    found = (
+        _turn(plan.full_count, plan.full_index, None, kv_blocks),
+        _turn(plan.part_count, plan.part_index, plan.part_mask, kv_blocks),
+    )
+    if not capturing:
+        _TURNED[plan.full_index] = (mark, found)
+    return found
 
 
-def _lists(plan: PlanTensors) -> tuple[Tensor, ...]:
-    return plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask
+def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
+    lists, rows, most = index.shape
+    live = torch.arange(most, device=index.device) < count[..., None]
+    first = torch.arange(lists, device=index.device)[:, None, None] * kv_blocks
+    key = torch.where(live, index + first, lists * kv_blocks).flatten()  # [U * rows * most]
+    order = key.argsort(stable=True)
+    edges = torch.arange(lists * kv_blocks + 1, device=index.device)
+    ends = torch.searchsorted(key[order], edges, out_int32=True)
+    begin = ends[:-1].contiguous()
+    row = torch.arange(rows, device=index.device, dtype=torch.int32)[None, :, None].expand(lists, rows, most)
+    return Turned(begin, ends.diff(), row.flatten()[order], None if mask is None else mask.flatten()[order])
 
 
-def _version(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), 0 if t.is_inference() else t._version
+def _versions(plan: PlanTensors) -> tuple[tuple[int, int], ...]:
+    lists = plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in lists)

@@ -1,15 +1,22 @@
-"""What all kernels share: token rows gathered by plan order, logits of a tile, and which of its pairs are seen.
+"""What the kernels share: rows gathered by token, logits of a tile, and which of its pairs are seen.
 
-Tensors come as tuples, pointer first. `at` is (sample, query head). `score` is (scale, soft-cap, dense bias, table
-bias, segments), where all but the scale may be None. Offsets are 64-bit.
+Logits are kept in base 2, so that a weight is one exp2. `score` is a tuple
+(scale, soft-cap, dense bias, table bias, segments, early); all but the scale may be None. Without cap and bias the
+scale is multiplied in where a maximum is subtracted (one fused multiply-add), unless `early` is set, as it must be for
+a scale that is not positive. Segments, codes and tokens are in slot order, [samples, heads, room]; -1 pads.
+Offsets are 64-bit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -25,71 +32,100 @@ def row_of(t, b, h):
 
 
 @triton.jit
-def tokens(order, block, SIZE: tl.constexpr):
-    """Tokens of one block, int64 [SIZE]; -1 pads."""
-    return tl.load(order + block.to(tl.int64) * SIZE + tl.arange(0, SIZE)).to(tl.int64)
-
-
-@triton.jit
 def rows(t, start, token, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """Rows [n, WIDE] of `token` [n]; pads and columns from SIZE on are 0."""
     column = tl.arange(0, WIDE)
-    place = token[:, None] * t[3] + column.to(tl.int64)[None, :] * t[4]
+    place = token.to(tl.int64)[:, None] * t[3] + column.to(tl.int64)[None, :] * t[4]
     return tl.load(start + place, mask=(token >= 0)[:, None] & (column < SIZE)[None, :], other=0.0)
 
 
 @triton.jit
-def clean(x):
-    """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
-    return tl.where(tl.abs(x.to(tl.float32)) < INF, x, 0.0).to(x.dtype)
+def keys_at(desc, t, start, order, base, slot, n: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Rows [n, WIDE] of slots slot .. slot + n: from a descriptor over rows in slot order, or gathered by `order`.
+
+    base: row of slot 0 in the descriptor. desc: None gathers.
+    """
+    if desc is not None:
+        return desc.load([base + slot, 0])
+    else:
+        return rows(t, start, tl.load(order + slot + tl.arange(0, n)), SIZE, WIDE)
 
 
 @triton.jit
-def logits(q, k, q_token, k_token, at, score, PRECISION: tl.constexpr):
-    """Logits [q, k] before masks, -inf at key pads, and the tanh of the soft-cap (the logits where there is none)."""
-    pads = tl.where(k_token >= 0, 0.0, -INF)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * score[0]
+def logits(s, q_slot, k_slot, at, score, T: tl.constexpr) -> Any:
+    """Raw products [q, k] to logits in base 2 before the factor, and the tanh of the soft-cap.
+
+    T: the tile lies the other way round, [k, q]. q_slot, k_slot: slots of its rows and columns.
+    """
     tanh = s
     if score[1] is not None:
-        tanh = 1.0 - 2.0 / (tl.exp(2.0 * (s / score[1])) + 1.0)
-        s = tanh * score[1]
+        tanh = 1.0 - 2.0 / (tl.exp2(s * (2.0 * LOG2E * score[0] / score[1])) + 1.0)
+        s = tanh * (score[1] * LOG2E)
+    elif score[2] is not None or score[3] is not None or score[5] is not None:
+        s = s * (score[0] * LOG2E)
     if score[2] is not None:
-        s += _dense(score[2], q_token, k_token, at)
+        s += LOG2E * _dense(score[2], q_slot, k_slot, at, T)
     if score[3] is not None:
-        s += _looked_up(score[3], q_token, k_token, at)
-    return s + pads[None, :], tanh
+        s += LOG2E * _looked_up(score[3], q_slot, k_slot, at, T)
+    return s, tanh
 
 
 @triton.jit
-def _dense(bias, q_token, k_token, at):
+def factor(score):
+    """What a logit of `logits` is multiplied with."""
+    if score[1] is not None or score[2] is not None or score[3] is not None or score[5] is not None:
+        return 1.0
+    else:
+        return score[0] * LOG2E
+
+
+@triton.jit
+def _pair(q, k, T: tl.constexpr):
+    """Vectors of queries and keys laid over the tile."""
+    if T:
+        return q[None, :], k[:, None]
+    else:
+        return q[:, None], k[None, :]
+
+
+@triton.jit
+def _dense(bias, q_slot, k_slot, at, T: tl.constexpr):
+    """bias: (values, four strides, query tokens, key tokens), tokens as plan rows."""
+    q_token = tl.load(row_of(bias[5], at[0], at[1]) + q_slot)
+    k_token = tl.load(row_of(bias[6], at[0], at[1]) + k_slot)
+    q_token, k_token = _pair(q_token, k_token, T)
     start = head_of(bias, at[0], at[1])
-    place = q_token[:, None] * bias[3] + k_token[None, :] * bias[4]
-    return tl.load(start + place, mask=(q_token >= 0)[:, None] & (k_token >= 0)[None, :], other=0.0).to(tl.float32)
+    place = q_token.to(tl.int64) * bias[3] + k_token.to(tl.int64) * bias[4]
+    return tl.load(start + place, mask=(q_token >= 0) & (k_token >= 0), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _looked_up(table, q_token, k_token, at):
-    """table: (values, head stride, width, codes of queries, codes of keys)."""
-    mine = tl.load(table[3] + q_token, mask=q_token >= 0, other=0)
-    theirs = tl.load(table[4] + k_token, mask=k_token >= 0, other=0)
-    place = theirs[None, :] - mine[:, None]
+def _looked_up(table, q_slot, k_slot, at, T: tl.constexpr):
+    """table: (values, head stride, width, codes of queries, codes of keys), codes as plan rows."""
+    mine = tl.load(row_of(table[3], at[0], at[1]) + q_slot)
+    theirs = tl.load(row_of(table[4], at[0], at[1]) + k_slot)
+    mine, theirs = _pair(mine, theirs, T)
+    place = theirs - mine
     inside = (place >= 0) & (place < table[2])
     return tl.load(table[0] + at[1].to(tl.int64) * table[1] + place, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def seen(q_token, k_token, at, masks, mask, segments, MASKED: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr):
-    """Bool [q, k]. MASKED: row `mask` of the bit table applies. segments: (queries, keys, Nq, Nk) or None."""
-    found = (q_token >= -1)[:, None] & (k_token >= 0)[None, :]
-    if MASKED:
-        WORDS: tl.constexpr = (BK + 31) // 32
-        row, column = tl.arange(0, BQ), tl.arange(0, BK)
-        start = masks + mask.to(tl.int64) * (BQ * WORDS)
-        word = tl.load(start + row[:, None] * WORDS + (column // 32)[None, :])
-        found = found & (((word >> (column % 32)[None, :]) & 1) == 1)
-    if segments is not None:
-        b = at[0].to(tl.int64)
-        mine = tl.load(segments[0] + b * segments[2] + q_token, mask=q_token >= 0, other=-1)
-        theirs = tl.load(segments[1] + b * segments[3] + k_token, mask=k_token >= 0, other=-1)
-        found = found & (mine[:, None] == theirs[None, :]) & (mine >= 0)[:, None]
-    return found
+def seen(words, mask, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Bool [M, N] of one mask of ROWS x COLUMNS, from `row` and `column` on. words: as `masks.fragments` lays them."""
+    WORDS: tl.constexpr = (COLUMNS + 127) // 128 * 4
+    place = (mask.to(tl.int64) * ROWS + row + tl.arange(0, M)) * WORDS + column // 128 * 4
+    word = tl.load(words + place[:, None] + tl.arange(0, 4)[None, :])  # [M, 4]
+    octet = tl.arange(0, N // 8)
+    bit = (column % 128 // 8 + octet)[None, :, None, None] * 2 + tl.arange(0, 2)[None, None, None, :]
+    word = tl.broadcast_to(word[:, None, :, None], [M, N // 8, 4, 2])
+    return tl.reshape(((word >> bit) & 1) == 1, [M, N])
+
+
+@triton.jit
+def together(segments, q_slot, k_slot, at, T: tl.constexpr):
+    """Bool tile: pairs of one document. segments: (queries, keys) as plan rows; pads belong to none."""
+    mine = tl.load(row_of(segments[0], at[0], at[1]) + q_slot)
+    theirs = tl.load(row_of(segments[1], at[0], at[1]) + k_slot)
+    mine, theirs = _pair(mine, theirs, T)
+    return (mine == theirs) & (mine >= 0)

@@ -44,8 +44,8 @@ class BlockSpec:
     stage. head_dim: channels of a head. position: side of the convolution before each block, 0 for none. mlp_dwconv: a
     3 x 3 convolution in the feed-forward part. layer_scale: start of the learned factors, None for none. pre_norm:
     False normalises after each half instead. form: the operator. norm: kind of the norms outside the blocks in the
-    layout of Swin-T. routing: settings of the bi-level routing. mixer: another token mixer by name or "file.py:Class"
-    in every block.
+    layout of Swin-T. routing: settings of the bi-level routing, one or one a stage. mixer: another token mixer by name
+    or "file.py:Class" in every block.
     """
 
     regions: int = 7
@@ -57,7 +57,7 @@ class BlockSpec:
     pre_norm: bool = True
     form: Form = "released"
     norm: Norm = "layer"
-    routing: RoutingSpec = field(default_factory=RoutingSpec)
+    routing: RoutingSpec | tuple[RoutingSpec, ...] = field(default_factory=RoutingSpec)
     mixer: str | None = None
 
     def __post_init__(self) -> None:
@@ -132,12 +132,16 @@ class _Routed(VisionBackbone):
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
         ratios = spec.mlp_ratio if isinstance(spec.mlp_ratio, tuple) else (spec.mlp_ratio,) * len(dims)
         per_stage("mlp_ratio", ratios, len(dims), name)
+        routing = spec.routing if isinstance(spec.routing, tuple) else (spec.routing,) * len(dims)
+        per_stage("routing", routing, len(dims), name)
         if self.features_only:
             for i, dim in enumerate(dims):
                 self.add_module(f"norm{i}", nn.LayerNorm(dim, eps=EPS))
         return [
-            [Block(dim, attention(dim, top, spec, j), ratio, spec, rate) for j, rate in enumerate(rates)]
-            for dim, top, ratio, rates in zip(dims, tops, ratios, drop_rates(drop_path, depths), strict=True)
+            [Block(dim, attention(dim, top, (spec, own), j), ratio, spec, rate) for j, rate in enumerate(rates)]
+            for dim, top, own, ratio, rates in zip(
+                dims, tops, routing, ratios, drop_rates(drop_path, depths), strict=True
+            )
         ]
 
     def add_head(self, norm: nn.Module) -> None:
@@ -239,19 +243,20 @@ class BiFormerSTL(_Routed):
         self.add_head(_norm(dims[-1], spec.norm))
 
 
-def attention(dim: int, top: int, spec: BlockSpec, index: int) -> nn.Module:
+def attention(dim: int, top: int, specs: tuple[BlockSpec, RoutingSpec], index: int) -> nn.Module:
     """The token mixer of one block. Dense attention has 8 heads, whatever `head_dim` says, as published."""
+    spec, routing = specs
     if spec.mixer is not None:
         return mixer(spec.mixer, dim, dim // spec.head_dim, block=index)
     if spec.form == "nchw" and top == -1:
-        return LepeAttention(dim, 8, spec.routing.lepe, of_values=True, convs=True)
+        return LepeAttention(dim, 8, routing.lepe, of_values=True, convs=True)
     if top > 0:
         kind = GridRoutingAttention if spec.form == "nchw" else BiLevelRoutingAttention
-        return kind(dim, dim // spec.head_dim, spec.regions, top, spec.routing)
+        return kind(dim, dim // spec.head_dim, spec.regions, top, routing)
     if top == 0:
         return ConvAttention(dim)
     if top in (-1, -2) and spec.form == "released":
-        return LepeAttention(dim, 8, spec.routing.lepe if top == -2 else 0)
+        return LepeAttention(dim, 8, routing.lepe if top == -2 else 0)
     raise ValueError(f"BiFormer: tops has {top}; legal: 1 and more, 0, -1, or -2 (released form).")
 
 

@@ -1,7 +1,8 @@
 """Deformable convolution (arXiv 1703.06211) with 2 x 2 taps of stride 2, and the token merging of LITv2 made of it.
 
 Each tap reads the map at its place plus a learned offset, bilinearly, zero outside of the map. Plain PyTorch: all taps
-are sampled in one call, then multiplied by the weights as one matrix.
+are sampled, then multiplied by the weights as one matrix. `grid_sample` speaks of places in [-1, 1], which costs digits
+of a place in a large map; on the CPU the four pixels around a place are read directly.
 """
 
 from __future__ import annotations
@@ -44,11 +45,33 @@ class DeformableConv(nn.Conv2d):
         wide = x if x.dtype == torch.float64 else x.float()
         moved = offset.to(wide.dtype).unflatten(1, (2, 2, 2))  # [B, row and column of the tap, (down, right), h, w]
         tap, down, along = (torch.arange(n, dtype=wide.dtype, device=x.device) for n in (2, h, w))
-        y = moved[:, :, :, 0] + 2 * down[:, None] + tap[:, None, None, None]
-        right = moved[:, :, :, 1] + 2 * along + tap[:, None, None]  # [B, 2, 2, h, w]
+        y = moved[:, :, :, 0] + (2 * down[:, None] + tap[:, None, None, None])
+        right = moved[:, :, :, 1] + (2 * along + tap[:, None, None])  # [B, 2, 2, h, w]
+        if x.device.type == "cpu":
+            return (
+                _bilinear(wide, y.reshape(b, 4 * h * w), right.reshape(b, 4 * h * w))
+                .unflatten(2, (4, h, w))
+                .to(x.dtype)
+            )
         places = torch.stack(((2 * right + 1) / width - 1, (2 * y + 1) / height - 1), -1)
         grid = places.reshape(b, 4 * h, w, 2)
         return F.grid_sample(wide, grid, align_corners=False).unflatten(2, (4, h)).to(x.dtype)
+
+
+def _bilinear(x: Tensor, y: Tensor, right: Tensor) -> Tensor:
+    """x: [B, C, H, W] at rows y and columns `right`, both [B, P] -> [B, C, P]; zero outside of the map."""
+    height, width = x.shape[2:]
+    pixels = x.flatten(2)
+    top, left = y.floor(), right.floor()
+    below, beside = y - top, right - left
+    out = torch.zeros((), dtype=x.dtype, device=x.device)
+    for row, share_y in ((top, 1 - below), (top + 1, below)):
+        for column, share_x in ((left, 1 - beside), (left + 1, beside)):
+            inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
+            index = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).long()
+            found = pixels.gather(2, index[:, None].expand(-1, x.shape[1], -1)) * inside[:, None]
+            out = out + (share_y * share_x)[:, None] * found
+    return out
 
 
 class DeformableMerge(nn.Module):

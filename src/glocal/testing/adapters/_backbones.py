@@ -32,7 +32,7 @@ def manifest_run(name: str, case: Case) -> dict[str, Tensor]:
     Tensors that hold no weights (indices made by the authors' constructor) are taken from the manifest.
     """
     with torch.device("meta"):
-        model = create_model(name)
+        model = create_model(name.removeprefix("h_"))
         state = {key: torch.empty(shape) for key, shape in case.record["keys"].items()}
     fill(model, state, case.name)
     shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -51,6 +51,13 @@ def ready(model: _Model, case: Case, state: Mapping[str, Tensor] | None = None) 
     """`model` in evaluation mode on the case's device, strictly filled with `state` (None: that of the case)."""
     fill(model, case.group("state") if state is None else state, case.name)
     return model.to(case["in.x"].device).eval()
+
+
+def contiguous_convs(model: nn.Module) -> None:
+    """Let the convolutions of `model` read contiguous maps, as published code does; their rounding follows layout."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            layer.register_forward_pre_hook(lambda _layer, inputs: (inputs[0].contiguous(),))
 
 
 def caught(model: nn.Module, parts: Mapping[str, nn.Module], call: Callable[[], Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,27 +23,21 @@ POOLING = {
 }  # fmt: skip
 
 
+ATTENDS = {"topk", "topks"}  # what a config with routed attention has
+
+
 def run(case: Case, where: Run) -> Mapping[str, Tensor]:
     """Whatever the case is."""
     if is_manifest(case):
         return manifest_run(case.name.removesuffix(".keys"), case)
     if "out.logits" in case:
         return _model(case, where)
-    return _dense(case) if case.name.startswith("attention") else _routed(case, where)
+    return _routed(case, where) if "topk" in case.config else _dense(case)
 
 
 def _routed(case: Case, where: Run) -> dict[str, Tensor]:
-    c, first = case.config, "qkv_linear.weight" in case.group("state")
-    spec = RoutingSpec(
-        qk_dim=c.get("qk_dim"),
-        lepe=c["side_dwconv"],
-        out_proj=c.get("param_attention", "qkvo") == "qkvo",
-        pooling=POOLING[c.get("kv_downsample_mode", "identity")],  # type: ignore[arg-type]
-        pool=c.get("kv_per_win", c.get("kv_downsample_ratio", 4)),
-        soft=c.get("soft_routing", False),
-        differentiable=c.get("diff_routing", False),
-        backend=where.backend,
-    )
+    c, first = case.config, "state.qkv_linear.weight" in case
+    spec = _routing(c, where, qk_dim=c.get("qk_dim"), pool=c.get("kv_per_win"))
     kind = GridRoutingAttention if first else BiLevelRoutingAttention
     layer = ready(kind(c["dim"], c["num_heads"], c["n_win"], c["topk"], spec), case)
     x = case["in.x"].clone().requires_grad_()
@@ -51,7 +46,8 @@ def _routed(case: Case, where: Run) -> dict[str, Tensor]:
     y = to_nchw(y) if first else y
     weight = layer.qkv_linear.weight if isinstance(layer, GridRoutingAttention) else layer.qkv["qkv"].weight
     name = "qkv_linear" if first else "qkv.qkv"
-    grads = torch.autograd.grad(y, (x, weight), case["in.grad_out"])  # type: ignore[arg-type]
+    along = case["in.grad_out"] if "in.grad_out" in case else torch.zeros_like(y)
+    grads = torch.autograd.grad(y, (x, weight), along)  # type: ignore[arg-type]
     routes = layer.routes(tokens.detach())
     found = {
         "out.y": y.detach(),
@@ -64,9 +60,25 @@ def _routed(case: Case, where: Run) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in found.items() if name in case}
 
 
+def _routing(c: Mapping[str, Any], where: Run, qk_dim: int | None, pool: int | None) -> RoutingSpec:
+    """The settings of a config; `pool` tokens a side, if it is more than the ratio beside it."""
+    ratio = c.get("kv_downsample_ratio", 4)
+    return RoutingSpec(
+        qk_dim=qk_dim,
+        scale=c.get("qk_scale"),
+        lepe=c.get("side_dwconv", 5),
+        out_proj=c.get("param_attention", "qkvo") == "qkvo",
+        pooling=POOLING[c.get("kv_downsample_mode", "identity")],  # type: ignore[arg-type]
+        pool=ratio if pool is None or pool < 1 else pool,
+        soft=c.get("soft_routing", False),
+        differentiable=c.get("diff_routing", False),
+        backend=where.backend,
+    )
+
+
 def _dense(case: Case) -> dict[str, Tensor]:
-    first = case.name.endswith("nchw")
     c = case.config
+    first = case["state.qkv.weight"].dim() == 4
     layer = ready(LepeAttention(c["dim"], c["num_heads"], c["side_dwconv"], of_values=first, convs=first), case)
     with torch.no_grad():
         return {"out.y": to_nchw(layer(to_nhwc(case["in.x"]))) if first else layer(case["in.x"])}
@@ -74,11 +86,24 @@ def _dense(case: Case) -> dict[str, Tensor]:
 
 def _model(case: Case, where: Run) -> dict[str, Tensor]:
     c = case.config
-    routing = RoutingSpec(lepe=c["side_dwconv"], backend=where.backend)
-    spec = BlockSpec(c.get("n_win", 7), tuple(c["mlp_ratios"]), c["head_dim"], routing=routing)
+    count = len(c["embed_dim"])
+    widths, pools = c.get("qk_dims", [None] * count), c.get("kv_per_wins", [None] * count)
+    routing = tuple(_routing(c, where, width, pool) for width, pool in zip(widths, pools, strict=True))
+    start = c.get("layer_scale_init_value", -1)
+    spec = BlockSpec(
+        c.get("n_win", 7),
+        tuple(c["mlp_ratios"]),
+        c["head_dim"],
+        position=c.get("before_attn_dwconv", 3),
+        mlp_dwconv=c.get("mlp_dwconv", False),
+        layer_scale=start if start is not None and start > 0 else None,
+        pre_norm=c.get("pre_norm", True),
+        routing=routing,
+    )
     shape = (tuple(c["embed_dim"]), tuple(c["depth"]), tuple(c["topks"]))
     if "n_wins" in c:
-        spec = replace(spec, regions=c["n_wins"][0], position=0, form="nchw")
+        batch = "state.norm.running_mean" in case
+        spec = replace(spec, regions=c["n_wins"][0], position=0, form="nchw", norm="batch" if batch else "layer")
         model: nn.Module = BiFormerSTL(*shape, spec=spec, num_classes=c["num_classes"])
     else:
         model = BiFormer(*shape, spec=spec, num_classes=c["num_classes"])
@@ -89,5 +114,8 @@ def _model(case: Case, where: Run) -> dict[str, Tensor]:
 
 
 ADAPTER = Adapter(
-    "biformer", run, expected=expected, attends=lambda case: "out.logits" in case or case.name.startswith("bra")
+    "biformer",
+    run,
+    expected=expected,
+    attends=lambda case: not is_manifest(case) and ATTENDS & set(case.config) != set(),
 )

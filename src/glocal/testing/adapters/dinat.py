@@ -28,7 +28,12 @@ def layer(case: Case, where: Run) -> dict[str, Tensor]:
         config["kernel_size"],
         dilation=config["dilation"],
         relative_bias=True,
-        spec=NeighborhoodSpec(small_maps="pad", scale=config.get("qk_scale"), backend=where.backend),
+        spec=NeighborhoodSpec(
+            small_maps="pad",
+            qkv_bias=config.get("qkv_bias", True),
+            scale=config.get("qk_scale"),
+            backend=where.backend,
+        ),
     )
     return run_layer(case, made)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +22,32 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
     if is_manifest(case):
         return manifest_run(case.name.removesuffix(".keys"), case)
     with torch.no_grad():
-        if case.name == "tokenise":
+        if "in.f0" in case:
             maps = [to_nhwc(case[f"in.f{k}"]) for k in (3, 2, 1, 0)]
             return {f"out.tokens{n}": region_tokens(maps[:n]) for n in (2, 3, 4)}
-        if case.name.startswith("channel_projector"):
-            return {"out.y": ready(Shrink(case["in.x"].shape[1], 2), case)(case["in.x"])}
-        if case.name.startswith("scale_"):
-            return {"out.y": _layer(case)(case["in.x"])}
-        if case.name.startswith("multiscale_attention"):
+        if "out.logits" in case:
+            return _former(case)
+        if "in.cls" in case:
             return _twofold(case)
-        return _former(case)
+        if "state.conv1.weight" in case:
+            count = sum(name.endswith("weight") for name in case.group("state"))
+            return {"out.y": ready(Shrink(case["in.x"].shape[1], count), case)(case["in.x"])}
+        return {"out.y": _layer(case)(case["in.x"])}
 
 
 def _layer(case: Case) -> nn.Module:
-    dim, heads = case.config["dim"], case.config["num_heads"]
-    if case.name.startswith("scale_attention"):
-        return ready(GroupAttention(dim, heads), case)
-    return ready(ScaleBlock(dim, heads, BlockSpec(layer_scale=case.config["init_values"])), case)
+    c = case.config
+    bias = c.get("qkv_bias", True)
+    if "state.norm1.weight" not in case:
+        return ready(GroupAttention(c["dim"], c["num_heads"], None, bias), case)
+    spec = BlockSpec(c.get("mlp_ratio", 4.0), bias, layer_scale=c.get("init_values"))
+    return ready(ScaleBlock(c["dim"], c["num_heads"], spec), case)
 
 
 def _twofold(case: Case) -> dict[str, Tensor]:
-    layer = ready(TwofoldAttention(case.config["dim"], case.config["num_heads"]), case)
+    layer = ready(
+        TwofoldAttention(case.config["dim"], case.config["num_heads"], case.config.get("qkv_bias", True)), case
+    )
     regions = case["in.x_region"][:, :, 0]  # the summary of each region
     first = layer.among(torch.cat((case["in.cls"][:, 0], regions), 1)[:, None] + case["in.pos"])
     again = layer.among(first)
@@ -50,11 +56,14 @@ def _twofold(case: Case) -> dict[str, Tensor]:
 
 def _former(case: Case) -> dict[str, Tensor]:
     c, x = case.config, case["in.x"]
-    old = "_old_" in case.name
+    old = not any(name.startswith("scaleBlocks.") for name in case.group("state"))
     kind: type[FirstFormer] | type[MultiscaleFormer] = FirstFormer if old else MultiscaleFormer
     head = nn.Linear(c["embed_dim"], c["num_classes"])
-    former: Former = ready(kind(c["embed_dim"], c["depth"], c["num_heads"], x.shape[2], head=head), case)
-    regions = former.regions(x, _call).unflatten(1, (7, 7))
+    former: Former = ready(
+        kind(c["embed_dim"], c["depth"], c["num_heads"], x.shape[2], isqrt(x.shape[1]), head=head), case
+    )
+    side = isqrt(x.shape[1])
+    regions = former.regions(x, _call).unflatten(1, (side, side))
     return {"out.logits": former.head(former.among(regions, _call, slice(0, 1))[:, 0])}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log2
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from glocal.models.vision.gc_vit import BlockSpec, GCViT, Level
 from glocal.nn.blocks import resize_flat_table
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.gc_vit import GlobalQueries, GlobalQueryAttention
-from glocal.nn.window_attention import WindowAttention
+from glocal.nn.window_attention import WindowAttention, WindowSpec
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.adapters._backbones import expected, is_manifest, manifest_run, ready
 from glocal.testing.case import Case
@@ -24,19 +25,26 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
     """Whatever the case is."""
     if is_manifest(case):
         return manifest_run(case.name.removesuffix(".keys"), case)
-    if case.name.startswith("attn_"):
-        return _layer(case)
-    if case.name.startswith("rpb_table_resize"):
+    if "in.table" in case:
         return {"out.table": resize_flat_table(case["in.table"], case.config["window_size"])}
+    if "in.cotangent" in case or "state.relative_position_bias_table" in case:
+        return _layer(case)
     with torch.no_grad():
-        if case.name.startswith("global_query_gen"):
-            made = _filled(
-                GlobalQueries(case.config["dim"], case.config["num_heads"], case.config["window_size"], 3), case
-            )
+        if "out.q" in case:
+            dim, heads, window = (case.config[name] for name in ("dim", "num_heads", "window_size"))
+            made = _filled(GlobalQueries(dim, heads, window, _pools(case.config)), case)
             return {"out.q": made(case["in.x"].permute(0, 2, 3, 1))}
-        if case.name.startswith("stage_"):
+        if "depth" in case.config:
             return _stage(case)
         return _full(case) if "variant" in case.config else _tiny(case)
+
+
+def _pools(c: Mapping[str, Any]) -> int:
+    """How often the authors' query maker halves a map of `input_resolution` in an image of `image_resolution`."""
+    deep = round(log2(c["image_resolution"] / c["input_resolution"])) - 2  # 0 for the first stage
+    if deep < 2:
+        return 3 - deep
+    return 1 if deep == 2 and c["window_size"] != c["input_resolution"] else 0
 
 
 def _filled(layer: Any, case: Case, prefix: str = "") -> Any:
@@ -49,35 +57,41 @@ def _filled(layer: Any, case: Case, prefix: str = "") -> Any:
 def _layer(case: Case) -> dict[str, Tensor]:
     """Windows are put side by side to images: [B * windows, N, C] -> maps of one row of windows."""
     dim, heads, side = (case.config[name] for name in ("dim", "num_heads", "window_size"))
-    kind = GlobalQueryAttention if "global" in case.name else WindowAttention
-    layer = _filled(kind(dim, heads, side, relative_bias=True), case)
-    x, queries = (case[f"in.{name}"].clone().requires_grad_() for name in ("x", "q_global"))
-    b = queries.shape[0]
+    kind = GlobalQueryAttention if case["state.qkv.weight"].shape[0] == 2 * dim else WindowAttention
+    spec = WindowSpec(qkv_bias=case.config.get("qkv_bias", True), scale=case.config.get("qk_scale"))
+    layer = _filled(kind(dim, heads, side, relative_bias=True, spec=spec), case)
+    x = case["in.x"].clone().requires_grad_()
+    queries = case["in.q_global"].clone().requires_grad_() if "in.q_global" in case else None
+    b = 1 if queries is None else queries.shape[0]
     size, sides = (side, side * x.shape[0] // b), (side, side)
     y = layer(from_windows(x.unflatten(0, (b, -1)), size, sides), queries)
     y = to_windows(y, sides).flatten(0, 1)
+    if "in.cotangent" not in case:
+        return {"out.y": y.detach()}
     y.backward(case["in.cotangent"])
-    grads = {f"grad.{name}": t.grad for name, t in (("x", x), ("q_global", queries)) if t.grad is not None}
-    return {"out.y": y.detach(), **grads}
+    given = {"grad.x": x.grad, "grad.q_global": None if queries is None else queries.grad}
+    return {"out.y": y.detach(), **{name: t for name, t in given.items() if t is not None}}
 
 
 def _stage(case: Case) -> dict[str, Tensor]:
     c = case.config
-    model = GCViT(c["dim"], (c["depth"], 1), (c["num_heads"],) * 2, (c["window_size"],) * 2,
-                  spec=BlockSpec(c["mlp_ratio"], pools=(3, 2)))  # fmt: skip
-    level = model.levels[0]
+    down, pools = c.get("downsample", True), _pools(c)
+    count = 2 if down else 1  # the last level of a model has no downsampler
+    spec = BlockSpec(c["mlp_ratio"], c.get("layer_scale"), pools=(pools,) * count)
+    depths, heads, windows = (c["depth"], 1), (c["num_heads"],) * count, (c["window_size"],) * count
+    level = GCViT(c["dim"], depths[:count], heads, windows, spec=spec).levels[0]
     assert isinstance(level, Level)
     level = _filled(level, case)
     x = case["in.x"]
     stage = level.begin(x)
     for block in level.blocks:
         x = block(x, stage)
-    return {"out.y": level.downsample(x), "mid.q_global": stage}
+    return {"out.y": x if level.downsample is None else level.downsample(x), "mid.q_global": stage}
 
 
 def _tiny(case: Case) -> dict[str, Tensor]:
     c = case.config
-    dense = case.name.startswith("dense")
+    dense = "out.logits" not in case
     spec = BlockSpec(c["mlp_ratio"], c["layer_scale"])
     shape = (c["dim"], tuple(c["depths"]), tuple(c["num_heads"]), tuple(c["window_size"]))
     if dense:

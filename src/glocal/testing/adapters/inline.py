@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -21,7 +22,7 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
     """Whatever the case is."""
     if is_manifest(case):
         name = case.name.removesuffix(".keys")
-        return manifest_run(name[:-2] + SIZES[name[-2:]], case)
+        return manifest_run(re.sub(r"_[tsmbl](?=_|$)", lambda size: SIZES[size[0]], name), case)
     if "out.logits" in case:
         model = ready(_model(case), case)
         with torch.no_grad():
@@ -33,7 +34,8 @@ def _layer(case: Case) -> dict[str, Tensor]:
     c = case.config
     lead = 1 if "window" in c else 0
     size = tuple(c["size"] if "size" in c else c.get("window_size", (c.get("window"),) * 2))
-    spec = InLineSpec(c.get("kernel_func", "identity"), split_kv="size" in c)
+    split, bias = "state.kv.weight" in case, c.get("qkv_bias", True)
+    spec = InLineSpec(c.get("kernel_func", "identity"), split_kv=split, qkv_bias=bias)
     layer = ready(InLineAttention(c["dim"], c["num_heads"], spec=spec), case)
     x = case["in.x"].clone().requires_grad_()
     y = layer.proj(layer.tokens(x, (size[0], size[1]), lead))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from glocal.models.vision.l2vit import BlockSpec, GlobalBlock, L2ViT, LocalBlock
 from glocal.nn.linear_attention import EnhancedLinearAttention, LocalConcentration
-from glocal.nn.window_attention import WindowAttention
+from glocal.nn.window_attention import WindowAttention, WindowSpec
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.adapters._backbones import expected, is_manifest, manifest_run, ready
 from glocal.testing.case import Case
@@ -21,11 +21,12 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
         return manifest_run(case.name.removesuffix(".keys"), case)
     if "out.logits" in case:
         return _model(case)
-    return _linear(case) if case.name == "linear_attention" else _on_a_map(case)
+    return _on_a_map(case) if "size" in case.config else _linear(case)
 
 
 def _linear(case: Case) -> dict[str, Tensor]:
-    layer = ready(EnhancedLinearAttention(case.config["dim"], case.config["num_heads"]), case)
+    c = case.config
+    layer = ready(EnhancedLinearAttention(c["dim"], c["num_heads"], qkv_bias=c.get("qkv_bias", True)), case)
     x = case["in.x"].clone().requires_grad_()
     y = layer(x)
     weight = torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y)
@@ -42,13 +43,17 @@ def _linear(case: Case) -> dict[str, Tensor]:
 
 def _on_a_map(case: Case) -> dict[str, Tensor]:
     c = case.config
-    if case.name == "lcm":
+    bias = c.get("qkv_bias", True)
+    local = c.get("kernel_size", 7) if c.get("enhanced", True) else 0
+    spec = BlockSpec(mlp_ratio=c.get("mlp_ratio", 4.0), qkv_bias=bias, local=local)
+    if "in_features" in c:
         layer: nn.Module = LocalConcentration(c["in_features"], c["kernel_size"])
-    elif case.name == "lga_block":
-        layer = GlobalBlock(c["dim"], EnhancedLinearAttention(c["dim"], c["num_heads"]), BlockSpec(), 0.0)
+    elif "state.attn.temperature" in case:
+        attn = EnhancedLinearAttention(c["dim"], c["num_heads"], qkv_bias=bias)
+        layer = GlobalBlock(c["dim"], attn, spec, 0.0)
     else:
-        window = WindowAttention(c["dim"], c["num_heads"], c["window_size"])
-        layer = LocalBlock(c["dim"], window, BlockSpec(), 0.0)
+        window = WindowAttention(c["dim"], c["num_heads"], c["window_size"], spec=WindowSpec(qkv_bias=bias))
+        layer = LocalBlock(c["dim"], window, spec, 0.0)
     with torch.no_grad():
         return {"out.y": ready(layer, case)(case["in.x"].unflatten(1, c["size"])).flatten(1, 2)}
 
@@ -60,7 +65,8 @@ def _model(case: Case) -> dict[str, Tensor]:
     spec = BlockSpec(window=c["window_size"], mlp_ratio=ratio)
     model = ready(L2ViT(dims, depths, heads, spec=spec, num_classes=c["num_classes"]), case)
     with torch.no_grad():
-        return {"out.logits": model(case["in.x"]), "out.features": model.pool(model.maps(case["in.x"])[-1])}
+        found = {"out.logits": model(case["in.x"]), "out.features": model.pool(model.maps(case["in.x"])[-1])}
+        return {name: value for name, value in found.items() if name in case}
 
 
 ADAPTER = Adapter("l2vit", run, expected=expected, attends=lambda case: False)

@@ -23,18 +23,18 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
     if is_manifest(case):
         return manifest_run(case.name.removesuffix(".keys"), case)
     with torch.no_grad():
-        if case.name.startswith("partition"):
+        if "out.window" in case:
             sides = (case.config["size"],) * 2
             cut = {"out.window": to_windows(case["in.x"], sides), "out.grid": to_grid(case["in.x"], sides)}
             return {name: groups.flatten(0, 1).unflatten(1, sides) for name, groups in cut.items()}
-        if case.name.startswith("attention"):
+        if "rel_attn_type" in case.config:
             return _layer(case)
         return _full(case) if "variant" in case.config else _tiny(case)
 
 
 def _layer(case: Case) -> dict[str, Tensor]:
     c = case.config
-    large, small = map(int, c["scale_ratio"].split("/"))
+    large, small = map(int, c["scale_ratio"].split("/")) if c.get("scale_ratio") else (1, 1)
     side = c["window"]
     dim, shared = c["hidden_size"], c["rel_attn_type"] == "2d_single_head"
     trained = round(side * small / large)
@@ -43,7 +43,8 @@ def _layer(case: Case) -> dict[str, Tensor]:
     layer = layer.to(case["in.x"].device).eval()
     sides = (side, side)
     y = to_windows(layer(from_windows(case["in.x"][:, None], sides, sides)), sides)[:, 0]
-    return {"out.y": y, "mid.bias_full": layer.rel_pos(), "mid.bias_table_resized": layer.rel_pos.resized()}
+    found = {"out.y": y, "mid.bias_full": layer.rel_pos(), "mid.bias_table_resized": layer.rel_pos.resized()}
+    return {name: value for name, value in found.items() if name in case}
 
 
 def _tiny(case: Case) -> dict[str, Tensor]:
@@ -56,9 +57,8 @@ def _tiny(case: Case) -> dict[str, Tensor]:
     pooled = model.pool(maps[-1])
     found = {"out.logits": model.head(pooled), "out.pooled": pooled}
     found |= {f"out.stage{i + 1}": to_nchw(each) for i, each in enumerate(maps)}
-    if "mid.stem" in case:
-        found |= {name: x.contiguous() for name, x in _pieces(model, case["in.x"]).items()}
-    return found
+    found |= {name: x.contiguous() for name, x in _pieces(model, case["in.x"]).items()}
+    return {name: value for name, value in found.items() if name in case}
 
 
 def _pieces(model: MaxViT, image: Tensor) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from glocal.models import create_model
 from glocal.models.vision.stvit import Block, BlockSpec, STViT
 from glocal.nn.blocks import to_nchw, to_nhwc
-from glocal.nn.super_tokens import SuperTokenAttention
+from glocal.nn.super_tokens import Refine, SuperTokenAttention
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.adapters._backbones import is_manifest, manifest_expected, manifest_run, ready
 from glocal.testing.case import Case
@@ -28,7 +29,7 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
         return _full(case)
     if "out.logits" in case:
         return _tiny(case)
-    return _block(case) if case.name.startswith("layer") else _attention(case)
+    return _block(case) if "layerscale" in case.config else _attention(case)
 
 
 def _weights(case: Case) -> dict[str, Tensor]:
@@ -36,14 +37,23 @@ def _weights(case: Case) -> dict[str, Tensor]:
     return {name: value for name, value in case.group("state").items() if not name.endswith(FIXED)}
 
 
+def _refine(c: Mapping[str, Any]) -> Refine:
+    """What the authors' switches `refine` and `refine_attention` mean together."""
+    if not c.get("refine", True):
+        return "none"
+    return "attention" if c.get("refine_attention", True) else "convolution"
+
+
 def _attention(case: Case) -> dict[str, Tensor]:
     c = case.config
     cell = (c["stoken_size"][0], c["stoken_size"][1])
-    layer = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], qkv_bias=c["qkv_bias"])
+    layer = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], _refine(c), c["qkv_bias"])
     layer = ready(layer, case, _weights(case))
     x = case["in.x"].clone().requires_grad_()
     y = to_nchw(layer(to_nhwc(x)))
-    found = {"out.y": y.detach(), "grad.x": torch.autograd.grad(y, x, case["in.cotangent"])[0]}
+    found = {"out.y": y.detach()}
+    if "in.cotangent" in case:
+        found["grad.x"] = torch.autograd.grad(y, x, case["in.cotangent"])[0]
     if "mid.affinity" in case:
         made = layer.associate(to_nhwc(x.detach()))
         found |= {"mid.affinity": made.affinity, "mid.super_tokens": to_nchw(made.tokens)}
@@ -53,7 +63,7 @@ def _attention(case: Case) -> dict[str, Tensor]:
 def _block(case: Case) -> dict[str, Tensor]:
     c = case.config
     cell = (c["stoken_size"][0], c["stoken_size"][1])
-    attn = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], qkv_bias=c["qkv_bias"])
+    attn = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], _refine(c), c["qkv_bias"])
     block = Block(c["dim"], attn, c["layerscale"], BlockSpec(c["mlp_ratio"]), 0.0)
     block = ready(block, case, _weights(case))
     with torch.no_grad():
@@ -64,7 +74,7 @@ def _tiny(case: Case) -> dict[str, Tensor]:
     c = case.config
     names = ("embed_dim", "depths", "num_heads", "stoken_size", "n_iter", "layerscale")
     dims, depths, heads, cells, iterations, scales = (tuple(c[name]) for name in names)
-    spec = BlockSpec(c["mlp_ratio"], c["qkv_bias"], c["init_values"])
+    spec = BlockSpec(c["mlp_ratio"], c["qkv_bias"], c["init_values"], _refine(c))
     model = STViT(
         dims, depths, heads, cells, iterations, spec, c["num_classes"], layer_scales=scales, projection=c["projection"]
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
@@ -39,6 +40,10 @@ class CogVideoXHost(DiffusersHost):
         grid = (frames if deep is None else -(-frames // deep), height // side, width // side)
         level = float(torch.as_tensor(given["timestep"]).max()) / SCHEDULE
         return Forward(Layout.of(canvas_of(("text", text.shape[1]), ("video", grid))), level, latents, text)
+
+    def stream(self, model: Any) -> Stream | None:
+        """The rotary table is an argument; positions that are added lie in the tokens already."""
+        return Stream("transformer_blocks.0", "norm_final", rotary_argument="image_rotary_emb")
 
 
 ADAPTER = CogVideoXHost()

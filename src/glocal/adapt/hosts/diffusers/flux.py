@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
@@ -33,19 +34,24 @@ class FluxHost(DiffusersHost):
         """hidden_states [B, N, C]; img_ids [N, 3] (or [B, N, 3]): image, row, column; timestep in [0, 1]."""
         text = given["encoder_hidden_states"]
         ids = given["img_ids"]
-        images = _grids(ids[0] if ids.dim() == 3 else ids)
+        images = image_grids(ids[0] if ids.dim() == 3 else ids)
         names = ["image", *(f"reference_{n}" for n in range(1, len(images)))]
         canvas = canvas_of(("text", text.shape[1]), *zip(names, images, strict=True))
         return Forward(Layout.of(canvas), float(given["timestep"].max()), given["hidden_states"], text)
 
+    def stream(self, model: Any) -> Stream:
+        """What a ControlNet adds between blocks goes along."""
+        added = ("controlnet_block_samples", "controlnet_single_block_samples")
+        return Stream("transformer_blocks.0", "norm_out", rotary="pos_embed", text_first=True, arguments=added)
 
-def _grids(ids: Tensor) -> list[tuple[int, int] | int]:
-    """Position ids [N, 3] -> rows and columns of each image in turn; a number of tokens where they are no raster."""
+
+def image_grids(ids: Tensor) -> list[tuple[int, int] | int]:
+    """Position ids [N, 3 or more] -> rows and columns of each image in turn; their number where they are no raster."""
     ids = ids.detach().cpu().long()
     found: list[tuple[int, int] | int] = []
     _, counts = torch.unique_consecutive(ids[:, 0], return_counts=True)
     for one in ids.split(counts.tolist()):
-        row, column = (one[:, 1:] - one[:, 1:].amin(0)).unbind(1)
+        row, column = (one[:, 1:3] - one[:, 1:3].amin(0)).unbind(1)
         rows, columns = int(row.max()) + 1, int(column.max()) + 1
         raster = one.shape[0] == rows * columns and torch.equal(row * columns + column, torch.arange(one.shape[0]))
         found.append((rows, columns) if raster else one.shape[0])

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
@@ -39,6 +40,12 @@ class HunyuanVideoHost(DiffusersHost):
         lengths = given["encoder_attention_mask"].sum(1, dtype=torch.int32)  # [B]
         level = float(given["timestep"].max()) / SCHEDULE
         return Forward(Layout(canvas, canvas, lengths={"text": lengths}), level, latents, text)
+
+    def stream(self, model: Any) -> Stream | None:
+        """A model that conditions on the first frame by its place in the sequence needs the raster."""
+        if model.config.image_condition_type == "token_replace":
+            return None
+        return Stream("transformer_blocks.0", "norm_out", rotary="rope")
 
 
 ADAPTER = HunyuanVideoHost()

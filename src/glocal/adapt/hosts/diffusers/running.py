@@ -7,7 +7,7 @@ equal those of the second half.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -20,28 +20,30 @@ from glocal.canvas import Canvas, Layout, Part
 @dataclass(frozen=True, eq=False)
 class Forward:
     """One forward. layout: of its self or joint attention. level: noise level, 1 is pure noise. latents [B, ...],
-    text [B, L, C]: what it was given.
+    text [B, L, C]: what it was given. text_mask [B, L]: which words the cross attention may look at, None for all.
+    raster: where tokens would lie had no method put them in another order; None where none has.
     """
 
     layout: Layout
     level: float
     latents: Tensor
     text: Tensor
+    text_mask: Tensor | None = None
+    raster: Layout | None = None
 
 
 @lru_cache(maxsize=64)
-def canvas_of(*parts: tuple[str, int | tuple[int, ...]]) -> Canvas:
+def canvas_of(*parts: tuple[str, int | tuple[int, ...]], arrives: str = "raster") -> Canvas:
     """A canvas of named parts; parts without tokens are left out."""
     made = [Part(name, shape) for name, shape in parts]
-    return Canvas([part for part in made if part.tokens > 0])
+    return Canvas([part for part in made if part.tokens > 0], arrives=arrives)
 
 
 class Follower:
-    """Keeps a `RunState` up to date from one forward to the next."""
+    """Keeps a `RunState` up to date from one forward to the next; the experts of one pipeline share the state."""
 
     def __init__(self, state: RunState) -> None:
         self.state = state
-        self._last: Forward | None = None
 
     def advance(self, forward: Forward) -> None:
         """A forward begins."""
@@ -54,18 +56,18 @@ class Follower:
         else:
             branch = self._branch(forward)
             found = tuple((row, branch) for row in range(rows))
-        self._last = forward
         self.state.advance(forward.level, branch)
+        self.state.forward = forward
         self.state.rows = found
 
     def _branch(self, forward: Forward) -> Branch:
-        last = self._last
-        second = last is not None and last.level == forward.level and self.state.branches == {"cond"}
-        return "uncond" if second and last is not None and _guided(last, forward) else "cond"
+        last = self.state.forward
+        second = isinstance(last, Forward) and last.level == forward.level and self.state.branches == {"cond"}
+        return "uncond" if second and _guided(last, forward) else "cond"
 
 
 def _rows(forward: Forward, start: int, end: int) -> Forward:
-    return Forward(forward.layout, forward.level, forward.latents[start:end], forward.text[start:end])
+    return replace(forward, latents=forward.latents[start:end], text=forward.text[start:end])
 
 
 def _guided(one: Forward, other: Forward) -> bool:

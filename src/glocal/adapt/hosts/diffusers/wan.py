@@ -1,8 +1,8 @@
 """Host adapter of diffusers' WanTransformer3DModel (Wan 2.1 and 2.2; arXiv 2503.20314).
 
 Self-attention: video tokens only, (frame, row, column) raster order after patches of 1 x 2 x 2. Cross attention: video
-queries, text keys; image-to-video calls attention a second time there, image keys first. Wan 2.2 has two such models,
-each with steps of its own; attach to both.
+queries, text keys; image-to-video calls attention a second time there, image keys first. Wan 2.2 has two such models
+(experts): attach to the pipeline, and their steps count through.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from glocal.adapt.host import CoreFactory, Undo
 from glocal.adapt.hosts.diffusers.base import DiffusersHost
-from glocal.adapt.hosts.diffusers.intercept import NativeCall
+from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.canvas import Layout
@@ -46,12 +46,9 @@ class WanHost(DiffusersHost):
         level = float(given["timestep"].max()) / SCHEDULE  # frames that are given (level 0) do not count
         return Forward(Layout.of(canvas_of(("video", grid))), level, latents, given["encoder_hidden_states"])
 
-    def layout(self, forward: Forward, site: Site, keys: int, native: NativeCall) -> Layout:
-        """Cross attention has keys off the grid: the text, or the image that conditions the video."""
-        if site.kind == "self":
-            return forward.layout
-        image = native.number == 0 and keys != forward.text.shape[1]
-        return Layout(forward.layout.q, canvas_of(("image" if image else "text", keys)))
+    def stream(self, model: Any) -> Stream:
+        """Tokens with noise levels of their own carry them along."""
+        return Stream("blocks.0", "norm_out", rotary="rope", axis=1, levels="blocks")
 
     def wrap_core(self, model: Any, site: Site, state: RunState, core: CoreFactory) -> Undo:
         """As every host; while a block runs, its input and time embedding are kept for the record."""
@@ -90,7 +87,10 @@ class WanHost(DiffusersHost):
         if time.dim() != 3:
             return replace(call, residual=stream)
         gate = (block.scale_shift_table + time.float()).chunk(6, dim=1)[2]  # [B, 1, C]
-        weight = block.attn1.to_out[0].weight.unflatten(1, (call.site.heads, call.site.head_dim))  # [C, H, D]
+        weight = block.attn1.to_out[0].weight
+        if weight.is_meta:  # moved out of memory until its turn comes
+            return replace(call, residual=stream)
+        weight = weight.unflatten(1, (call.site.heads, call.site.head_dim))  # [C, H, D]
 
         def contribution(out: Tensor) -> Tensor:
             return torch.einsum("bhmd,chd->bhmc", out, weight.to(out.dtype)) * gate[:, None].to(out.dtype)

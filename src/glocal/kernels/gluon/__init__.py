@@ -1,0 +1,1 @@
+"""Hopper kernels in Gluon: what forward and backward share."""
