@@ -91,7 +91,7 @@ def test_a_named_backend_runs_or_raises() -> None:
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(
         ValueError,
-        match=r"backend='refrence' is unknown; legal: auto, dense, cpu, gluon, triton, flex, .*reference. Nea",
+        match=r"backend='refrence' is unknown; legal: auto, dense, cpu, windows, gluon, triton, flex, .*reference. Nea",
     ):
         picked(BASE, "refrence")
 
