@@ -69,7 +69,8 @@ class Sizes:
 class Capability:
     """One backend.
 
-    needs: what it reads: block lists ("plan"), those of windows ("windows"), how often each pair is seen ("counts"), or nothing (dense).
+    needs: what it reads: block lists ("plan"), those of small windows ("windows"), how often each pair is seen
+        ("counts"), or nothing (dense).
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.

@@ -21,7 +21,8 @@ _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 class Tiles:
     """Tiles of `rows` tokens [tiles, M] and the tokens [tiles, N] that any of them touches, -1 pads, int32.
 
-    Neighbouring tiles share tokens. masks: int32 [tiles, M, N / 32], bit j % 32 of word j // 32 says whether the pair is seen.
+    Neighbouring tiles share tokens. masks: int32 [tiles, M, N / 32], bit j % 32 of word j // 32 says whether the pair
+        is seen.
     tokens: how many `rows` holds.
     """
 
