@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from glocal.kernels.quant import Quant
+
 
 @dataclass(frozen=True, eq=False)
 class PlanTensors:
@@ -63,6 +65,7 @@ class Call:
     segments: int32 [B, Nq] and [B, Nk] document numbers, -1 for padding; None if all tokens see each other.
     dropout: probability of dropping a weight; seed: int64 [1] for its generator.
     lse_grad, bias_grad: whether backward has a gradient of the LSE to carry through, and owes gradients of biases.
+    quant: how to round, None for exact attention.
     """
 
     backend: str
@@ -78,6 +81,7 @@ class Call:
     seed: Tensor | None = None
     lse_grad: bool = True
     bias_grad: bool = True
+    quant: Quant | None = None
 
     def encode(self) -> tuple[list[Tensor], str]:
         """Tensors and the constant string that says what each of them is."""
@@ -94,6 +98,8 @@ class Call:
             f"blocks={self.q_block},{self.kv_block}",
             f"dropout={self.dropout}",
         ]
+        if self.quant is not None:
+            words.append(f"quant={self.quant.word}")
         if self.plan is not None:
             p = self.plan
             lists = (p.full_count, p.full_index, p.part_count, p.part_index, p.part_mask)
@@ -130,6 +136,7 @@ class Call:
             seed=take(s.seed)[0] if s.seed else None,
             lse_grad=s.lse_grad,
             bias_grad=s.bias_grad,
+            quant=s.quant,
         )
 
 
@@ -146,6 +153,7 @@ class Spec:
     counts: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
+    quant: Quant | None = None
     bias: tuple[tuple[int, ...], ...] = ()
     lse_grad: bool = True
     bias_grad: bool = True
@@ -165,6 +173,8 @@ def parse(spec: str) -> Spec:
             words[name] = value
         elif name == "without":  # said by the caller of backward alone
             words |= {f"{kind}_grad": False for kind in value.split(",")}
+        elif name == "quant":
+            words[name] = Quant.of_word(value)
         else:
             places = tuple(int(i) for i in value.split(","))
             words[name] = (*words["bias"], places) if name == "bias" else places

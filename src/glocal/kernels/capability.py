@@ -21,7 +21,7 @@ class Request:
     """What a call asks for.
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
-    lse_grad: the LSE is returned, so that its gradient may be wanted too.
+    lse_grad: the LSE is returned, so that its gradient may be wanted too. quant: word of a Quant that is asked for.
     """
 
     device: str
@@ -40,6 +40,7 @@ class Request:
     dropout: bool = False
     sparse: bool = True
     lse_grad: bool = False
+    quant: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ class Capability:
     graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
     equal_blocks: query and key blocks must have one size. packages: what it needs, (distribution, least version).
     training: the record that counts where gradients are wanted, None for this one.
+    quant: it rounds as a Quant says, and runs where one is asked for alone.
     """
 
     name: str
@@ -106,6 +108,7 @@ class Capability:
     equal_blocks: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     training: Capability | None = None
+    quant: bool = False
 
 
 def refusals(
@@ -149,6 +152,8 @@ def refusals(
         ("a gradient of the LSE", r.grad and r.lse_grad, c.lse_grad),
         ("a pattern", r.sparse, c.sparse),
         ("dense attention", not r.sparse, c.dense),
+        ("quantisation", r.quant is not None, c.quant),
+        ("exact attention", r.quant is None, not c.quant),
         ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk), c.empty),
     ):
         if wanted and not can:

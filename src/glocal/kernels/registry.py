@@ -63,7 +63,7 @@ Kept = Share | Callable[[tuple[int, int]], Share]
 _GUESTS = ("fa4_dense", "fa4", "cudnn_sparse")
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "triton", "flex", *_GUESTS, "reference")
+_ORDER = ("dense", "cpu", "triton", "flex", *_GUESTS, "quantised", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}

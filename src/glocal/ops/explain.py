@@ -11,7 +11,7 @@ from torch import Tensor
 from glocal.canvas import Canvas, Layout
 from glocal.kernels import registry
 from glocal.kernels.registry import Picked, Request, Visits
-from glocal.ops.attention import _check, _facts, _layout, _lower, _table, layout_size_check
+from glocal.ops.attention import _check, _facts, _layout, _lower, _table, _word, layout_size_check
 from glocal.ops.score import Score
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
@@ -44,7 +44,8 @@ def explain(
     layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
     layout_size_check(layout, q4.shape[2], k4.shape[2])
     bias = _lower(score, layout, q4.shape[1])
-    request = Request(*_facts(q4, k4, v4, pattern, bias, layout.segments(q4.shape[0], q.device), score))
+    facts = _facts(q4, k4, v4, pattern, bias, layout.segments(q4.shape[0], q.device), score)
+    request = Request(*facts, quant=_word(score))
     compiled = _compiler(pattern, layout, q.device)
     ready = compiled(None) if isinstance(pattern, (BlockPlan, Selection)) else None
     blocks = None if ready is None else (ready.q_block, ready.kv_block)
