@@ -76,7 +76,8 @@ def compared(
 ) -> Any:
     """Out, LSE and gradients against the definition in float64."""
     done = attempt(name, *inputs, pattern, canvas=canvas, score=score)
-    want = attend(*(t.double() for t in inputs), pattern, canvas=canvas, score=score, backend="reference")
+    q, k, v = (t.double() for t in inputs)
+    want = attend(q, k, v, pattern, canvas=canvas, score=score, backend="reference")
     limit = LIMIT[inputs[0].dtype]
     close(done.out, want.out, limit, "out")
     close(done.lse, want.lse, max(limit / 4, 1e-4), "lse")
@@ -155,7 +156,8 @@ def test_fault_02_seventy_thousand_heads(any_backend: str) -> None:
     assert bool(done.out.isfinite().all())
     for part in (slice(0, 3), slice(69_990, 70_000)):
         few = tuple(t[:, part] for t in inputs)
-        want = attend(*(t.double() for t in few), pattern, canvas=canvas, backend="reference")
+        q, k, v = (t.double() for t in few)
+        want = attend(q, k, v, pattern, canvas=canvas, backend="reference")
         close(done.out[:, part], want.out, 2e-2, "out")
     for g in torch.autograd.grad(done.out.float().sum(), inputs):
         assert bool(g.isfinite().all())
