@@ -7,9 +7,11 @@ import torch
 
 from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.advise.methods import MethodSpec, candidates, default_tile
-from glocal.advise.probe import Probe, ProbeSpec, candidates_at, measure, partial_sums, spread
+from glocal.advise.partial import Lists, candidates_at, gather_keys, partial_sums, rows_of
+from glocal.advise.probe import Probe, ProbeSpec, measure, spread
 from glocal.canvas import Canvas, Layout
 from glocal.ops import attend
+from glocal.plan.blockplan import BlockPlan
 
 SHAPE = (4, 6, 10)
 
@@ -24,6 +26,18 @@ def tensors(generator: torch.Generator, heads: int, tokens: int) -> list[torch.T
     return [torch.randn(1, heads, tokens, 8, generator=generator) for _ in range(3)]
 
 
+def probed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, block: int, call: SiteCall | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [H, R, D], mass [H, R] and places [R] of the rows of one query block, from partial sums."""
+    here = call_of(SHAPE, q.shape[1]) if call is None else call
+    every = q.shape[1]
+    keys = gather_keys(k, v, plan, here, (0, every, every))
+    rows = rows_of(q, plan, block, here, (0, every))
+    out, mass = candidates_at(partial_sums(rows, keys), [Lists(plan, (0, every, every))], block, rows, keys)
+    return out[0], mass[0], rows.places
+
+
 @pytest.mark.parametrize("number", range(len(candidates(SHAPE, tile_shape=(2, 2, 4)))))
 def test_probe_equals_direct_attention(number: int, generator: torch.Generator) -> None:
     method = candidates(SHAPE, tile_shape=(2, 2, 4))[number]
@@ -32,11 +46,8 @@ def test_probe_equals_direct_attention(number: int, generator: torch.Generator) 
     plan = method.plan(call.layout, q, k)
     direct = attend(q, k, v, plan, backend="reference").out[0]
     for block in spread(plan.q_blocks, 5):
-        rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block].long()
-        rows = rows[rows >= 0]
-        part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-        out, mass = candidates_at(part, [plan], block, q[0, :, rows], k[0], v[0])
-        torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
+        out, mass, rows = probed(q, k, v, plan, block)
+        torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
         assert bool(((mass > 0) & (mass <= 1 + 1e-5)).all())
 
 
@@ -46,22 +57,17 @@ def test_partial_blocks_are_recomputed(generator: torch.Generator) -> None:
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
     assert int(plan.partial.count.sum()) > 0
     direct = attend(q, k, v, plan, backend="reference").out[0]
-    rows = plan.q_order[0, 0].reshape(-1, 16)[3].long()
-    rows = rows[rows >= 0]
-    part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-    out, _ = candidates_at(part, [plan], 3, q[0, :, rows], k[0], v[0])
-    torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
+    out, _, rows = probed(q, k, v, plan, 3)
+    torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
 
 
 def test_all_blocks_are_dense_attention(generator: torch.Generator) -> None:
     q, k, v = tensors(generator, 2, 240)
     method = MethodSpec("dense", {}, {"tile": [2, 2, 4]}, (16, 16))
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
-    rows = plan.q_order[0, 0, :16].long()
-    part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-    out, mass = candidates_at(part, [plan], 0, q[0, :, rows], k[0], v[0])
+    out, mass, rows = probed(q, k, v, plan, 0)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, :, rows]
-    torch.testing.assert_close(out[0], dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-5)
     torch.testing.assert_close(mass, torch.ones_like(mass))
 
 

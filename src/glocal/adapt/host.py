@@ -46,6 +46,7 @@ _DIFFUSERS = "diffusers.models.transformers"
 _HERE = "glocal.adapt.hosts.diffusers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+    "glocal.models.language.decoder.Decoder": "glocal.adapt.hosts.decoder",
     f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": f"{_HERE}.cogvideox",
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": f"{_HERE}.pixart",
     f"{_DIFFUSERS}.transformer_cosmos.CosmosTransformer3DModel": f"{_HERE}.cosmos",

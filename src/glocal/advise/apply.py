@@ -76,7 +76,7 @@ class RecipeMethod(Method):
                 stats.dense["by the recipe"] += len(members)
             else:
                 method = self.recipe.methods[name]
-                result, plan, kernel = method.run(*mine, call.layout, call.site.scale)
+                result, plan, kernel = method.run(*mine, call)
                 stats.methods[name] += len(members)
                 stats.kernels[kernel] += 1
                 stats.kept_sum += plan.kept * len(members)
@@ -97,6 +97,7 @@ class RecipeMethod(Method):
             branch=state.branch,
             sigma=state.timestep,
             progress=progress,
+            tokens=call.layout.nk if state.phase == "prefill" else None,
         )
 
     def _refusal(self, q: Tensor, call: SiteCall) -> str | None:

@@ -46,7 +46,10 @@ class FusedInvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape, or [B, ceil(H / 2), ceil(W / 2), dim] with `pool`."""
-        x = x + conv(self.conv, x)
+        y = x
+        for layer in self.conv:
+            y = layer(y) if isinstance(layer, nn.GELU) else conv(layer, y)
+        x = x + y
         return x if self.pool is None else conv(self.pool, x)
 
 

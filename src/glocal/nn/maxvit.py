@@ -87,7 +87,7 @@ class AxisAttention(WindowAttention):
 
     def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
         """The relative bias [1, heads | 1, N, N]; on padded maps [B * groups, heads | 1, N, N], padding at -inf."""
-        bias = self.rel_pos().to(q.dtype)[None]
+        bias = self.rel_pos().to(q.dtype)[None].contiguous()  # torch's fused kernels refuse a view
         if real == size:
             return bias
         ours = pad_to(torch.ones(1, *real, 1, device=q.device), *size)

@@ -108,7 +108,7 @@ class WindowAttention(nn.Module):
         """
         bias = None
         if self.relative_position_bias_table is not None:
-            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None]
+            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None].contiguous()
         if not (self.shift and self.spec.mask):
             return bias
         sides = (self.window, self.window)

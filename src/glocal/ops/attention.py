@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from operator import index
 from typing import Any
@@ -14,15 +14,17 @@ from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import registry
 from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors
 from glocal.kernels.capability import bias_kind
-from glocal.kernels.registry import Picked, Request
+from glocal.kernels.registry import Picked, Request, Visits
 from glocal.ops import _operator
 from glocal.ops._approximation import Approximation, measured
 from glocal.ops.score import Score
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
+from glocal.plan.devices.table import DeviceTable, table_for
 from glocal.plan.selection import plan_selection
 from glocal.plan.slots import PlanSlots
+from glocal.plan.windows import window_keys, window_plan
 from glocal.routing.selection import Selection
 
 
@@ -259,20 +261,33 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     request = Request(*facts)
     layout = _layout(request.nq, request.nk, pattern, canvas)
     if pattern is None:
-        picked = registry.pick(request, backend, blocks=None, kept=1.0)
+        picked = registry.pick(request, backend, blocks=None, kept=1.0, table=_table(request.device))
         return picked, None, (_ones(layout, request),) if picked.needs == "counts" else ()
     pattern.check(layout)
     _heads_fit(pattern, request)
 
+    request = replace(request, keys=window_keys(pattern, layout))
+
     def compiled(blocks: tuple[int, int]) -> BlockPlan:
         return plan(pattern, layout, PlanSpec(*blocks), device=request.device)
 
-    picked = registry.pick(request, backend, blocks=None, kept=lambda blocks: compiled(blocks).visited)
+    table = _table(request.device)
+    picked = registry.pick(
+        request, backend, blocks=None, kept=lambda blocks: Visits(*compiled(blocks).visits), table=table
+    )
     if picked.needs == "counts":
         return picked, None, (pattern.mask(layout, request.device).int()[None],)
+    if picked.needs == "windows":
+        made = window_plan(pattern, layout, device=request.device)
+        picked = replace(picked, needs="plan", blocks=(made.q_block, made.kv_block))
+        return picked, made, tuple(made.tensors().values())
     if picked.blocks is None:
         raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
     made = compiled(picked.blocks)
+    if backend == "auto" and made.kept == 1.0:  # nothing is hidden: a dense kernel gives the same, and faster
+        whole = registry.pick(replace(request, sparse=False), backend, blocks=None, kept=1.0, table=table)
+        if whole.needs == "nothing":
+            return replace(whole, why=f"the pattern hides nothing; {whole.why}"), None, ()
     return picked, made, tuple(made.tensors().values())
 
 
@@ -284,15 +299,24 @@ def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepare
             f"attention: the plan has {compiled.heads} heads; legal: 1, {kv_heads} (key heads) or "
             f"{q_heads} (query heads)."
         )
-    picked = _pick_for(compiled.q_block, compiled.kv_block, facts, backend)
+    masked = compiled.partial.index.shape[-1] > 0
+    picked = _pick_for(compiled.q_block, compiled.kv_block, masked, facts, backend)
     if picked.needs == "counts":
         return picked, None, (compiled.dense_counts(),)
     return picked, compiled, tuple(compiled.tensors().values())
 
 
 @torch.compiler.assume_constant_result
-def _pick_for(q_block: int, kv_block: int, facts: tuple[Any, ...], backend: str) -> Picked:
-    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=0.0)
+def _pick_for(q_block: int, kv_block: int, masked: bool, facts: tuple[Any, ...], backend: str) -> Picked:
+    """For a plan whose contents may change: what it holds is not looked at, only whether it has partial blocks."""
+    visits = Visits(0.05, 0.05) if masked else Visits(0.1)
+    table = _table(facts[0])
+    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=visits, table=table)
+
+
+def _table(device: str) -> DeviceTable | None:
+    """Measured calls of the current device of this kind, if there are any."""
+    return table_for(torch.cuda.get_device_name()) if device == "cuda" and torch.cuda.is_available() else None
 
 
 def _heads_fit(pattern: Pattern, request: Request) -> None:

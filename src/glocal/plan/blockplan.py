@@ -172,6 +172,14 @@ class BlockPlan:
         return float(blocks[self.owner.long()].mean()) * self.q_block * self.kv_block
 
     @cached_property
+    def visits(self) -> tuple[float, float]:
+        """Shares of all pairs that lie in full and in partial blocks, mean over samples and heads."""
+        block = self.q_block * self.kv_block / max(1, self.layout.nq * self.layout.nk)
+        counts = torch.stack([lists.count.sum(-1)[self.owner.long()] for lists in (self.full, self.partial)])
+        full, partial = (counts.double().mean((-1, -2)) * block).tolist()
+        return full, partial
+
+    @cached_property
     def visible_pairs(self) -> float:
         """Query-key pairs that may see each other, mean over samples and heads (repeated keys count)."""
         if self.q_order.shape[:2] != (1, 1) or self.kv_order.shape[:2] != (1, 1):
