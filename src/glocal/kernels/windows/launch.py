@@ -66,7 +66,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     w = _work(q, k, v, call)
     covered = all_rows(w.tables.forward, n)
     out = (q.new_empty if covered else q.new_zeros)(b, h, n, v.shape[3])
-    lse = torch.full((b, h, n), -torch.inf, device=q.device) if not covered else q.new_empty(b, h, n, dtype=torch.float32)
+    lse = (
+        torch.full((b, h, n), -torch.inf, device=q.device) if not covered else q.new_empty(b, h, n, dtype=torch.float32)
+    )
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     with _device(q):
@@ -92,7 +94,17 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
     grad_q = make(b, h, nq, d, dtype=q.dtype, device=q.device)
     rows = make(b, h, nq, 2, dtype=torch.float32, device=q.device)
     grad, out = known.grad_out.contiguous(), known.out.contiguous()
-    given = _strided(q), _strided(k), _strided(v), out, grad, known.grad_lse.float().contiguous(), known.lse, rows, grad_q
+    given = (
+        _strided(q),
+        _strided(k),
+        _strided(v),
+        out,
+        grad,
+        known.grad_lse.float().contiguous(),
+        known.lse,
+        rows,
+        grad_q,
+    )
     narrow = all(t.columns.shape[1] <= TABLE_COLUMNS for t in w.tables.forward)
     partial: list[tuple[Tiles, Tensor]] = []
 
