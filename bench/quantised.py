@@ -62,8 +62,13 @@ QUANTS = {
     "fp8 both, smooth": Quant("fp8", "fp8", (128, 128), smooth_k=True),
     "fp8 both, by token": Quant("fp8", "fp8", (1, 128)),
 }
-TUNED = tuple(launch.Tuning(*t) for t in ((64, 4, 2), (64, 4, 3), (128, 8, 2), (128, 8, 3)))
-TUNED += tuple(launch.Tuning(128, 4, stages, hopper=True) for stages in (2, 3, 4))
+TUNED = (
+    launch.Tuning(64, 4, 2),
+    launch.Tuning(128, 8, 2),
+    launch.Tuning(128, 4, 3, hopper=True),
+    launch.Tuning(128, 4, 4, hopper=True),
+    launch.Tuning(128, 4, 3, hopper=True, emulate=4),
+)
 EXACT = ("gluon", "triton", "fa4", "cudnn_sparse")
 
 
@@ -236,7 +241,12 @@ def bench(
             time = timed(partial(roughly, call, tuning, qkv), repeat)
             rounding, _ = timed(partial(launch.quantise, *qkv, ready), repeat)
             errors = errors_of(partial(roughly, call, tuning), call)
-            shown = f"{label} {'warp groups' if tuning.hopper else tuning.rows}/{tuning.warps}/{tuning.stages}"
+            kind = (
+                f"warp groups, emulate {tuning.emulate}"
+                if tuning.hopper
+                else f"{tuning.rows} rows, {tuning.warps} warps"
+            )
+            shown = f"{label}: {kind}, {tuning.stages} stages"
             row(shown, time, rounding, errors)
     return rows
 

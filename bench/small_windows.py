@@ -211,7 +211,9 @@ def measure(case: Case, rounds: int) -> list[dict[str, object]]:
     room = torch.empty_like(two)
     calls: dict[str, Run] = {"ours": forward, "floor": lambda: room.copy_(two), "ours, backward": backward}
     calls |= peers(case, x)
-    timed = compare_paired({name: graph(run) for name, run in calls.items()}, rounds, "cuda", torch.Generator(), warmup=3)
+    timed = compare_paired(
+        {name: graph(run) for name, run in calls.items()}, rounds, "cuda", torch.Generator(), warmup=3
+    )
     same = [name for name in calls if name[0] != "(" and name not in ("ours", "floor", "ours, backward")]
     best = min(same, key=lambda name: timed.times[name].median, default=None)
     rows = []
@@ -270,7 +272,9 @@ def tune(trials: tuple[tuple[int, int, int], ...]) -> None:
         timed = compare_paired(calls, 5, "cuda", warmup=1)
         for kind in ("forward", "backward"):
             found = sorted((t.median * 1e3, name) for name, t in timed.times.items() if name.endswith(kind))
-            print("   " + kind + ": " + "; ".join(f"{name[:-len(kind) - 1]} {ms:.3f}" for ms, name in found), flush=True)
+            print(
+                "   " + kind + ": " + "; ".join(f"{name[: -len(kind) - 1]} {ms:.3f}" for ms, name in found), flush=True
+            )
     launch.GROUP, launch.STAGES, launch.PROGRAMS = usual
 
 

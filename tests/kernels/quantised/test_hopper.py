@@ -35,7 +35,7 @@ def compiled(qk: str, pv: str, blocks: tuple[int, int], *, masked: bool) -> Any:
         "BQ": bq,
         "BK": bk,
         "STAGES": 3,
-        "EXTRA": (64, bk, qk == "int8", pv == "fp8", 8.0 if pv == "fp8" else 0.0, masked),
+        "EXTRA": (64, bk, qk == "int8", pv == "fp8", 8.0 if pv == "fp8" else 0.0, masked, 4),
         "REGISTERS": 240,
     }
     signature: dict[str, Any] = {

@@ -26,12 +26,15 @@ _STEPS = 16  # tiles of a program that looks at channels
 
 @dataclass(frozen=True)
 class Tuning:
-    """Query rows of a program, its warps, and stages of its loop. hopper: the kernel of warp groups, where it fits."""
+    """Query rows of a program, its warps, and stages of its loop. hopper: the kernel of warp groups, where it fits;
+    emulate: of so many exponentials it leaves one to the multipliers, 0 for none.
+    """
 
     rows: int = 64
     warps: int = 4
     stages: int = 2
     hopper: bool = False
+    emulate: int = 0
 
 
 DEFAULT = Tuning()
