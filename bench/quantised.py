@@ -85,11 +85,11 @@ def call_of(name: str, made: BlockPlan, dim: int, quant: Quant | None = None) ->
 
 def check(quant: Quant, tuning: launch.Tuning, block: int) -> str:
     """Against the definition and exact attention on a small case with partial blocks and grouped heads."""
-    made = plan(Neighborhood((9, 21)), Canvas((16, 64)), PlanSpec(block, block), device="cuda")
+    made = plan(Neighborhood((16, 40)), Canvas((16, 128)), PlanSpec(block, block), device="cuda")
     g = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, h, 1024, 128, generator=g, device="cuda").bfloat16() for h in (4, 2, 2))
+    q, k, v = (torch.randn(1, h, 2048, 128, generator=g, device="cuda").bfloat16() for h in (4, 2, 2))
     call = call_of("quantised", made, 128, fitted(quant, block))
-    work = work_of(call, 1024, 1024)
+    work = work_of(call, 2048, 2048)
     want = reference.forward(q.float(), k.float(), v.float(), Call("reference", 128**-0.5, counts=made.dense_counts()))
     same = emulate.forward(q, k, v, call, work)
     found = launch.forward(q, k, v, call, work, tuning)
