@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glocal._files import write_atomic
 from glocal._progress import NoProgress, Progress
@@ -28,6 +28,7 @@ from glocal.measure import peak_memory
 from glocal.models.flops import count_macs
 from glocal.models.segment import Segmenter
 from glocal.models.vision.plain import PlainBackbone
+from glocal.nn.mixer import begin, mixer
 from glocal.train.vision import Recipe, Trainer, accelerator_for, normalised
 
 Match = Literal["none", "params", "flops", "latency"]
@@ -144,11 +145,11 @@ def task_of(
     return Task(f"{kind} of scenes", side, train_set, test_set, "miou" if dense else "accuracy")
 
 
-def build(mixer: str, task: Task, frame: Frame) -> nn.Module:
+def build(name: str, task: Task, frame: Frame) -> nn.Module:
     """The model of an entry."""
     dense = task.train.segmentation
     trunk = PlainBackbone(
-        mixer,
+        name,
         frame.dims,
         frame.depths,
         frame.head_dim,
@@ -231,11 +232,36 @@ def _examined(name: str, task: Task, spec: MixerSpec, found: dict[str, Entry]) -
     """The figures of an entry, matched to the first that runs."""
     first = next((e for e in found.values() if not e.reason), None)
     frame = spec.frame
+    _keeps_contract(name, task, spec)
     if first is not None and spec.match != "none":
         frame = _matched(name, task, spec, first)
     model = build(name, task, frame)
     figures = _figures(model, task, spec)
     return replace(figures, mixer=name, mlp_ratio=frame.mlp_ratio)
+
+
+@torch.no_grad()
+def _keeps_contract(name: str, task: Task, spec: MixerSpec) -> None:
+    """Raise ValueError unless the mixers of two blocks keep the shape of a map, finite and sample by sample."""
+    dim, side = spec.frame.dims[0], task.size // 4
+    layers = [mixer(name, dim, dim // spec.frame.head_dim, block=j).to(spec.device).eval() for j in range(2)]
+    x = torch.randn(2, side, side, dim, generator=torch.Generator().manual_seed(0)).to(spec.device)
+
+    def through(x: Tensor) -> Tensor:
+        stage = begin(layers, x)
+        for layer in layers:
+            y = layer(x, stage)
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"{name} returns {found} for a map of {tuple(x.shape)}; a mixer keeps the shape.")
+            x = y
+        return x
+
+    together, alone = through(x)[1:], through(x[1:])
+    if not bool(together.isfinite().all()):
+        raise ValueError(f"{name} returns numbers that are not finite.")
+    if float((together - alone).abs().max()) > 1e-2 * float(together.abs().max()):
+        raise ValueError(f"{name} gives a sample another result beside others; a mixer treats samples alone.")
 
 
 def _matched(name: str, task: Task, spec: MixerSpec, first: Entry) -> Frame:
