@@ -115,7 +115,7 @@ class Stopwatch(Method):
         """The site's own attention, timed."""
         self.busy += 1
         try:
-            if call.site.kind == "cross":
+            if call.site.kind == "cross" or call.site.sliding_window is not None:
                 return inner(q, k, v, call)
             synchronise(q)
             began = time.perf_counter()
@@ -156,7 +156,7 @@ class Inside(Method):
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The one site."""
-        return tuple(s for s in sites if s.name == self.site and s.kind != "cross")
+        return tuple(s for s in sites if s.name == self.site)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """The site's own attention, after the look."""
@@ -174,7 +174,7 @@ def synchronise(tensor: Tensor) -> None:
 
 def preflight(model: Any, sample: Sample, objective: Objective) -> Preflight:
     """Run one step of `sample` a few times and compare. AdviceError where the model or the host misbehaves."""
-    sites = tuple(s for s in sites_of(model) if s.kind != "cross")
+    sites = tuple(s for s in sites_of(model) if s.kind != "cross" and s.sliding_window is None)
     if not sites:
         raise AdviceError(f"{type(model).__name__} has no attention site that its host adapter knows.")
 

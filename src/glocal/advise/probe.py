@@ -96,11 +96,11 @@ class Share:
 
 
 class MediaMethod(Method):
-    """A method at every self and joint attention; cross attention is not its business."""
+    """A method at every self and joint attention; cross attention and layers with a sliding window are left alone."""
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Self and joint attention."""
-        return tuple(s for s in sites if s.kind != "cross")
+        """Self and joint attention over everything."""
+        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
 
 
 class Probe(MediaMethod):
