@@ -156,6 +156,15 @@ def _parts(model: Any) -> dict[str, Any]:
     return dict(parts(model)) if is_pipeline(model) else {"": model}
 
 
+def sites_of(model: Any) -> tuple[Site, ...]:
+    """All attention sites of a model, or of the denoising models of a pipeline, each with its component."""
+    if not is_pipeline(model):
+        return tuple(host_of(model).sites(model))
+    return tuple(
+        replace(site, component=name) for name, part in parts(model).items() for site in host_of(part).sites(part)
+    )
+
+
 def _offered(model: Any, host: HostAdapter, method: Method, piped: bool) -> None:
     """ValueError for a point the host does not offer."""
     offers = host.points | {"step"} if piped else host.points

@@ -53,8 +53,8 @@ class RecipeMethod(Method):
         self.stats: dict[str, SiteStats] = {}
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Self and joint attention; cross attention stays dense."""
-        return tuple(s for s in sites if s.kind != "cross")
+        """Self and joint attention; cross attention stays dense, layers with a sliding window as they are."""
+        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, H, N, D]."""
@@ -110,6 +110,10 @@ class RecipeMethod(Method):
                     "fallback.training='dense' in the recipe."
                 )
             return "training"
+        if call.state.phase == "decode":
+            return "decode"
+        if getattr(call.native, "opaque", False):
+            return "a mask"
         if call.layout.nk < fallback.min_tokens:
             return f"fewer than {fallback.min_tokens} tokens"
         if len(call.layout.kv.grids) != 1:
