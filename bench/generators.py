@@ -459,7 +459,7 @@ def measure(case: Case, args: argparse.Namespace) -> list[dict[str, object]]:
     kernel = best_dense(case, device, dtype, dim)
     given = case.inputs(case.grid, device, dtype)
     methods: dict[str, tuple[Method, float, str, int]] = {"dense": (Dense(kernel), 0.0, "", 0)}
-    for name, (claim, make, steps) in case.methods.items():
+    for name, (claim, make, first) in case.methods.items():
         method = make(case)
         method.backend = args.backend
         try:
@@ -469,7 +469,7 @@ def measure(case: Case, args: argparse.Namespace) -> list[dict[str, object]]:
             continue
         if error > TOLERANCE[dtype]:
             raise RuntimeError(f"{case.name}: {name}: output is off by {error:.2e}, more than {TOLERANCE[dtype]:.0e}")
-        methods[name] = (method, error, claim, steps)
+        methods[name] = (method, error, claim, first)
     steps: dict[str, list[float]] = {name: [] for name in methods}
     inside: dict[str, list[float]] = {name: [] for name in methods}
     for turn in range(args.rounds + 1):  # the first one plans and compiles

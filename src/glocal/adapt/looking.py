@@ -111,6 +111,6 @@ def block_mass(block: int | Sequence[int]) -> Reading:
     """Sum of P over blocks of queries and keys, [B, H, query blocks, key blocks]; `block`: tokens or a box."""
 
     def read(seen: Capture, call: SiteCall) -> Tensor:
-        return seen.blocks(*(Partition.blocks(side, block) for side in (call.layout.q, call.layout.kv))).sum
+        return seen.blocks(Partition.blocks(call.layout.q, block), Partition.blocks(call.layout.kv, block)).sum
 
     return read
