@@ -63,8 +63,8 @@ class Schedule:
 
 @dataclass
 class Ran:
-    """What ran at one site of `heads` heads: calls, sparse ones, dense ones by reason, kernels by name, and the pairs of
-    sparse calls as a share of all (`visited`: what a kernel touched; `kept`: what it used), summed.
+    """What ran at one site of `heads` heads: calls, sparse ones, dense ones by reason, kernels by name, and the pairs
+    of sparse calls as a share of all (`visited`: what a kernel touched; `kept`: what it used), summed.
     """
 
     heads: int
