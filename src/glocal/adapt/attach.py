@@ -95,6 +95,10 @@ class Handle:
         for part in _parts(self.model).values():
             _OPEN[part].pop()
 
+    def stats(self) -> Mapping[str, Any]:
+        """What the method counted, by site; empty for a method that counts nothing."""
+        return dict(getattr(self.method, "stats", {}))
+
     def __enter__(self) -> Handle:
         return self
 
