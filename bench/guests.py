@@ -30,7 +30,7 @@ from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 
-NAMES = ("fa4", "cudnn_sparse", "triton")
+NAMES = ("fa4", "cudnn_sparse", "gluon")
 
 
 @dataclass(frozen=True)

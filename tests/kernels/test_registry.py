@@ -90,7 +90,8 @@ def test_a_named_backend_runs_or_raises() -> None:
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"backend='refrence' is unknown; legal: auto, dense, cpu, triton, flex, .*reference. Nea"
+        ValueError,
+        match=r"backend='refrence' is unknown; legal: auto, dense, cpu, windows, gluon, triton, flex, .*reference. Nea",
     ):
         picked(BASE, "refrence")
 

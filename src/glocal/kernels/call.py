@@ -64,8 +64,8 @@ class Call:
     counts: int32 [B|1, H|1, Nq, Nk] for the reference backend, else None.
     segments: int32 [B, Nq] and [B, Nk] document numbers, -1 for padding; None if all tokens see each other.
     dropout: probability of dropping a weight; seed: int64 [1] for its generator.
-    lse_grad, bias_grad: whether backward has a gradient of the LSE to carry through, and owes gradients of biases.
     quant: how to round, None for exact attention.
+    lse_grad, bias_grad: whether backward has a gradient of the LSE to carry through, and owes gradients of biases.
     """
 
     backend: str
@@ -79,9 +79,9 @@ class Call:
     segments: tuple[Tensor, Tensor] | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    quant: Quant | None = None
     lse_grad: bool = True
     bias_grad: bool = True
-    quant: Quant | None = None
 
     def encode(self) -> tuple[list[Tensor], str]:
         """Tensors and the constant string that says what each of them is."""
@@ -134,9 +134,9 @@ class Call:
             segments=(tensors[s.segments[0]], tensors[s.segments[1]]) if s.segments else None,
             dropout=s.dropout,
             seed=take(s.seed)[0] if s.seed else None,
+            quant=s.quant,
             lse_grad=s.lse_grad,
             bias_grad=s.bias_grad,
-            quant=s.quant,
         )
 
 
@@ -171,10 +171,10 @@ def parse(spec: str) -> Spec:
             words[name] = None if value == "None" else float(value)
         elif name == "backend":
             words[name] = value
-        elif name == "without":  # said by the caller of backward alone
-            words |= {f"{kind}_grad": False for kind in value.split(",")}
         elif name == "quant":
             words[name] = Quant.of_word(value)
+        elif name == "without":  # said by the caller of backward alone
+            words |= {f"{kind}_grad": False for kind in value.split(",")}
         else:
             places = tuple(int(i) for i in value.split(","))
             words[name] = (*words["bias"], places) if name == "bias" else places

@@ -12,7 +12,7 @@ import torch
 
 from glocal.kernels.call import Bias, TableBias
 
-Needs = Literal["plan", "counts", "nothing"]
+Needs = Literal["plan", "windows", "counts", "nothing"]
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -22,6 +22,7 @@ class Request:
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
     lse_grad: the LSE is returned, so that its gradient may be wanted too. quant: word of a Quant that is asked for.
+    keys: most keys that a tile of 16 queries sees together, None where the pattern has no plan of windows.
     """
 
     device: str
@@ -41,6 +42,7 @@ class Request:
     sparse: bool = True
     lse_grad: bool = False
     quant: str | None = None
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +69,12 @@ class Sizes:
 class Capability:
     """One backend.
 
-    needs: what it reads: block lists ("plan"), how often each pair is seen ("counts"), or nothing (dense).
+    needs: what it reads: block lists ("plan"), those of small windows ("windows"), how often each pair is seen
+        ("counts"), or nothing (dense).
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
+    most_keys: keys of a tile that it may hold where it needs windows.
     deterministic: two calls give equal bits. note: how it computes, for people.
     by_name_only: why "auto" passes over it unless it was measured on the device; None where "auto" may take it.
     graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
@@ -100,6 +104,7 @@ class Capability:
     empty: bool = True
     sparse: bool = True
     dense: bool = True
+    most_keys: int | None = None
     most_pairs: int | None = None
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
@@ -158,6 +163,9 @@ def refusals(
     ):
         if wanted and not can:
             out.append(f"{name} (not supported)")
+    if c.needs == "windows" and blocks is None and c.most_keys is not None and (r.keys is None or r.keys > c.most_keys):
+        found = "no small windows" if r.keys is None else f"windows of {r.keys} keys a tile"
+        out.append(f"{found} (legal: a product of single axes on one grid, up to {c.most_keys} keys a tile)")
     pairs = r.batch * r.q_heads * r.nq * r.nk
     limited = not c.most_pairs_on or r.device in c.most_pairs_on
     if c.most_pairs is not None and limited and pairs > c.most_pairs:

@@ -63,7 +63,7 @@ Kept = Share | Callable[[tuple[int, int]], Share]
 _GUESTS = ("fa4_dense", "fa4", "cudnn_sparse")
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "triton", "flex", *_GUESTS, "quantised", "reference")
+_ORDER = ("dense", "cpu", "windows", "gluon", "triton", "flex", *_GUESTS, "quantised", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}
@@ -199,6 +199,8 @@ def explain(
 
 
 def _picked(capability: Capability, why: str, request: Request, blocks: tuple[int, int] | None, kept: Kept) -> Picked:
+    if capability.needs == "windows" and blocks is not None:
+        return Picked(capability.name, why, "plan", blocks)
     if capability.needs != "plan" or blocks is not None:
         return Picked(capability.name, why, capability.needs, blocks if capability.needs == "plan" else None)
     best = _blocks(capability, request, kept)
@@ -232,7 +234,8 @@ def _named(name: str) -> Backend:
 
 def _reasons(backend: Backend, request: Request, blocks: tuple[int, int] | None) -> list[str]:
     lacking = backend.missing(request.device)
-    reasons = refusals(backend.capability, request, blocks if backend.capability.needs == "plan" else None)
+    planned = backend.capability.needs in ("plan", "windows")
+    reasons = refusals(backend.capability, request, blocks if planned else None)
     return reasons if lacking is None else [lacking, *reasons]
 
 

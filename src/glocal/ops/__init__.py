@@ -6,11 +6,13 @@ from glocal.ops import cells, merge
 from glocal.ops._approximation import Approximation
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
+from glocal.ops.depthwise import depthwise_conv
 from glocal.ops.dynamic_conv import dynamic_conv
 from glocal.ops.epilogue import Epilogue
 from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
+from glocal.ops.norm import layer_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.reorder import Finish, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
@@ -41,9 +43,11 @@ __all__ = [
     "attend",
     "attention",
     "cells",
+    "depthwise_conv",
     "dynamic_conv",
     "explain",
     "heads",
+    "layer_norm",
     "linear_attention",
     "linear_weights",
     "merge",

@@ -24,6 +24,7 @@ from glocal.plan.build import PlanSpec, plan
 from glocal.plan.devices.table import DeviceTable, table_for
 from glocal.plan.selection import plan_selection
 from glocal.plan.slots import PlanSlots
+from glocal.plan.windows import window_keys, window_plan
 from glocal.routing.selection import Selection
 
 
@@ -265,6 +266,8 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     pattern.check(layout)
     _heads_fit(pattern, request)
 
+    request = replace(request, keys=window_keys(pattern, layout))
+
     def compiled(blocks: tuple[int, int]) -> BlockPlan:
         return plan(pattern, layout, PlanSpec(*blocks), device=request.device)
 
@@ -274,6 +277,10 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     )
     if picked.needs == "counts":
         return picked, None, (pattern.mask(layout, request.device).int()[None],)
+    if picked.needs == "windows":
+        made = window_plan(pattern, layout, device=request.device)
+        picked = replace(picked, needs="plan", blocks=(made.q_block, made.kv_block))
+        return picked, made, tuple(made.tensors().values())
     if picked.blocks is None:
         raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
     made = compiled(picked.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -18,6 +19,7 @@ from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.cost import BlockWork, forecast
 from glocal.plan.selection import plan_selection
+from glocal.plan.windows import window_keys, window_plan
 from glocal.routing.selection import Selection
 
 
@@ -46,6 +48,8 @@ def explain(
     bias = _lower(score, layout, q4.shape[1])
     facts = _facts(q4, k4, v4, pattern, bias, layout.segments(q4.shape[0], q.device), score)
     request = Request(*facts, quant=_word(score))
+    if isinstance(pattern, Pattern):
+        request = replace(request, keys=window_keys(pattern, layout))
     compiled = _compiler(pattern, layout, q.device)
     ready = compiled(None) if isinstance(pattern, (BlockPlan, Selection)) else None
     blocks = None if ready is None else (ready.q_block, ready.kv_block)
@@ -60,6 +64,8 @@ def explain(
         picked = registry.pick(request, backend, blocks=blocks, kept=kept, table=table)
     except ValueError:
         return "\n".join(lines)
+    if picked.needs == "windows" and isinstance(pattern, Pattern):
+        lines += _plan_lines(window_plan(pattern, layout, device=q.device), picked, request, device)
     if picked.needs == "plan":
         lines += _plan_lines(compiled(picked.blocks), picked, request, device)
     return "\n".join(lines)

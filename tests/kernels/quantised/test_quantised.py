@@ -115,6 +115,17 @@ def test_refusals_in_words(generator: torch.Generator) -> None:
         Quant(group=0)  # type: ignore[arg-type]
 
 
+def test_compiles_whole(generator: torch.Generator) -> None:
+    q, k, v = inputs(generator)
+    score = Score(quant=Quant())
+    want = attention(q, k, v, PATTERN, canvas=CANVAS, score=score)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return attention(q, k, v, PATTERN, canvas=CANVAS, score=score)
+
+    assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(q, k, v), want)
+
+
 def test_the_word_of_a_quant() -> None:
     quant = Quant("fp8", "fp8", (64, 128), smooth_k=True)
     assert Quant.of_word(quant.word) == quant

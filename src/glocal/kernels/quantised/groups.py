@@ -49,7 +49,7 @@ def warp_groups(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tu
         (given.q_scale, given.k_scale, given.v_scale, float(call.scale)),
         (h, blocks, h // given.k.shape[1], work.columns, tiles),
         BQ=call.q_block, BK=call.kv_block, STAGES=tuning.stages,
-        EXTRA=(*quant.group, quant.qk == "int8", by_channel, log2(WEIGHT[quant.pv]), work.masked),
+        EXTRA=(*quant.group, quant.qk == "int8", by_channel, log2(WEIGHT[quant.pv]), work.masked, tuning.emulate),
         REGISTERS=_REGISTERS, num_warps=4,
     )  # fmt: skip
     return out, lse

@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
+from glocal.kernels.gluon.forward_q import after, powers, row_of
 from glocal.kernels.gluon.masks import hidden, load_words
 
 LOG2E = gl.constexpr(1.4426950408889634)
@@ -35,12 +36,6 @@ def operand(columns, bits):
 
 
 @gluon.jit
-def row_of(t, b, h):
-    """Start of a plan row. t: (pointer, stride of samples, stride of heads, query heads a plan head)."""
-    return t[0] + b.to(gl.int64) * t[1] + (h // t[3]).to(gl.int64) * t[2]
-
-
-@gluon.jit
 def listed(lists, sizes, tile):
     """Sample, head and query block of a tile; row of its lists; entries in the partial and in the full one."""
     member = tile // sizes[1]
@@ -55,13 +50,6 @@ def entry(lists, place, part, i):
     full_at = lists[1][1] + place * lists[1][2] + (i - part)
     part_at = lists[2][1] + place * lists[2][2] + i
     return gl.load(gl.where(i < part, part_at, full_at))
-
-
-@gluon.jit
-def after(slot, phase, COUNT: gl.constexpr):
-    """The slot after `slot` in a ring of COUNT, and its phase."""
-    last = slot == COUNT - 1
-    return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
 
 
 @gluon.jit
@@ -123,14 +111,14 @@ def scores(q, ks, slot, BK: gl.constexpr, WHOLE: gl.constexpr):
 
 
 @gluon.jit
-def weigh(s, top, total, factor, SHIFT: gl.constexpr):
+def weigh(s, top, total, factor, SHIFT: gl.constexpr, EMULATE: gl.constexpr):
     """Fold logits s [64, keys], times `factor` in powers of two, into the largest logit and sum of weights of each row.
 
     Returns weights times 2^SHIFT, largest logit, sum, and the factor for what was summed before.
     """
     new = gl.maximum(top, gl.max(s, 1) * factor)
     base = gl.where(new == float("-inf"), 0.0, new)
-    p = gl.exp2(s * gl.expand_dims(factor, 1) - gl.expand_dims(base - SHIFT, 1))
+    p = powers(s * gl.expand_dims(factor, 1) - gl.expand_dims(base - SHIFT, 1), EMULATE)
     old = gl.exp2(top - base)
     return p, new, total * old + gl.sum(p, 1), old
 
@@ -157,6 +145,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
     TURNED: gl.constexpr = EXTRA[3]
     SHIFT: gl.constexpr = EXTRA[4]
     MASKED: gl.constexpr = EXTRA[5]
+    EMULATE: gl.constexpr = EXTRA[6]
     DV: gl.constexpr = shared[2].shape[1] if TURNED else shared[2].shape[2]
     BITS: gl.constexpr = 8 if TURNED else 16
     kind: gl.constexpr = shared[2].dtype
@@ -188,7 +177,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
             if MASKED:
                 mask = gl.load(lists[2][3] + place * lists[2][2], mask=part > 0, other=lists[3])
                 s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
-            p, top, total, _ = weigh(s, top, total, mine * key, SHIFT)
+            p, top, total, _ = weigh(s, top, total, mine * key, SHIFT, EMULATE)
             p = as_operand(p, kind, BK, DV)
             for i in range(1, count):
                 key = gl.load(scales[1] + (head * room + entry(lists, place, part, i) * BK) // K_GROUP)
@@ -203,7 +192,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                     if i < part:
                         mask = gl.load(lists[2][3] + place * lists[2][2] + i)
                         s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
-                weights, top, total, old = weigh(s, top, total, mine * key, SHIFT)
+                weights, top, total, old = weigh(s, top, total, mine * key, SHIFT, EMULATE)
                 acc = awaited(acc, p)
                 mbarrier.arrive(v_free.index(v_slot))
                 k_slot, k_phase = after(k_slot, k_phase, STAGES)
@@ -266,7 +255,7 @@ def hopper_kernel(
     lists: (row of `owner`, (counts, key blocks, width), (counts, key blocks, width, masks), number of the mask that
     hides nothing). table: words of `masks.by_query`. scales: (of queries, of keys, of channels, of logits).
     sizes: query heads, query blocks, query heads a key head, key slots, tiles.
-    EXTRA: (queries a scale, keys a scale, int8, values by channel, SHIFT, some block is partial).
+    EXTRA: (queries a scale, keys a scale, int8, values by channel, SHIFT, some block is partial, EMULATE of `powers`).
     """
     PARTS: gl.constexpr = BQ // 64
     one: gl.constexpr = mbarrier.MBarrierLayout()

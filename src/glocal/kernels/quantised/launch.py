@@ -26,12 +26,15 @@ _STEPS = 16  # tiles of a program that looks at channels
 
 @dataclass(frozen=True)
 class Tuning:
-    """Query rows of a program, its warps, and stages of its loop. hopper: the kernel of warp groups, where it fits."""
+    """Query rows of a program, its warps, and stages of its loop. hopper: the kernel of warp groups, where it fits;
+    emulate: of so many exponentials it leaves one to the multipliers, 0 for none.
+    """
 
     rows: int = 64
     warps: int = 4
     stages: int = 2
     hopper: bool = False
+    emulate: int = 0
 
 
 DEFAULT = Tuning()
@@ -139,6 +142,7 @@ def _rounded(x: Tensor, side: Side, room: int, group: int, kind: str, mean: Tens
         kernel[(b * h * tiles,)](
             (x, *x.stride()), _order(side), mean, out, scale, h, side.slots, n, room, tiles,
             D=d, WD=wide, BN=size, GROUP=group, LARGEST=LARGEST[kind], INT=kind == "int8",
+            num_warps=_warps(size * wide),
         )  # fmt: skip
     return out, scale
 
@@ -155,7 +159,18 @@ def _values(v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
         kernel: Any = ordered_kernel
         if out.numel():
             kernel[(b * h * tiles,)](
-                (v, *v.stride()), _order(side), out, h, side.slots, n, room, tiles, DV=d, WDV=wide, BN=64
+                (v, *v.stride()),
+                _order(side),
+                out,
+                h,
+                side.slots,
+                n,
+                room,
+                tiles,
+                DV=d,
+                WDV=wide,
+                BN=64,
+                num_warps=_warps(64 * wide),
             )
         return out, one
     scale = _columns(v, False).clamp(min=1e-7) / LARGEST[kind]  # [B, H, Dv]
@@ -165,7 +180,7 @@ def _values(v: Tensor, work: Work) -> tuple[Tensor, Tensor]:
     if out.numel():
         kernel[(b * h * tiles,)](
             (v, *v.stride()), _order(side), scale, out, h, side.slots, n, room, tiles,
-            DV=d, WDV=wide, BN=64, LARGEST=LARGEST[kind], INT=kind == "int8",
+            DV=d, WDV=wide, BN=64, LARGEST=LARGEST[kind], INT=kind == "int8", num_warps=_warps(64 * wide),
         )  # fmt: skip
     return out, pad(scale, (0, wide - d))
 
@@ -177,8 +192,25 @@ def _columns(x: Tensor, total: bool) -> Tensor:
     out = torch.empty(b, h, tiles, d, dtype=torch.float32, device=x.device)
     kernel: Any = columns_kernel
     if out.numel():
-        kernel[(b * h * tiles,)]((x, *x.stride()), out, h, n, tiles, _STEPS, D=d, WD=padded(d), BN=64, SUM=total)
+        kernel[(b * h * tiles,)](
+            (x, *x.stride()),
+            out,
+            h,
+            n,
+            tiles,
+            _STEPS,
+            D=d,
+            WD=padded(d),
+            BN=64,
+            SUM=total,
+            num_warps=_warps(64 * padded(d)),
+        )
     return out.sum(2) if total else out.amax(2)
+
+
+def _warps(entries: int) -> int:
+    """Warps for a tile of so many float32 entries: 32 for each thread, as far as warps go."""
+    return max(1, min(16, entries // 1024))
 
 
 def padded(size: int) -> int:

@@ -19,8 +19,10 @@ _ROUND = tl.constexpr(12582912.0)
 def _token(order, b, h, slot, slots, n):
     """Token of each slot, int64, -1 for pads. order: (pointer or None, strides of samples and heads)."""
     if order[0] is None:
-        return tl.where(slot < n, slot, -1).to(tl.int64)
-    return tl.load(order[0] + b * order[1] + h * order[2] + slot, mask=slot < slots, other=-1).to(tl.int64)
+        token = tl.where(slot < n, slot, -1)
+    else:
+        token = tl.load(order[0] + b * order[1] + h * order[2] + slot, mask=slot < slots, other=-1)
+    return token.to(tl.int64)
 
 
 @triton.jit

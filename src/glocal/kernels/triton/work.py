@@ -105,7 +105,9 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     for name, rows in (("queries", q.shape[0] * heads * plan.q_order.shape[-1]),
                        ("keys", q.shape[0] * heads * plan.kv_order.shape[-1])):  # fmt: skip
         if rows >= _MOST_ROWS:
-            raise ValueError(f"backend='triton': {rows:,} rows of {name} in plan order; legal: below {_MOST_ROWS:,}.")
+            raise ValueError(
+                f"backend={call.backend!r}: {rows:,} rows of {name} in plan order; legal: below {_MOST_ROWS:,}."
+            )
     return Work(
         call=call,
         plan=plan,
