@@ -116,3 +116,27 @@ def test_prefill_advice_end_to_end(decoder: Decoder, monkeypatch: pytest.MonkeyP
         decoder(ids[:, :300])
         reasons = [set(s.dense) for s in handle.method.stats.values()]  # type: ignore[attr-defined]
     assert any("canvas not proven" in r for r in reasons)
+
+
+def test_prefill_advice_for_a_decoder_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(run, "_refusal", lambda *args: None)
+    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+    config = transformers.Gemma2Config(**sizes, **heads, sliding_window=4, attn_implementation="eager")
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    objective = NextToken(lambda text: list(text.encode()), tokens=600, scored=24, window=64, sinks=8)
+    methods = tuple(
+        MethodSpec("causal_window", {"window": {"fraction": f}, "sinks": 16}, block=(32, 32)) for f in (0.25, 0.5)
+    )
+    effort = Effort("tiny", 1, 8, 1, (0.8,), pairs=2, rounds=1, steps_a_bucket=1, published=0, rungs=1)
+    workload = Workload.from_calls([{"text": make_text(600, n)} for n in range(4)], range(4))
+    options = AdviseOptions(candidates=methods, min_tokens=64)
+    target = Target(of="prefill", limits={"drift": 1e6})
+    found = advise(model, workload, objective=objective, target=target, effort=effort, options=options)
+    assert found.preflight.causal and {s.layer for s in found.preflight.sites} == {1}  # layer 0 has a sliding window
+    assert found.validation is not None and found.chosen is not None
+    assert all(r.covers(1) and not r.covers(0) for r in found.chosen.recipe.rules)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
 
     usual = interpreter._patch_lang_tensor
 
-    def patched(tensor: object, scope: object) -> None:
+    def patched(tensor: Any, scope: Any) -> None:
         usual(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())  # type: ignore[attr-defined]
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
     monkeypatch.setattr(maps, "usable", lambda *tensors: True)
@@ -86,10 +87,10 @@ def test_layer_norm_of_a_view_and_without_gradients(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("bias", [False, True])
 def test_depthwise(kernel: int, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [some(2, 6, 5, 24), some(24, 1, kernel, kernel, seed=1), *([some(24, seed=2)] if bias else [])]
-    pads = (kernel // 2,) * 4
+    side = kernel // 2
 
     def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return depthwise_conv(x, weight, bias, padding=pads, residual=residual)
+        return depthwise_conv(x, weight, bias, padding=(side, side, side, side), residual=residual)
 
     agree(run, inputs, monkeypatch, 2e-5)
 
@@ -118,7 +119,12 @@ def _with(layer: torch.nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Te
 @pytest.mark.parametrize("tokens", [1, 70])
 def test_channel_attention(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = some(2, tokens, 3 * 24)
-    agree(lambda t: gram(*t.chunk(3, -1), 3, scale=0.3), [wide], monkeypatch, 2e-5)
+
+    def run(t: Tensor) -> Tensor:
+        q, k, v = t.chunk(3, -1)
+        return gram(q, k, v, 3, scale=0.3)
+
+    agree(run, [wide], monkeypatch, 2e-5)
 
 
 @pytest.mark.parametrize("normaliser", [Ratio(0.5), Subtract(), Unnormalised(0.1)])

@@ -1,4 +1,4 @@
-"""Starts the cases of the kernels over maps under Triton's interpreter, in a process that has not imported Triton yet."""
+"""Starts the cases of the kernels over maps under the interpreter, in a process that has not imported Triton yet."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import torch
 from glocal.kernels import registry
 from glocal.kernels.capability import Sizes, refusals, version
 from glocal.kernels.registry import Request, Visits
-from glocal.plan.devices.table import DeviceTable, Measurement, table_for
+from glocal.plan.devices.table import DeviceTable, Kind, Measurement, table_for
 
 BASE = Request("cpu", torch.float32, 1, 8, 8, 4096, 4096, 64, 64)
 
@@ -135,7 +135,7 @@ def test_explain_names_all() -> None:
     assert registry.explain(BASE, "dense", blocks=None, kept=0.25).startswith("does not run: backend='dense'")
 
 
-def row(kernel: str, kind: str, ms: float, tile: tuple[int, int] = (16, 8), **more: object) -> Measurement:
+def row(kernel: str, kind: Kind, ms: float, tile: tuple[int, int] = (16, 8), **more: object) -> Measurement:
     """A measured call on a canvas of 128 x 128, 8 heads of 64."""
     window = () if kind == "dense" else (48, 48)
     stride = (1, 1) if kind == "masked" else ()

@@ -58,6 +58,17 @@ _BUILT_IN = {
     f"{_DIFFUSERS}.transformer_sd3.SD3Transformer2DModel": f"{_HERE}.sd3",
     f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": f"{_HERE}.wan",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": f"{_HERE}.unet",
+    **{
+        f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}{kind}": (
+            "glocal.adapt.hosts.transformers.decoder"
+        )
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
+        for kind in ("ForCausalLM", "Model")
+    },
+    **{
+        f"transformers.models.gemma3.modeling_gemma3.{name}": "glocal.adapt.hosts.transformers.decoder"
+        for name in ("Gemma3ForCausalLM", "Gemma3TextModel")
+    },
 }
 _REGISTERED: dict[str, HostAdapter] = {}
 

@@ -63,10 +63,11 @@ class Schedule:
 
 @dataclass
 class Ran:
-    """What ran at one site: calls, sparse ones, dense ones by reason, kernels by name, and the pairs of sparse calls as
-    a share of all (`visited`: what a kernel touched; `kept`: what it used), summed.
+    """What ran at one site of `heads` heads: calls, sparse ones, dense ones by reason, kernels by name, and the pairs
+    of sparse calls as a share of all (`visited`: what a kernel touched; `kept`: what it used), summed.
     """
 
+    heads: int
     calls: int = 0
     sparse: int = 0
     dense: Counter[str] = field(default_factory=Counter)
@@ -139,7 +140,7 @@ class SparseMethod(Method):
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, H, N, D]."""
-        ran = self.ran.setdefault((call.site.component, call.site.name), Ran())
+        ran = self.ran.setdefault((call.site.component, call.site.name), Ran(q.shape[1]))
         ran.calls += 1
         why = self.schedule.dense(call)
         if why is not None:

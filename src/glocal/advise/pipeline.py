@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.adapt.host import host_of
 from glocal.advise.objective import Coordinate, Output, other_seed
 from glocal.advise.workload import Sample, Workload
 from glocal.measure import flicker_difference, psnr, relative_l2, ssim
@@ -144,15 +143,3 @@ class Pipeline:
             frames = made[0].float()
             frames = frames[0] if frames.dim() == 5 else frames[:1]  # [T, C, H, W]
         return Output(last[0].float(), frames)
-
-
-def attached_to(pipe: Any) -> Any:
-    """What methods are attached to: the pipeline where there is a host for it, else its one transformer or UNet."""
-    try:
-        host_of(pipe)
-    except ValueError:
-        for name in ("transformer", "unet"):
-            if getattr(pipe, name, None) is not None and getattr(pipe, f"{name}_2", None) is None:
-                return getattr(pipe, name)
-        raise
-    return pipe

@@ -20,8 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glocal._errors import GlocalError
-from glocal.adapt.attach import Method, attach
-from glocal.adapt.host import host_of
+from glocal.adapt.attach import Method, attach, sites_of
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.apply import RecipeMethod
 from glocal.advise.objective import Objective, Output
@@ -116,7 +115,7 @@ class Stopwatch(Method):
         """The site's own attention, timed."""
         self.busy += 1
         try:
-            if call.site.kind == "cross":
+            if call.site.kind == "cross" or call.site.sliding_window is not None:
                 return inner(q, k, v, call)
             synchronise(q)
             began = time.perf_counter()
@@ -157,7 +156,7 @@ class Inside(Method):
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """The one site."""
-        return tuple(s for s in sites if s.name == self.site and s.kind != "cross")
+        return tuple(s for s in sites if s.name == self.site)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """The site's own attention, after the look."""
@@ -175,8 +174,7 @@ def synchronise(tensor: Tensor) -> None:
 
 def preflight(model: Any, sample: Sample, objective: Objective) -> Preflight:
     """Run one step of `sample` a few times and compare. AdviceError where the model or the host misbehaves."""
-    host = host_of(model)
-    sites = tuple(s for s in host.sites(model) if s.kind != "cross")
+    sites = tuple(s for s in sites_of(model) if s.kind != "cross" and s.sliding_window is None)
     if not sites:
         raise AdviceError(f"{type(model).__name__} has no attention site that its host adapter knows.")
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from glocal.adapt.attach import Method
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
-from glocal.advise.partial import Lists, candidates_at, gather_keys, partial_sums, rows_of
+from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, rows_of
 from glocal.plan.blockplan import BlockPlan
 
 LEAST_BLOCKS = 8  # query blocks a call, however little memory there is
@@ -96,11 +96,11 @@ class Share:
 
 
 class MediaMethod(Method):
-    """A method at every self and joint attention; cross attention is not its business."""
+    """A method at every self and joint attention; cross attention and layers with a sliding window are left alone."""
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Self and joint attention."""
-        return tuple(s for s in sites if s.kind != "cross")
+        """Self and joint attention over everything."""
+        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
 
 
 class Probe(MediaMethod):
@@ -129,7 +129,7 @@ class Probe(MediaMethod):
             if name in self.errors:
                 continue
             try:
-                plans[name] = method.plan(call.layout, q, k)
+                plans[name] = method.plan(call.layout, q, k, call.site.scale)
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
         for group in _by_order(plans):
@@ -193,17 +193,20 @@ def measure(
     found: list[Tensor] = []  # [C, width, 3, rows]: residual error, output error, mass
     reach = Reach(call, every, v.shape[-1])
     sums: dict[int, list[Tensor]] = {}  # of a query block: what all heads' errors add up to, and their norms
+    segments = call.layout.segments(q.shape[0], q.device)
+    blocks = blocks_of(first, chosen, call, segments)
+    lists = [Lists(plan, chosen, every) for plan in plans.values()]
+    place = {number: at for at, number in enumerate(chosen)}
     for head in range(0, every, width):
         last = min(head + width, every)
-        keys = gather_keys(k, v, first, call, (head, last, every))
-        lists = [Lists(plan, (head, last, every)) for plan in plans.values()]
+        if own_orders:
+            blocks = blocks_of(first, chosen, call, segments, head)
+        keys = gather_keys(k, v, first, call, segments, (head, last, every))
         parts = []
-        for block in chosen:
-            rows = rows_of(q, first, block, call, (head, last))
-            if not len(rows.places):
-                continue
+        for block in blocks:
+            rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
-            outs, masses = candidates_at(part, lists, block, rows, keys)
+            outs, masses = candidates_at(part, lists, (place[block.number], block), rows, keys, (head, last))
             dense = part.value.sum(2) / part.mass.sum(2).clamp(min=1e-30)[..., None]  # [H, R, D]
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
@@ -212,8 +215,9 @@ def measure(
             parts.append(torch.stack([single, local, masses], 2))  # [C, H, 3, R]
             summed.append(masses.sum(1) / every)
             if not own_orders:  # rows of different heads are different tokens then, and do not add up
-                known = sums.get(block)
-                sums[block] = summed if known is None else [a + b for a, b in zip(known, summed, strict=True)]
+                known = sums.get(block.number)
+                summed = summed if known is None else [a + b for a, b in zip(known, summed, strict=True)]
+                sums[block.number] = summed
         if parts:
             found.append(torch.cat(parts, -1))
     records: list[ProbeRecord] = []

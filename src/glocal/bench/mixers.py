@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from glocal._files import write_atomic
 from glocal._progress import NoProgress, Progress
@@ -28,6 +28,7 @@ from glocal.measure import peak_memory
 from glocal.models.flops import count_macs
 from glocal.models.segment import Segmenter
 from glocal.models.vision.plain import PlainBackbone
+from glocal.nn.mixer import begin, mixer
 from glocal.train.vision import Recipe, Trainer, accelerator_for, normalised
 
 Match = Literal["none", "params", "flops", "latency"]
@@ -144,11 +145,11 @@ def task_of(
     return Task(f"{kind} of scenes", side, train_set, test_set, "miou" if dense else "accuracy")
 
 
-def build(mixer: str, task: Task, frame: Frame) -> nn.Module:
+def build(name: str, task: Task, frame: Frame) -> nn.Module:
     """The model of an entry."""
     dense = task.train.segmentation
     trunk = PlainBackbone(
-        mixer,
+        name,
         frame.dims,
         frame.depths,
         frame.head_dim,
@@ -173,30 +174,38 @@ def mixers(
     the present one lie; a call with the same folder goes on. Raises ValueError where no entry can run.
     """
     bar = NoProgress() if progress is None else progress
-    bar.stage("every entry forward and backward", len(entries))
-    found: dict[str, Entry] = {}
-    frames: dict[str, Frame] = {}
-    for name in dict.fromkeys(entries):
-        try:
-            frames[name], found[name] = _examined(name, task, spec, found)
-        except Exception as error:  # an entry that cannot run is a row, and the others still run
-            found[name] = Entry(name, reason=f"{type(error).__name__}: {error}")
-        bar.step()
-    if not frames:
+    found = examine(entries, task, spec, bar)
+    able = [name for name, entry in found.items() if not entry.reason]
+    if not able:
         raise ValueError("; ".join(f"{e.mixer} cannot run: {e.reason}" for e in found.values()))
     steps = spec.steps
     if steps is None:
         assert spec.budget is not None
-        each = sum(found[name].step_seconds for name in frames) * spec.seeds
+        each = sum(found[name].step_seconds for name in able) * spec.seeds
         steps = max(20, int(0.9 * spec.budget / each))
-    bar.stage(f"train, {steps} updates a run", len(frames) * spec.seeds)
+    bar.stage(f"train, {steps} updates a run", len(able) * spec.seeds)
     for seed in range(spec.seeds):
-        for name, frame in frames.items():
-            score, seconds = _run(name, task, replace(spec, frame=frame, steps=steps), seed, out)
+        for name in able:
             entry = found[name]
+            frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
+            score, seconds = trained(name, task, replace(spec, frame=frame, steps=steps), seed, out)
             found[name] = replace(entry, scores=(*entry.scores, score), seconds=entry.seconds + seconds)
             bar.step()
     return tuple(sorted(found.values(), key=lambda e: (bool(e.reason), -e.mean if e.scores else 0.0)))
+
+
+def examine(entries: Sequence[str], task: Task, spec: MixerSpec, progress: Progress | None = None) -> dict[str, Entry]:
+    """Every entry forward and backward at the real size, matched and measured; nothing is trained."""
+    bar = NoProgress() if progress is None else progress
+    bar.stage("every entry forward and backward", len(entries))
+    found: dict[str, Entry] = {}
+    for name in dict.fromkeys(entries):
+        try:
+            found[name] = _examined(name, task, spec, found)
+        except Exception as error:  # an entry that cannot run is a row, and the others still run
+            found[name] = Entry(name, reason=f"{type(error).__name__}: {error}")
+        bar.step()
+    return found
 
 
 def compared(entries: Sequence[Entry], baseline: str) -> dict[str, tuple[float, float, float]]:
@@ -219,15 +228,40 @@ def compared(entries: Sequence[Entry], baseline: str) -> dict[str, tuple[float, 
     return found
 
 
-def _examined(name: str, task: Task, spec: MixerSpec, found: dict[str, Entry]) -> tuple[Frame, Entry]:
-    """The frame of an entry, matched to the first that runs, and its figures."""
+def _examined(name: str, task: Task, spec: MixerSpec, found: dict[str, Entry]) -> Entry:
+    """The figures of an entry, matched to the first that runs."""
     first = next((e for e in found.values() if not e.reason), None)
     frame = spec.frame
+    _keeps_contract(name, task, spec)
     if first is not None and spec.match != "none":
         frame = _matched(name, task, spec, first)
     model = build(name, task, frame)
     figures = _figures(model, task, spec)
-    return frame, replace(figures, mixer=name, mlp_ratio=frame.mlp_ratio)
+    return replace(figures, mixer=name, mlp_ratio=frame.mlp_ratio)
+
+
+@torch.no_grad()
+def _keeps_contract(name: str, task: Task, spec: MixerSpec) -> None:
+    """Raise ValueError unless the mixers of two blocks keep the shape of a map, finite and sample by sample."""
+    dim, side = spec.frame.dims[0], task.size // 4
+    layers = [mixer(name, dim, dim // spec.frame.head_dim, block=j).to(spec.device).eval() for j in range(2)]
+    x = torch.randn(2, side, side, dim, generator=torch.Generator().manual_seed(0)).to(spec.device)
+
+    def through(x: Tensor) -> Tensor:
+        stage = begin(layers, x)
+        for layer in layers:
+            y = layer(x, stage)
+            if not isinstance(y, Tensor) or y.shape != x.shape:
+                found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"{name} returns {found} for a map of {tuple(x.shape)}; a mixer keeps the shape.")
+            x = y
+        return x
+
+    together, alone = through(x)[1:], through(x[1:])
+    if not bool(together.isfinite().all()):
+        raise ValueError(f"{name} returns numbers that are not finite.")
+    if float((together - alone).abs().max()) > 1e-2 * float(together.abs().max()):
+        raise ValueError(f"{name} gives a sample another result beside others; a mixer treats samples alone.")
 
 
 def _matched(name: str, task: Task, spec: MixerSpec, first: Entry) -> Frame:
@@ -316,8 +350,8 @@ def _autocast(spec: MixerSpec) -> Any:
     return torch.autocast(torch.device(spec.device).type, torch.bfloat16, enabled=spec.precision == "bf16")
 
 
-def _run(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None) -> tuple[float, float]:
-    """Score and seconds of one run; read from `out` if it is there."""
+def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None) -> tuple[float, float]:
+    """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun."""
     assert spec.steps is not None
     folder = None if out is None else out / "runs" / f"{_plain(name)}-{seed}"
     recipe = Recipe(

@@ -45,6 +45,7 @@ def load_model(name: str, device: str = "cpu") -> Any:
 
 def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
     """The model and its objective. steps: of the built-in video model. A factory may return (model, objective)."""
+    from glocal.adapt.pipelines import is_pipeline
     from glocal.advise.objective import Frames
     from glocal.models.generation import SampleSpec, VideoDiT
     from glocal.models.language import Decoder
@@ -59,10 +60,10 @@ def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
         from glocal.models.language import encode
 
         return Subject(made, NextToken(encode, window=256))
-    if hasattr(made, "scheduler") and callable(made):
-        from glocal.advise.pipeline import Pipeline, attached_to
+    if is_pipeline(made):
+        from glocal.advise.pipeline import Pipeline
 
-        return Subject(attached_to(made), Pipeline(made))
+        return Subject(made, Pipeline(made))
     tokenizer = getattr(made, "glocal_tokenizer", None)
     if tokenizer is not None:
         from glocal.advise.next_token import NextToken

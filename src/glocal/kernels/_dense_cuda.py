@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads, PlanTensors
-from glocal.plan.blockplan import pack
+from glocal.plan.blockplan import BlockLists, pack
 from glocal.plan.facts import OrderFacts, declare_order, declare_sound
 
 Engine = Literal["cudnn", "flash", "tiles"]
@@ -112,16 +112,19 @@ def _everything(nq: int, nk: int, device: torch.device) -> PlanTensors:
             order = torch.where(order < n, order, -1)[None, None]
             orders.append(declare_order(order, OrderFacts(True, True, True, holes=False)))
         full = torch.arange(whole, **where).expand(1, rows, whole).contiguous()
-        declare_sound(full)
         part = torch.full((1, rows, int(rest > 0)), whole, **where)
         seen = (torch.arange(_BLOCK, device=device) < rest).expand(1, _BLOCK, _BLOCK)
+        lists = BlockLists(torch.full((1, rows), whole, **where), full)
+        partial = BlockLists(torch.full((1, rows), int(rest > 0), **where), part, torch.zeros_like(part))
+        assert partial.mask is not None
+        declare_sound(lists, partial)
         return PlanTensors(
             *orders,
-            full_count=torch.full((1, rows), whole, **where),
-            full_index=full,
-            part_count=torch.full((1, rows), int(rest > 0), **where),
-            part_index=part,
-            part_mask=torch.zeros_like(part),
+            full_count=lists.count,
+            full_index=lists.index,
+            part_count=partial.count,
+            part_index=partial.index,
+            part_mask=partial.mask,
             masks=pack(seen)[: int(rest > 0)],
             owner=torch.zeros(1, 1, **where),
         )

@@ -69,13 +69,15 @@ class Sizes:
 class Capability:
     """One backend.
 
-    needs: what it reads: block lists ("plan"), those of windows ("windows"), how often each pair is seen ("counts"), or nothing (dense).
+    needs: what it reads: block lists ("plan"), those of small windows ("windows"), how often each pair is seen
+        ("counts"), or nothing (dense).
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
     most_keys: keys of a tile that it may hold where it needs windows.
     deterministic: two calls give equal bits. note: how it computes, for people.
-    by_name_only: why "auto" passes over it; None where "auto" may take it.
+    by_name_only: why "auto" passes over it unless it was measured on the device; None where "auto" may take it.
+    graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
     equal_blocks: query and key blocks must have one size. packages: what it needs, (distribution, least version).
     training: the record that counts where gradients are wanted, None for this one.
     quant: it rounds as a Quant says, and runs where one is asked for alone.
@@ -107,6 +109,7 @@ class Capability:
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
     by_name_only: str | None = None
+    graphs: bool = False
     equal_blocks: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     training: Capability | None = None

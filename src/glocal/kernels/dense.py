@@ -24,6 +24,7 @@ CAPABILITY = Capability(
     dtypes=ALL_DTYPES,
     note="fastest fused dense attention of torch with LSE (cuDNN, FlashAttention, CPU flash), own tiles for the rest",
     sparse=False,
+    graphs=True,
 )
 
 _PIECES = Limits(keys=1 << 14, scores=1 << 22)

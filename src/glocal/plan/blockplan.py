@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glocal.canvas import Layout
-from glocal.plan.facts import copy_facts, declare_sound, declared_sound
+from glocal.plan.facts import copy_facts, copy_sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +153,8 @@ class BlockPlan:
         moved = replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
         for name in ("q_order", "kv_order"):
             copy_facts(getattr(self, name), getattr(moved, name))
-        if declared_sound(self.full.index):
-            declare_sound(moved.full.index)
+        copy_sound(self.full, moved.full)
+        copy_sound(self.partial, moved.partial)
         return moved
 
     def check(self, nq: int, nk: int) -> None:

@@ -1,4 +1,4 @@
-"""Changes of training images, drawn from one generator: flips, shifts, mixup and cutmix (arXiv 1710.09412, 1905.04899)."""
+"""Changes of training images, drawn from one generator: flips, shifts, mixup (1710.09412) and cutmix (1905.04899)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -281,7 +281,7 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 7919 + epoch))
 
 
-def _groups(model: nn.Module, decay: float) -> list[Mapping[str, Any]]:
+def _groups(model: nn.Module, decay: float) -> list[dict[str, Any]]:
     """Parameters with weight decay, and those without: vectors, and what the model names."""
     spared = getattr(model, "no_weight_decay", set)()
     named = dict(model.named_parameters())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,3 +29,13 @@ def usable(*tensors: Tensor | None) -> bool:
     first = given[0].dtype
     right = all(t.is_cuda and t.dtype == first and t.numel() > 0 for t in given)
     return right and first in _DTYPES and _triton()
+
+
+def power(size: int, least: int = 1) -> int:
+    """The smallest power of two from `size` and `least` on."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel."""
+    kernel[grid](*arguments, **constants)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glocal.kernels.maps import power, start
+
 _PIXELS, _CHANNELS = 64, 64  # of a program
 _PROGRAMS = 1024  # that share the sums over all pixels of a gradient of weights
 
@@ -34,8 +36,8 @@ def forward_kernel(
     found = tl.zeros([P, CHANNELS], tl.float32)
     if BIAS:
         found += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(K):
-        for j in tl.static_range(K):
+    for i in tl.static_range(K):  # type: ignore[attr-defined]
+        for j in tl.static_range(K):  # type: ignore[attr-defined]
             y, z = row * STRIDE + i - top, column * STRIDE + j - left
             inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             at = ((image * height + y) * width + z) * C
@@ -62,8 +64,8 @@ def input_kernel(
     column, row = pixel % width, (pixel // width) % height
     image = pixel // width // height
     found = tl.zeros([P, CHANNELS], tl.float32)
-    for i in tl.static_range(K):
-        for j in tl.static_range(K):
+    for i in tl.static_range(K):  # type: ignore[attr-defined]
+        for j in tl.static_range(K):  # type: ignore[attr-defined]
             y, z = row + top - i, column + left - j
             inside = live & (y >= 0) & (z >= 0)
             if STRIDE > 1:
@@ -99,8 +101,8 @@ def weight_kernel(
         image = pixel // columns // rows
         at = pixel[:, None] * C + channel[None, :]
         g = tl.load(grad + at, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-        for i in tl.static_range(K):
-            for j in tl.static_range(K):
+        for i in tl.static_range(K):  # type: ignore[attr-defined]
+            for j in tl.static_range(K):  # type: ignore[attr-defined]
                 y, z = row * STRIDE + i - top, column * STRIDE + j - left
                 inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
                 place = ((image * height + y) * width + z) * C
@@ -133,11 +135,11 @@ class Depthwise(torch.autograd.Function):
         x, weight = x.contiguous(), weight.contiguous()
         b, height, width, channels = x.shape
         out = x.new_empty(b, shape.rows, shape.columns, channels)
-        total = b * shape.rows * shape.columns
+        total, sizes = b * shape.rows * shape.columns, _sizes(weight, shape)
         with torch.cuda.device_of(x):
-            forward_kernel[_grid(total, channels)](
+            start(forward_kernel, _grid(total, sizes),
                 x, weight, weight if bias is None else bias, out, height, width, shape.rows, shape.columns, total,
-                shape.top, shape.left, BIAS=bias is not None, RESIDUAL=shape.residual, **_sizes(weight, shape),
+                shape.top, shape.left, BIAS=bias is not None, RESIDUAL=shape.residual, **sizes,
             )  # fmt: skip
         ctx.save_for_backward(x, weight)
         ctx.shape, ctx.biased = shape, bias is not None
@@ -157,16 +159,36 @@ class Depthwise(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 grad_x = torch.empty_like(x)
                 pixels = b * height * width
-                input_kernel[_grid(pixels, channels)](
-                    grad, weight, grad_x, *numbers, pixels, shape.top, shape.left, RESIDUAL=shape.residual, **sizes
+                start(
+                    input_kernel,
+                    _grid(pixels, sizes),
+                    grad,
+                    weight,
+                    grad_x,
+                    *numbers,
+                    pixels,
+                    shape.top,
+                    shape.left,
+                    RESIDUAL=shape.residual,
+                    **sizes,
                 )
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                taps = triton.next_power_of_2(kernel**2 + 1)
-                blocks = triton.cdiv(channels, sizes["CHANNELS"])
-                programs = max(1, min(_PROGRAMS // blocks, triton.cdiv(total, sizes["P"])))
+                taps = power(kernel**2 + 1)
+                blocks = -(-channels // sizes["CHANNELS"])
+                programs = max(1, min(_PROGRAMS // blocks, -(-total // sizes["P"])))
                 sums = x.new_empty(programs, taps, channels, dtype=torch.float32)
-                weight_kernel[(programs, blocks)](
-                    grad, x, sums, *numbers, total, shape.top, shape.left, TAPS=taps, **sizes
+                start(
+                    weight_kernel,
+                    (programs, blocks),
+                    grad,
+                    x,
+                    sums,
+                    *numbers,
+                    total,
+                    shape.top,
+                    shape.left,
+                    TAPS=taps,
+                    **sizes,
                 )
                 found = sums.sum(0).to(weight.dtype)  # [taps, C]
                 grad_w = found[: kernel**2].T.reshape(weight.shape)
@@ -176,7 +198,7 @@ class Depthwise(torch.autograd.Function):
 
 def _sizes(weight: Tensor, shape: Shape) -> dict[str, int]:
     channels = weight.shape[0]
-    side = min(_CHANNELS, max(16, triton.next_power_of_2(channels)))
+    side = min(_CHANNELS, max(16, power(channels)))
     if channels % side and channels % 32 == 0:
         side = 32
     return {
@@ -189,5 +211,5 @@ def _sizes(weight: Tensor, shape: Shape) -> dict[str, int]:
     }
 
 
-def _grid(pixels: int, channels: int) -> Any:
-    return lambda sizes: (triton.cdiv(pixels, sizes["P"]), triton.cdiv(channels, sizes["CHANNELS"]))
+def _grid(pixels: int, sizes: dict[str, int]) -> tuple[int, int]:
+    return -(-pixels // sizes["P"]), -(-sizes["C"] // sizes["CHANNELS"])

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glocal.kernels.maps import power, start
+
 MOST = 8192  # channels of a row that a program holds
 _ENTRIES = 4096  # of the rows of a program
 
@@ -70,7 +72,7 @@ def backward_kernel(
 
 
 def _sizes(channels: int) -> dict[str, int]:
-    wide = triton.next_power_of_2(channels)
+    wide = power(channels)
     rows = max(1, _ENTRIES // wide)
     return {"C": channels, "WIDE": wide, "ROWS": rows, "num_warps": 4 if wide <= 2048 else 8}
 
@@ -88,8 +90,8 @@ class LayerNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         kept = x.new_empty(2, rows if keep else 1, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            grid = (triton.cdiv(rows, sizes["ROWS"]),)
-            forward_kernel[grid](x, out, weight, bias, kept[0], kept[1], rows, eps, KEEP=keep, **sizes)  # type: ignore[arg-type]
+            grid = (-(-rows // sizes["ROWS"]),)
+            start(forward_kernel, grid, x, out, weight, bias, kept[0], kept[1], rows, eps, KEEP=keep, **sizes)
         if keep:
             ctx.save_for_backward(x, weight, kept)
         return out
@@ -101,12 +103,14 @@ class LayerNorm(torch.autograd.Function):
         grad = grads[0].contiguous()
         channels = x.shape[-1]
         rows, sizes = x.numel() // channels, _sizes(channels)
-        tiles = triton.cdiv(rows, sizes["ROWS"])
+        tiles = -(-rows // sizes["ROWS"])
         programs = min(tiles, 1024)
         grad_x = torch.empty_like(x)
         sums = x.new_empty(2, programs, channels, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            backward_kernel[(programs,)](
+            start(
+                backward_kernel,
+                (programs,),
                 grad,
                 x,
                 weight,
@@ -117,7 +121,7 @@ class LayerNorm(torch.autograd.Function):
                 sums[1],
                 rows,
                 tiles,
-                **sizes,  # type: ignore[arg-type]
+                **sizes,
             )
         both = sums.sum(1).to(weight.dtype)
         return grad_x, both[0], both[1], None

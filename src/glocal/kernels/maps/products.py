@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glocal.kernels.maps import power, start
+
 MOST = 128  # channels of a group
 _TOKENS = 64  # of a tile
 _PROGRAMS = 2048  # at least, if there are so many tiles
@@ -65,14 +67,26 @@ def apply_kernel(
 def products(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """a: [B, N, groups * D], b: [B, N, groups * E], channels contiguous -> float32 [B, groups, D, E]."""
     images, tokens, d, e = a.shape[0], a.shape[1], a.shape[2] // groups, b.shape[2] // groups
-    tiles = triton.cdiv(tokens, _TOKENS)
-    parts = max(1, min(tiles, triton.cdiv(_PROGRAMS, images * groups)))
-    per = triton.cdiv(tiles, parts) * _TOKENS
-    parts = triton.cdiv(tokens, per)
+    tiles = -(-tokens // _TOKENS)
+    parts = max(1, min(tiles, -(-_PROGRAMS // images * groups)))
+    per = -(-tiles // parts) * _TOKENS
+    parts = -(-tokens // per)
     out = a.new_empty(parts, images, groups, d, e, dtype=torch.float32)
     with torch.cuda.device_of(a):
-        products_kernel[(images * groups, parts)](
-            a, b, out, a.stride(0), a.stride(1), b.stride(0), b.stride(1), groups, tokens, per, **_sizes(a, d, e)
+        start(
+            products_kernel,
+            (images * groups, parts),
+            a,
+            b,
+            out,
+            a.stride(0),
+            a.stride(1),
+            b.stride(0),
+            b.stride(1),
+            groups,
+            tokens,
+            per,
+            **_sizes(a, d, e),
         )
     return out[0] if parts == 1 else out.sum(0)
 
@@ -83,14 +97,23 @@ def apply(x: Tensor, matrix: Tensor, groups: int) -> Tensor:
     matrix = matrix.to(x.dtype).contiguous()
     out = x.new_empty(images, tokens, groups * d)
     with torch.cuda.device_of(x):
-        apply_kernel[(images * groups, triton.cdiv(tokens, _TOKENS))](
-            x, matrix, out, x.stride(0), x.stride(1), groups, tokens, **_sizes(x, d, e)
+        start(
+            apply_kernel,
+            (images * groups, -(-tokens // _TOKENS)),
+            x,
+            matrix,
+            out,
+            x.stride(0),
+            x.stride(1),
+            groups,
+            tokens,
+            **_sizes(x, d, e),
         )
     return out
 
 
 def _sizes(t: Tensor, d: int, e: int) -> dict[str, Any]:
-    wide = {"WD": max(16, triton.next_power_of_2(d)), "WE": max(16, triton.next_power_of_2(e))}
+    wide = {"WD": max(16, power(d)), "WE": max(16, power(e))}
     precision = "ieee" if t.dtype == torch.float32 else "tf32"
     return {"D": d, "E": e, **wide, "T": _TOKENS, "PRECISION": precision, "num_warps": 4}
 

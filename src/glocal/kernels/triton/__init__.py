@@ -24,6 +24,7 @@ CAPABILITY = Capability(
     block_sizes=Sizes(16, multiple=16),
     blocks=((128, 128), (64, 64)),
     dense=False,
+    graphs=True,
 )
 
 

@@ -21,6 +21,7 @@ from glocal.kernels.windows.tables import Tables, Tiles, tables
 GROUP = 4
 PROGRAMS = 2048
 STAGES = 1
+PIECE = 64
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -84,7 +85,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads:
     """Gradients through out and LSE, and of the table."""
     b, h, nq, d = q.shape
-    nk, dv = k.shape[2], v.shape[3]
+    dv = v.shape[3]
     w = _work(q, k, v, call)
     if 0 in (q.numel(), k.numel(), v.numel()):
         nothing = [torch.zeros_like(bias.table) for bias in call.bias if isinstance(bias, TableBias)]
@@ -115,7 +116,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
             _start(
                 queries_kernel, numbers,
                 *given, sums, t.rows, t.columns, t.masks, w.table, float(call.scale), *numbers, nq,
-                QUERIES=queries, TABLE=table, **constants,
+                QUERIES=queries, TABLE=table, SAME=k.stride() == v.stride() and d == dv, **_pieces(constants),
             )  # fmt: skip
             if table:
                 partial.append((t, sums.sum(0)))
@@ -140,11 +141,17 @@ def _keys(w: _Work, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor)
         _start(
             keys_kernel, numbers,
             _strided(q), _strided(k), _strided(v), grad, rows, grad_k, grad_v, t.rows, t.columns, t.masks,
-            w.turned, float(w.call.scale), *numbers, nq, nk, **constants,
+            w.turned, float(w.call.scale), *numbers, nq, nk,
+            SAME=q.stride() == grad.stride() and d == dv, **_pieces(constants),
         )  # fmt: skip
     if w.ratio == 1:
         return grad_k, grad_v
     return tuple(t.unflatten(1, (-1, w.ratio)).sum(2).to(k.dtype) for t in (grad_k, grad_v))  # type: ignore[return-value]
+
+
+def _pieces(constants: dict[str, Any]) -> dict[str, Any]:
+    """Backward holds two products of a piece at once."""
+    return constants | {"PIECES": max(1, constants["N"] // PIECE)}
 
 
 def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
@@ -152,7 +159,7 @@ def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
     assert isinstance(bias, TableBias)
     total = torch.zeros(partial[0][1].shape[0], bias.table.shape[1], device=bias.table.device)
     for t, sums in partial:
-        entry, pair, length = _pairs(t, bias)
+        entry, pair = _pairs(t, bias)
         flat = sums.flatten(1)  # [H, tiles * M * N]
         found = torch.where(pair >= 0, flat[:, pair.clamp(min=0)], 0).sum(-1)  # [H, entries that occur]
         total[:, entry] += found
@@ -161,7 +168,7 @@ def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
     return total.to(bias.table.dtype)
 
 
-def _pairs(t: Tiles, bias: TableBias) -> tuple[Tensor, Tensor, int]:
+def _pairs(t: Tiles, bias: TableBias) -> tuple[Tensor, Tensor]:
     """Table entries that occur [E], and the pairs that read each, int64 [E, most], -1 pads; made once."""
     known = _ENTRIES.get(t.masks)
     if known is None or known[0] is not bias.q_code:
@@ -175,8 +182,8 @@ def _pairs(t: Tiles, bias: TableBias) -> tuple[Tensor, Tensor, int]:
         place = torch.arange(len(order), device=rows.device) - (counts.cumsum(0) - counts)[which[order]]
         lists = torch.full((len(entry), int(counts.max()) if len(counts) else 0), -1, device=rows.device)
         lists[which[order], place] = pair[order]
-        known = _ENTRIES[t.masks] = (bias.q_code, entry, lists, len(pair))
-    return known[1:]
+        known = _ENTRIES[t.masks] = (bias.q_code, entry, lists)
+    return known[1], known[2]
 
 
 def all_rows(tiles: Iterable[Tiles], n: int) -> bool:

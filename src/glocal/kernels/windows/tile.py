@@ -1,7 +1,7 @@
 """What the window kernels share: offsets of a group of tiles, and its mask and bias as one table that stays put.
 
-A program holds G tiles of M queries (or keys) and the N tokens on the other side that any of them touches, for one head,
-and walks over images. All that depends on positions alone is made once: offsets in 32 bits, and the table
+A program holds G tiles of M queries (or keys) and the N tokens on the other side that any of them touches, for one
+head, and walks over images. All that depends on positions alone is made once: offsets in 32 bits, and the table
 [G, M, N] that starts the accumulator of the first product: bias / scale where a pair is seen, -inf where it is not.
 Tensors of a single tile have no axis G, so that several warps can share it.
 """
@@ -15,17 +15,20 @@ INF = tl.constexpr(float("inf"))
 
 
 @triton.jit
-def tile_rows(table, group, count, G: tl.constexpr, SIZE: tl.constexpr):
-    """Tokens [G, SIZE] of a group of tiles, -1 where there is none; and the same with some token of the tile there."""
+def tile_rows(table, group, count, G: tl.constexpr, SIZE: tl.constexpr, ALL: tl.constexpr):
+    """Tokens [G, SIZE] of a group of tiles, -1 where there is none; and the same with some token of the tile there.
+
+    ALL: tokens from one tile to the next.
+    """
     slot = tl.arange(0, SIZE)
     if G == 1:
-        found = tl.load(table + group * SIZE + slot)
-        some = tl.where(found < 0, tl.load(table + group * SIZE), found)
+        found = tl.load(table + group * ALL + slot)
+        some = tl.where(found < 0, tl.maximum(tl.load(table + group * ALL), 0), found)
     else:
         place = group * G + tl.arange(0, G)
-        start = table + tl.minimum(place, count - 1) * SIZE
+        start = table + tl.minimum(place, count - 1) * ALL
         found = tl.load(start[:, None] + slot[None, :])
-        some = tl.where(found < 0, tl.load(start)[:, None], found)
+        some = tl.where(found < 0, tl.maximum(tl.load(start), 0)[:, None], found)
         found = tl.where((place < count)[:, None], found, -1)
     return found, some
 
@@ -44,7 +47,7 @@ def offsets_across(token, stride, step, WIDE: tl.constexpr):
 
 @triton.jit
 def load_rows(t, offset, SIZE: tl.constexpr, WIDE: tl.constexpr):
-    """Rows [G, n, WIDE] at the pointer t, 0 from column SIZE on. Pads hold some token of the tile: nothing sees them."""
+    """Rows [G, n, WIDE] at the pointer t, 0 from column SIZE on. Pads hold some token of the tile; nobody sees them."""
     if SIZE < WIDE:
         return tl.load(t + offset, mask=(tl.arange(0, WIDE) < SIZE) & (offset >= 0), other=0.0)
     return tl.load(t + offset)
@@ -59,15 +62,28 @@ def load_across(t, offset, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def clean(x):
+    """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
+    return tl.where(tl.abs(x.to(tl.float32)) < INF, x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def ill_rows(x):
+    """Whether a row of [G, n, WIDE] holds an entry that is not finite, bool [G, n]."""
+    return tl.max(tl.where(tl.abs(x.to(tl.float32)) < INF, 0, 1), -1) > 0
+
+
+@triton.jit
 def table_of(
-    masks, group, count, mine, theirs, head, table, scale, G: tl.constexpr, M: tl.constexpr, N: tl.constexpr
+    masks, group, count, mine, theirs, head, table, scale,
+    G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """float32 [G, M, N]: table entry / scale of the seen pairs, -inf elsewhere.
 
-    masks: int32 [tiles, M, N / 32]. mine [G, M], theirs [G, N]: tokens. table: (values, head stride, width, codes of
-    rows, codes of columns) or None.
+    masks: int32 [tiles, M, ALL / 32], N columns of them. mine [G, M], theirs [G, N]: tokens. table: (values, head
+    stride, width, codes of rows, codes of columns) or None.
     """
-    WORDS: tl.constexpr = (N + 31) // 32
+    WORDS: tl.constexpr = ALL // 32
     column = tl.arange(0, N)
     place = tl.arange(0, M)[:, None] * WORDS + column // 32
     if G == 1:
