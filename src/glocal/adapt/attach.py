@@ -95,6 +95,10 @@ class Handle:
         for part in _parts(self.model).values():
             _OPEN[part].pop()
 
+    def last(self, undo: Undo) -> None:
+        """Something `undo` takes back last, because it was put in first."""
+        self._undo.insert(0, undo)
+
     def stats(self) -> Mapping[str, Any]:
         """What the method counted, by site; empty for a method that counts nothing."""
         return dict(getattr(self.method, "stats", {}))
@@ -195,7 +199,9 @@ def _place(
                 undo.append(host.wrap(model, point, site.name, _site_wrapper(make, site, state)))  # type: ignore[arg-type]
     blocks: tuple[Block, ...] = ()
     if "module" in method.points and hasattr(host, "blocks"):
-        blocks = method.blocks(tuple(host.blocks(model)))  # type: ignore[attr-defined]
+        blocks = tuple(host.blocks(model))  # type: ignore[attr-defined]
+        blocks = blocks if component is None else tuple(replace(b, component=component) for b in blocks)
+        blocks = method.blocks(blocks)
         for block in blocks:
             undo.append(host.wrap(model, "module", block.name, _site_wrapper(method.module, block, state)))
     if "forward" in method.points:
