@@ -6,7 +6,7 @@ from torch import Tensor
 
 from glocal.nn.gc_vit import FusedInvertedResidual, GlobalQueries, GlobalQueryAttention
 from glocal.nn.mixer import begin, mixer
-from glocal.nn.window_attention import WindowAttention
+from glocal.nn.window_attention import WindowAttention, WindowSpec
 from glocal.testing.layer_tester import LayerTester
 
 
@@ -58,3 +58,8 @@ def test_each_image_has_its_own_queries(generator: torch.Generator) -> None:
 @pytest.mark.parametrize(("size", "pools"), [((24, 24), 3), ((5, 11), 1), ((3, 3), 0)])
 def test_queries_fill_one_window(size: tuple[int, int], pools: int) -> None:
     assert GlobalQueries(8, 2, 3, pools)(torch.zeros(2, *size, 8)).shape == (2, 1, 2, 9, 4)
+
+
+def test_global_queries_belong_to_no_place_of_the_map() -> None:
+    with pytest.raises(ValueError, match=r"backend='auto'; legal: None, its queries belong to no place of the map"):
+        GlobalQueryAttention(8, 2, 3, spec=WindowSpec(backend="auto"))

@@ -1,6 +1,6 @@
 """Methods put into other people's models and taken out again."""
 
-from glocal.adapt.attach import Handle, Method, attach, open_handles
+from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
 from glocal.adapt.gna import gna
 from glocal.adapt.host import HostAdapter, host_of, register_host
 from glocal.adapt.paro import paro
@@ -28,5 +28,6 @@ __all__ = [
     "rectified_spaattn",
     "register_host",
     "site",
+    "sites_of",
     "tile_windows",
 ]

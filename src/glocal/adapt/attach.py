@@ -99,6 +99,10 @@ class Handle:
         """Something `undo` takes back last, because it was put in first."""
         self._undo.insert(0, undo)
 
+    def stats(self) -> Mapping[str, Any]:
+        """What the method counted, by site; empty for a method that counts nothing."""
+        return dict(getattr(self.method, "stats", {}))
+
     def __enter__(self) -> Handle:
         return self
 
@@ -154,6 +158,15 @@ def attach(model: Any, method: Method, *, host: HostAdapter | None = None) -> Ha
 def _parts(model: Any) -> dict[str, Any]:
     """The models a handle sits in, by component name."""
     return dict(parts(model)) if is_pipeline(model) else {"": model}
+
+
+def sites_of(model: Any) -> tuple[Site, ...]:
+    """All attention sites of a model, or of the denoising models of a pipeline, each with its component."""
+    if not is_pipeline(model):
+        return tuple(host_of(model).sites(model))
+    return tuple(
+        replace(site, component=name) for name, part in parts(model).items() for site in host_of(part).sites(part)
+    )
 
 
 def _offered(model: Any, host: HostAdapter, method: Method, piped: bool) -> None:

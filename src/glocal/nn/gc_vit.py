@@ -46,7 +46,10 @@ class FusedInvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape, or [B, ceil(H / 2), ceil(W / 2), dim] with `pool`."""
-        x = x + conv(self.conv, x)
+        y = x
+        for layer in self.conv:
+            y = layer(y) if isinstance(layer, nn.GELU) else conv(layer, y)
+        x = x + y
         return x if self.pool is None else conv(self.pool, x)
 
 
@@ -84,6 +87,11 @@ class GlobalQueryAttention(WindowAttention):
         self, dim: int, heads: int, window: int = 7, relative_bias: bool = True, spec: WindowSpec = _PLAIN
     ) -> None:
         super().__init__(dim, heads, window, relative_bias=relative_bias, spec=spec)
+        if spec.backend is not None:
+            raise ValueError(
+                f"GlobalQueryAttention: backend={spec.backend!r}; legal: None, its queries belong to no place of the "
+                "map."
+            )
         self.qkv = nn.Linear(dim, 2 * dim, bias=spec.qkv_bias)
 
     def split(self, groups: Tensor, stage: object) -> tuple[Tensor, Tensor, Tensor]:
