@@ -189,33 +189,32 @@ def main() -> int:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--variants", default="", help="changes to the tuning, as in 'stages=3 persistent=0,held=1'")
     asked = parser.parse_args()
-    rows, wrong = [], 0
-    for name, case in CASES.items():
-        wanted = not asked.cases or any(word in name for word in asked.cases.split(","))
-        if not wanted or name in asked.skip.split(","):
-            continue
-        bench = Bench(name, case, asked.repeat)
-        print(f"{name}: {bench.plan}", flush=True)
-        for variant in asked.variants.split(","):
-            try:
-                found = bench.rows(variant)
-            except Exception as problem:  # a variant that does not fit is a line that says so, and an exit code
-                print(f"  {variant}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
-                wrong += 1
-                continue
-            rows += found
-            for r in found:
-                print(
-                    f"  {r.part} {r.variant}: {r.ms:.3f} ms (least {r.least_ms:.3f}), visible {r.visible_tflops:.0f}, "
-                    f"visited {r.visited_tflops:.0f} TFLOP/s, error {r.error:.2g}",
-                    flush=True,
-                )
+    wrong = 0
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([f.name for f in fields(Row)])
-        for r in rows:
-            writer.writerow([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(r)])
+        for name, case in CASES.items():
+            wanted = not asked.cases or any(word in name for word in asked.cases.split(","))
+            if not wanted or name in asked.skip.split(","):
+                continue
+            bench = Bench(name, case, asked.repeat)
+            print(f"{name}: {bench.plan}", flush=True)
+            for variant in asked.variants.split(","):
+                try:
+                    found = bench.rows(variant)
+                except Exception as problem:  # a variant that does not fit is a line that says so, and an exit code
+                    print(f"  {variant}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+                    wrong += 1
+                    continue
+                for r in found:
+                    writer.writerow([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(r)])
+                    print(
+                        f"  {r.part} {r.variant}: {r.ms:.3f} ms (least {r.least_ms:.3f}), visible "
+                        f"{r.visible_tflops:.0f}, visited {r.visited_tflops:.0f} TFLOP/s, error {r.error:.2g}",
+                        flush=True,
+                    )
+                file.flush()
     return 1 if wrong else 0
 
 

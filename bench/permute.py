@@ -147,15 +147,15 @@ def measure(case: Case, rounds: int) -> list[dict[str, object]]:
 
 def tune(case: Case, rounds: int) -> None:
     """Tile sizes and warps, printed."""
-    usual = permute._ENTRIES, permute._WARPS
+    usual = permute._TILES
     for entries in (2048, 4096, 8192, 16384):
         for warps in (4, 8):
-            permute._ENTRIES, permute._WARPS = entries, warps
+            permute._TILES = dict.fromkeys(usual, (entries, warps))
             calls, _ = variants(case)
             timed = compare_paired({k: graph(run) for k, run in calls.items()}, rounds, "cuda", warmup=2)
             text = "  ".join(f"{ratio.median:.3f}" for name, ratio in timed.ratios.items() if name != "indexing")
             print(f"{case.name:12} entries {entries:6} warps {warps}: {text}", flush=True)
-    permute._ENTRIES, permute._WARPS = usual
+    permute._TILES = usual
 
 
 def main() -> int:

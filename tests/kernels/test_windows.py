@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-CASES = [Path(__file__).with_name(name) for name in ("permute_cases.py",)]
+CASES = [Path(__file__).with_name(name) for name in ("permute_cases.py", "windows_cases.py")]
 
 
 def start(environment: dict[str, str], case: Path) -> str:

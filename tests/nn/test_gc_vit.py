@@ -6,7 +6,7 @@ from torch import Tensor
 
 from glocal.nn.gc_vit import FusedInvertedResidual, GlobalQueries, GlobalQueryAttention
 from glocal.nn.mixer import begin, mixer
-from glocal.nn.window_attention import WindowAttention
+from glocal.nn.window_attention import WindowAttention, WindowSpec
 from glocal.testing.layer_tester import LayerTester
 
 
@@ -58,3 +58,11 @@ def test_each_image_has_its_own_queries(generator: torch.Generator) -> None:
 @pytest.mark.parametrize(("size", "pools"), [((24, 24), 3), ((5, 11), 1), ((3, 3), 0)])
 def test_queries_fill_one_window(size: tuple[int, int], pools: int) -> None:
     assert GlobalQueries(8, 2, 3, pools)(torch.zeros(2, *size, 8)).shape == (2, 1, 2, 9, 4)
+
+
+def test_the_whole_map_by_a_pattern_gives_the_same() -> None:
+    torch.manual_seed(0)
+    cut, whole = (GlobalQueryAttention(8, 2, 3, spec=WindowSpec(backend=name)) for name in (None, "auto"))
+    whole.load_state_dict(cut.state_dict())
+    x, queries = torch.randn(2, 5, 9, 8), torch.randn(2, 1, 2, 9, 4)
+    assert torch.allclose(whole(x, queries), cut(x, queries), atol=1e-5)

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from glocal.nn.blocks.mbconv import MBConv, SameConv2d, Shortcut
 from glocal.nn.maxvit import AxisAttention
+from glocal.nn.window_attention import WindowSpec
 from glocal.testing._common import refused
 from glocal.testing.layer_tester import LayerTester
 
@@ -87,3 +90,17 @@ def test_the_mean_of_a_border_cell_counts_its_pixels() -> None:
 
 def test_blocks_refuse_in_words() -> None:
     refused([(lambda: MBConv(8, 8, 3), "stride=3; legal: 1, 2"), (lambda: MBConv(8, 3), "out=3 must be at least 4")])
+
+
+@pytest.mark.parametrize("groups", ["window", "grid"])
+def test_a_pattern_on_the_whole_map_gives_the_same(groups: Literal["window", "grid"]) -> None:
+    cut = AxisAttention(16, 2, groups, 3)
+    whole = AxisAttention(16, 2, groups, 3, spec=WindowSpec(backend="auto"))
+    torch.nn.init.normal_(cut.rel_pos.relative_position_bias_table)
+    whole.load_state_dict(cut.state_dict(), strict=True)
+    x = torch.randn(2, 6, 9, 16)
+    torch.testing.assert_close(whole(x), cut(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(
+        ValueError, match=r"backend='auto' on a map of \(7, 9\), which 3 does not divide; legal: \(9, 9\)"
+    ):
+        whole(x.new_zeros(1, 7, 9, 16))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,3 +81,22 @@ def test_dropout_acts_in_training_alone(generator: Callable) -> None:
     layer = WindowAttention(4, 1, 2, spec=WindowSpec(attn_drop=0.5, proj_drop=0.5))
     x = torch.randn(1, 4, 4, 4)
     assert not torch.equal(layer.train()(x), layer(x)) and torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize(("shift", "mask", "bias"), [(0, True, True), (2, True, True), (1, False, False)])
+def test_a_pattern_on_the_whole_map_gives_the_same(shift: int, mask: bool, bias: bool) -> None:
+    """Maps are padded alike; gradients of inputs and weights agree too."""
+    spec = WindowSpec(mask=mask)
+    cut = WindowAttention(16, 2, 4, shift, bias, spec)
+    whole = WindowAttention(16, 2, 4, shift, bias, replace(spec, backend="auto"))
+    if cut.relative_position_bias_table is not None:
+        torch.nn.init.normal_(cut.relative_position_bias_table)
+    whole.load_state_dict(cut.state_dict(), strict=True)
+    x = torch.randn(2, 7, 9, 16)
+    found = []
+    for layer in (cut, whole):
+        inputs = [x.clone().requires_grad_(), *layer.parameters()]
+        out = layer(inputs[0])
+        found.append([out, *torch.autograd.grad(out.square().sum(), inputs)])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

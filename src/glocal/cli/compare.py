@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    canvas: Annotated[str, typer.Option(help="tokens per axis, such as 16x16x16")],
+    canvas: Annotated[str | None, typer.Option(help="tokens per axis, such as 16x16x16")] = None,
     heads: Annotated[int, typer.Option(help="attention heads")] = 4,
     head_dim: Annotated[int, typer.Option(help="size of a head")] = 64,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
@@ -27,10 +27,31 @@ def command(
     seed: Annotated[int, typer.Option(help="of the inputs")] = 0,
     backend: Annotated[str, typer.Option(help="of the patterns: auto, or a name from `glocal env`")] = "auto",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for page, CSV and JSON")] = None,
+    train: Annotated[bool, typer.Option("--train", help="train token mixers instead of timing patterns")] = False,
+    task: Annotated[str, typer.Option(help="of --train: classification or segmentation")] = "classification",
+    mixers: Annotated[str | None, typer.Option(help="of --train: names, or my.py:Mine, joined by commas")] = None,
+    match: Annotated[str, typer.Option(help="of --train: none, params, flops or latency")] = "params",
+    budget: Annotated[str | None, typer.Option(help="of --train: time for all runs, such as 30m or 10h")] = None,
+    steps: Annotated[int | None, typer.Option(help="of --train: updates a run, instead of a budget")] = None,
+    seeds: Annotated[int, typer.Option(help="of --train: runs of every mixer")] = 3,
+    size: Annotated[int | None, typer.Option(help="of --train: px a side")] = None,
+    data: Annotated[Path | None, typer.Option(help="of --train: folder with train/CLASS and test/CLASS")] = None,
+    batch: Annotated[int, typer.Option(help="of --train: images an update")] = 64,
+    samples: Annotated[int, typer.Option(help="of --train: scenes to learn from, without --data")] = 20_000,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Measure the patterns side by side on this device: time, memory, error."""
+    """Measure the patterns side by side on this device: time, memory, error; or train token mixers."""
+    if train:
+        from glocal.cli import _compare_train
+
+        names = ("task", "mixers", "match", "budget", "steps", "seeds", "size", "data", "batch", "samples", "out")
+        given = locals()
+        options = {name: given[name] for name in (*names, "quiet", "json")}
+        _compare_train.run({**options, "device": torch_device(device)})
+        return
+    if canvas is None:
+        raise ValueError("compare needs --canvas, such as --canvas 16x16x16, or --train")
     from glocal.bench.compare import CompareSpec, compare
 
     spec = CompareSpec(

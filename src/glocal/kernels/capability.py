@@ -12,7 +12,7 @@ import torch
 
 from glocal.kernels.call import Bias, TableBias
 
-Needs = Literal["plan", "counts", "nothing"]
+Needs = Literal["plan", "windows", "counts", "nothing"]
 ALL_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -21,7 +21,8 @@ class Request:
     """What a call asks for.
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
-    lse_grad: the LSE is returned, so that its gradient may be wanted too.
+    lse_grad: the LSE is returned, so that its gradient may be wanted too. quant: word of a Quant that is asked for.
+    keys: most keys that a tile of queries sees together, None where the pattern has no plan of windows.
     """
 
     device: str
@@ -40,6 +41,8 @@ class Request:
     dropout: bool = False
     sparse: bool = True
     lse_grad: bool = False
+    quant: str | None = None
+    keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,18 @@ class Sizes:
 class Capability:
     """One backend.
 
-    needs: what it reads: block lists ("plan"), how often each pair is seen ("counts"), or nothing (dense).
+    needs: what it reads: block lists ("plan"), those of small windows ("windows"), how often each pair is seen
+        ("counts"), or nothing (dense).
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
+    most_keys: keys of a tile that it may hold where it needs windows.
     deterministic: two calls give equal bits. note: how it computes, for people.
-    by_name_only: why "auto" passes over it; None where "auto" may take it.
+    by_name_only: why "auto" passes over it unless it was measured on the device; None where "auto" may take it.
+    graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
     equal_blocks: query and key blocks must have one size. packages: what it needs, (distribution, least version).
     training: the record that counts where gradients are wanted, None for this one.
+    quant: it rounds as a Quant says, and runs where one is asked for alone.
     """
 
     name: str
@@ -97,13 +104,16 @@ class Capability:
     empty: bool = True
     sparse: bool = True
     dense: bool = True
+    most_keys: int | None = None
     most_pairs: int | None = None
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
     by_name_only: str | None = None
+    graphs: bool = False
     equal_blocks: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     training: Capability | None = None
+    quant: bool = False
 
 
 def refusals(
@@ -147,10 +157,15 @@ def refusals(
         ("a gradient of the LSE", r.grad and r.lse_grad, c.lse_grad),
         ("a pattern", r.sparse, c.sparse),
         ("dense attention", not r.sparse, c.dense),
+        ("quantisation", r.quant is not None, c.quant),
+        ("exact attention", r.quant is None, not c.quant),
         ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk), c.empty),
     ):
         if wanted and not can:
             out.append(f"{name} (not supported)")
+    if c.needs == "windows" and blocks is None and c.most_keys is not None and (r.keys is None or r.keys > c.most_keys):
+        found = "no small windows" if r.keys is None else f"windows of {r.keys} keys a tile"
+        out.append(f"{found} (legal: a product of single axes on one grid, up to {c.most_keys} keys a tile)")
     pairs = r.batch * r.q_heads * r.nq * r.nk
     limited = not c.most_pairs_on or r.device in c.most_pairs_on
     if c.most_pairs is not None and limited and pairs > c.most_pairs:

@@ -46,7 +46,10 @@ class FusedInvertedResidual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape, or [B, ceil(H / 2), ceil(W / 2), dim] with `pool`."""
-        x = x + conv(self.conv, x)
+        y = x
+        for layer in self.conv:
+            y = layer(y) if isinstance(layer, nn.GELU) else conv(layer, y)
+        x = x + y
         return x if self.pool is None else conv(self.pool, x)
 
 
@@ -91,17 +94,30 @@ class GlobalQueryAttention(WindowAttention):
 
         Raises ValueError where `stage` is not such a tensor.
         """
-        b, windows, n, _ = groups.shape
-        wanted = (b, 1, self.heads, n, self.dim // self.heads)
+        b, windows = groups.shape[:2]
+        queries = self._queries(stage, b)
+        k, v = self.project(groups, 2)
+        # Windows lie image by image, so each image's queries are repeated in a row, not tiled over the batch.
+        return queries.expand(b, windows, *queries.shape[2:]).reshape(k.shape), k, v
+
+    def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
+        """As in `WindowAttention`: the same queries in every window of an image."""
+        b, height, width, _ = x.shape
+        side, size = self.window, self.dim // self.heads
+        queries = self._queries(stage, b).reshape(b, self.heads, side, side, size)
+        q = queries.repeat(1, 1, height // side, width // side, 1).flatten(2, 3)
+        k, v = self.qkv(x).reshape(b, height * width, 2, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def _queries(self, stage: object, batch: int) -> Tensor:
+        wanted = (batch, 1, self.heads, self.window**2, self.dim // self.heads)
         if not isinstance(stage, Tensor) or tuple(stage.shape) != wanted:
             found = f"a tensor of shape {tuple(stage.shape)}" if isinstance(stage, Tensor) else repr(stage)
             raise ValueError(
                 f"GlobalQueryAttention: stage={found} must be global queries of shape {wanted}; "
                 f"make them once a stage: stage = begin(mixers, x)."
             )
-        k, v = self.project(groups, 2)
-        # Windows lie image by image, so each image's queries are repeated in a row, not tiled over the batch.
-        return stage.expand(b, windows, *wanted[2:]).reshape(k.shape), k, v
+        return stage
 
 
 class LocalAttention(WindowAttention):

@@ -60,7 +60,7 @@ class HiLo(nn.Module):
     def _high(self, x: Tensor, padded: Tensor) -> Tensor:
         """Inside windows, [B, H, W, high heads * head size]."""
         sides = (self.window, self.window)
-        qkv = self.h_qkv(to_windows(padded, sides))  # [B, windows, N, 3 C]
+        qkv = to_windows(self.h_qkv(padded), sides)  # [B, windows, N, 3 C]; few channels are cut, not all
         b, windows, n, _ = qkv.shape
         parts = qkv.reshape(b * windows, n, 3, self.high_heads, self.head_size)
         q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, N, head size]

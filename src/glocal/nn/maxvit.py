@@ -18,9 +18,12 @@ from glocal.nn.blocks.layout import pad_to
 from glocal.nn.blocks.relative import relative_index, resize_table, window_bias
 from glocal.nn.blocks.windows import from_grid, to_grid
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import WindowAttention, hide
+from glocal.nn.window_attention import WindowAttention, WindowSpec, hide
+from glocal.ops import Relative
+from glocal.patterns import Grid, Pattern, Windows
 
 Groups = Literal["window", "grid"]
+_PLAIN = WindowSpec()
 
 
 class RelativeTable(nn.Module):
@@ -58,6 +61,7 @@ class AxisAttention(WindowAttention):
 
     groups: "window" or "grid". window: side of either. trained: side that the table is stored for, None is `window`;
     fine-tuned TensorFlow checkpoints keep the one of their pre-training. shared_bias: one table for all heads.
+    spec: as of `WindowAttention`.
     """
 
     def __init__(
@@ -68,12 +72,31 @@ class AxisAttention(WindowAttention):
         window: int = 7,
         trained: int | None = None,
         shared_bias: bool = False,
+        spec: WindowSpec = _PLAIN,
     ) -> None:
-        super().__init__(dim, heads, window)
+        super().__init__(dim, heads, window, spec=spec)
         if groups not in get_args(Groups):
             raise ValueError(f"AxisAttention: groups={groups!r}; legal: 'window', 'grid'.")
         self.groups = groups
         self.rel_pos = RelativeTable(heads, window, window if trained is None else trained, shared_bias)
+
+    def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
+        """Padding is hidden, which the pattern does not say."""
+        return size == real
+
+    def pattern(self, size: tuple[int, int], real: tuple[int, int]) -> Pattern:
+        """Windows or grids; ValueError for a padded map, whose padding no pattern hides."""
+        if size != real:
+            raise ValueError(
+                f"AxisAttention: backend={self.spec.backend!r} on a map of {real}, which {self.window} does not "
+                f"divide; legal: {size}, or backend=None."
+            )
+        return Windows(self.window) if self.groups == "window" else Grid(self.window)
+
+    def relative(self, size: tuple[int, int]) -> Relative:
+        """The bias of the whole map; places of a grid count in its steps."""
+        step = (1, 1) if self.groups == "window" else (size[0] // self.window, size[1] // self.window)
+        return Relative(self.rel_pos.resized(), step)
 
     def cut(self, x: Tensor) -> Tensor:
         """x: [B, *size, dim] -> windows or grids, [B, groups, N, dim]."""
@@ -87,7 +110,7 @@ class AxisAttention(WindowAttention):
 
     def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
         """The relative bias [1, heads | 1, N, N]; on padded maps [B * groups, heads | 1, N, N], padding at -inf."""
-        bias = self.rel_pos().to(q.dtype)[None]
+        bias = self.rel_pos().to(q.dtype)[None].contiguous()  # torch's fused kernels refuse a view
         if real == size:
             return bias
         ours = pad_to(torch.ones(1, *real, 1, device=q.device), *size)

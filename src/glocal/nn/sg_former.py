@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to
+from glocal.nn.blocks.norm import LayerNorm
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
 from glocal.nn.window_attention import check_heads
@@ -100,7 +101,7 @@ class HybridScaleAttention(PositionedAttention):
             raise ValueError(f"HybridScaleAttention: reduction={reduction} must be at least 1.")
         self.reduction, self.block, self.window = reduction, block, window
         self.sr = nn.Conv2d(dim, dim, reduction, reduction)
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.act = nn.GELU()
         self.q1, self.kv1 = nn.Linear(dim, dim // 2, bias=qkv_bias), nn.Linear(dim, dim, bias=qkv_bias)
         self.q2, self.kv2 = nn.Linear(dim, dim // 2, bias=qkv_bias), nn.Linear(dim, dim, bias=qkv_bias)

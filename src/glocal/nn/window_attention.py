@@ -12,10 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._canvas import canvas_of, small_windows
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
 from glocal.nn.mixer import register_mixer
+from glocal.ops import Relative, Score, attention
+from glocal.patterns import Pattern, Windows
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,10 @@ class WindowSpec:
 
     scale: of the logits, None is head size ** -0.5. mask: whether tokens that rolling brought together from opposite
     borders stay apart. attn_drop, proj_drop: dropout of attention weights and of the output, in training.
+    backend: None takes the kernels of small windows where they can run, and elsewhere cuts the map into windows for
+        torch's attention; "auto" or a name of
+        `glocal.kernels.registry.names()` hands the whole map and a pattern to `glocal.ops.attention`, without rolling
+        or cutting. The results are the same.
     """
 
     qkv_bias: bool = True
@@ -31,6 +38,7 @@ class WindowSpec:
     mask: bool = True
     attn_drop: float = 0.0
     proj_drop: float = 0.0
+    backend: str | None = None
 
 
 class WindowAttention(nn.Module):
@@ -70,6 +78,10 @@ class WindowAttention(nn.Module):
         height, width = x.shape[1:3]
         x = pad_multiple(x, self.window)
         size = (x.shape[1], x.shape[2])
+        backend = self.backend(x, (height, width))
+        if backend is not None:
+            whole = self.by_pattern(x, (height, width), stage, backend)
+            return self.proj_drop(self.proj(whole[:, :height, :width]))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         groups = self.cut(x)  # [B, groups, N, dim]
@@ -82,6 +94,45 @@ class WindowAttention(nn.Module):
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))
         return self.proj_drop(self.proj(out[:, :height, :width]))
+
+    def backend(self, x: Tensor, real: tuple[int, int]) -> str | None:
+        """What attends over the whole map x: [B, *size, dim]: that of the spec, the kernels of small windows where they
+        can, or None for windows that are cut.
+        """
+        if self.spec.backend is not None or not self.whole((x.shape[1], x.shape[2]), real):
+            return self.spec.backend
+        dropout = self.spec.attn_drop if self.training else 0.0
+        pattern = self.pattern((x.shape[1], x.shape[2]), real)
+        return "windows" if small_windows(x, self.dim // self.heads, pattern, dropout) else None
+
+    def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
+        """Whether a pattern says all that the layer does on a map of `size`, of which `real` is no padding."""
+        return True
+
+    def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
+        """x: [B, H, W, dim] -> queries, keys and values of the whole map, [B, heads, H * W, head size] each."""
+        parts = self.qkv(x).reshape(x.shape[0], x.shape[1] * x.shape[2], 3, self.heads, self.dim // self.heads)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def by_pattern(self, x: Tensor, real: tuple[int, int], stage: object, backend: str) -> Tensor:
+        """Attention of x: [B, *size, dim] on the whole map, of which `real` is no padding -> the same shape."""
+        height, width = x.shape[1:3]
+        q, k, v = self.on_map(x, stage)
+        table = self.relative((height, width))
+        dropout = self.spec.attn_drop if self.training else 0.0
+        score = Score(self.spec.scale, bias=() if table is None else (table,), dropout=dropout)
+        pattern, canvas = self.pattern((height, width), real), canvas_of(height, width)
+        out = attention(q, k, v, pattern, canvas=canvas, score=score, backend=backend)
+        return out.transpose(1, 2).reshape(x.shape)
+
+    def pattern(self, size: tuple[int, int], real: tuple[int, int]) -> Pattern:
+        """Who sees whom on a map of `size`, of which `real` is no padding."""
+        return Windows(self.window, roll=self.shift, masked=self.spec.mask)
+
+    def relative(self, size: tuple[int, int]) -> Relative | None:
+        """The bias of the whole map."""
+        table, side = self.relative_position_bias_table, 2 * self.window - 1
+        return None if table is None else Relative(table.T.reshape(self.heads, side, side), sign=-1)
 
     def cut(self, x: Tensor) -> Tensor:
         """x: [B, *size, dim] -> the groups of tokens that see each other, [B, groups, N, dim]."""
@@ -108,7 +159,7 @@ class WindowAttention(nn.Module):
         """
         bias = None
         if self.relative_position_bias_table is not None:
-            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None]
+            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None].contiguous()
         if not (self.shift and self.spec.mask):
             return bias
         sides = (self.window, self.window)

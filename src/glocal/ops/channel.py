@@ -12,6 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.kernels import maps
+
+_MOST = 128  # channels of a group that the kernels take
+
 Normalise = Literal["none", "l2"]
 Activation = Literal["softmax", "softmin", "relu", "signed_root"]
 
@@ -37,6 +41,8 @@ def gram(
     Returns [B, N, C]. Raises ValueError for shapes, groups or words that do not fit.
     """
     _check(q, k, v, groups, normalise, activation)
+    if normalise == "none" and maps.usable(q, k, v) and max(q.shape[2], k.shape[2]) <= _MOST * groups:
+        return _fused((q, k, v), groups, scale, activation)
     q, k = (t.transpose(1, 2).unflatten(1, (groups, -1)) for t in (q, k))  # [B, groups, d, N]
     high = torch.float64 if q.dtype == torch.float64 else torch.float32
     q, k = q.to(high), k.to(high)
@@ -46,6 +52,16 @@ def gram(
     weights = _activate((q * factor) @ k.transpose(-1, -2), activation).to(v.dtype)  # [B, groups, d, d]
     values = v.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [B, groups, d, N]
     return (weights @ values).flatten(1, 2).transpose(1, 2)
+
+
+def _fused(qkv: tuple[Tensor, Tensor, Tensor], groups: int, scale: float | Tensor, activation: Activation) -> Tensor:
+    """The same by kernels that read tokens where they lie."""
+    from glocal.kernels.maps.products import Apply, Products
+
+    q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in qkv)
+    logits: Tensor = Products.apply(q, k, groups)  # [B, groups, d, e]
+    factor = scale.to(logits.dtype)[:, None, None] if isinstance(scale, Tensor) else scale
+    return Apply.apply(v, _activate(logits * factor, activation).mT, groups)  # type: ignore[no-any-return]
 
 
 def _activate(logits: Tensor, activation: Activation) -> Tensor:

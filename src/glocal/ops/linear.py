@@ -15,6 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.kernels import maps
+
+_MOST = 128  # size of a head that the kernels take
+
 
 def _identity(x: Tensor) -> Tensor:
     return x
@@ -83,10 +87,42 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser) ->
     type of v. Raises ValueError for shapes that do not fit.
     """
     _check(q, k, v)
+    narrow = q.dim() == 4 and q.shape == k.shape and k.shape[0] == v.shape[0] and max(q.shape[3], v.shape[3]) <= _MOST
+    if narrow and maps.usable(q, k, v):
+        return _fused(q, k, v, normaliser)
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
     meta = q.device.type == "meta"  # shapes alone: nothing is rounded there, and autocast does not know it
     with nullcontext() if meta else torch.autocast(q.device.type, enabled=False):
         return _run(q.to(high), k.to(high), v.to(high), normaliser).to(v.dtype)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser) -> Tensor:
+    """The same by kernels that read tokens where they lie and sum in float32."""
+    from glocal.kernels.maps.products import Apply, Products
+
+    heads = q.shape[1]
+    a, b, c = (_side_by_side(t) for t in (q, k, v))
+    summed: Tensor = Products.apply(b, c, heads)  # [B, H, D, Dv]
+    if isinstance(normaliser, Ratio):
+        scale = normaliser.numerator_scale
+        factor = scale.to(summed.dtype)[:, None, None] if isinstance(scale, Tensor) else scale
+        total = q @ k.sum(-2, dtype=torch.float32).to(q.dtype)[..., None]  # [B, H, N, 1]
+        out = Apply.apply(a, summed * factor, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return out / total.clamp(min=normaliser.floor)
+    if isinstance(normaliser, Subtract):
+        scale = q.shape[-1] ** -0.5 if normaliser.scale is None else normaliser.scale
+        share = scale / (k.shape[-2] if normaliser.count is None else normaliser.count)
+        means = k.mean(-2, dtype=torch.float32), v.sum(-2, dtype=torch.float32)  # [B, H, D], [B, H, Dv]
+        centred = (summed - means[0][..., None] * means[1][..., None, :]) * share
+        out = Apply.apply(a, centred, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
+        return out + (means[1] / v.shape[-2]).to(v.dtype)[..., None, :]
+    return Apply.apply(a, summed * normaliser.scale, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _side_by_side(t: Tensor) -> Tensor:
+    """[B, H, N, D] -> [B, N, H * D], a view where the heads of a token lie side by side."""
+    flat = t.transpose(1, 2).flatten(2)
+    return flat if flat.stride(2) == 1 else flat.contiguous()
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser) -> Tensor:

@@ -121,9 +121,7 @@ def test_a_second_order_is_refused(generator: torch.Generator) -> None:
     model, given = made(test_diffusers_wan.TestWan, generator)
     plain = run(model, given)
     with attach(model, AlongACurve()):
-        with pytest.raises(
-            ValueError, match=r"WanTransformer3DModel: another method has its tokens in an order"
-        ):
+        with pytest.raises(ValueError, match=r"WanTransformer3DModel: another method has its tokens in an order"):
             attach(model, AlongACurve())
     assert torch.equal(run(model, given), plain)
 

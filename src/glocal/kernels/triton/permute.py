@@ -22,8 +22,8 @@ from glocal.kernels.triton.defaults import ROWS, padded
 from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import fold_kernel
 
-_ENTRIES = 8192  # of a tile: eight 16-byte loads in flight for each thread of four warps at two bytes an entry
-_WARPS = 4
+# Entries of a tile and warps, by what happens to the rows; the fastest of bench/permute.py --tune.
+_TILES = {"move": (8192, 4), "side by side": (16384, 4), "apart": (4096, 4), "across": (2048, 8)}
 _SORTED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -103,14 +103,14 @@ def _move(tensors: list[Tensor], outs: list[Tensor], order: Tensor, finish: list
     batch, size = tensors[0].shape[0], tensors[0].shape[3]
     slots = order.shape[2]
     width = padded(size)
-    tile = max(1, _ENTRIES // width)
-    jobs, first = [], 0
+    jobs, first, kinds = [], 0, set()
     for t, out, step in zip(tensors, outs, finish, strict=True):
         step = Finish() if step is None else step
         across = step.across(t.shape[1], size)
         units = 1 if across else t.shape[1]
         tables = tuple(_table(x, t if not scatter else out) for x in (step.cos, step.sin))
         kind = 0 if step.cos is None else 1 if step.interleaved else 2
+        kinds |= {"across"} if across else {("move", "side by side", "apart")[kind]}
         weight = None if step.weight is None else step.weight.contiguous()
         jobs.append(
             (t, *t.stride(), out, *out.stride(), first, first + units, t.shape[1], t.shape[1] // order.shape[1], weight,
@@ -119,6 +119,8 @@ def _move(tensors: list[Tensor], outs: list[Tensor], order: Tensor, finish: list
         first += units
     if 0 in (first, batch, slots, size):
         return
+    entries, warps = _TILES[next(name for name in reversed(_TILES) if name in kinds)]
+    tile = max(1, entries // width)
     tiles = -(-slots // tile)
     row = (order, *(order.stride(i) if order.shape[i] > 1 else 0 for i in (0, 1)), order.stride(2))
     places = tuple((j[:14]) for j in jobs)
@@ -127,7 +129,7 @@ def _move(tensors: list[Tensor], outs: list[Tensor], order: Tensor, finish: list
         _start(
             move_kernel, batch * tiles * first, places, steps, row, slots, tiles, first,
             ACROSS=tuple(j[18] for j in jobs), KIND=tuple(j[19] for j in jobs),
-            SIZE=size, WIDE=width, TILE=tile, SCATTER=scatter, num_warps=_WARPS,
+            SIZE=size, WIDE=width, TILE=tile, SCATTER=scatter, num_warps=warps,
         )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class Work:
     def tile(self, part: defaults.Part, itemsize: int) -> dict[str, int]:
         """Tile, warps and stages of a kernel."""
         width = max(self.sizes["WD"], self.sizes["WDV"])
-        found = defaults.tuning(part, width, itemsize, (self.call.q_block, self.call.kv_block))
+        found = defaults.tuning(part, width, itemsize, (self.call.q_block, self.call.kv_block), masked=self.masked)
         return {"BM": found.queries, "BN": found.keys, "num_warps": found.warps, "num_stages": found.stages}
 
     def row(self, t: Tensor) -> tuple[Any, ...]:

@@ -9,7 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.nn.blocks import Mlp
+from glocal.nn.blocks import (
+    LayerNorm,
+    Mlp,
+)
 from glocal.nn.blocks.absolute import resize_positions
 from glocal.nn.duoformer import GroupAttention, TwofoldAttention
 
@@ -54,7 +57,7 @@ class ScaleBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, spec: BlockSpec) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.norm1, self.norm2 = LayerNorm(dim, 1e-6), LayerNorm(dim, 1e-6)
         self.attn = _attention(dim, heads, spec)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio), drop=spec.drop)
         start = spec.layer_scale
@@ -143,7 +146,7 @@ class MultiscaleFormer(Former):
         kind = BareBlock if spec.bare else ScaleBlock
         self.scaleBlocks = nn.ModuleList([ScaleBlock(dim, heads, spec) for _ in range(depth)])
         self.blocks = nn.ModuleList([kind(dim, heads, spec) for _ in range(depth)])
-        self.fc_norm = nn.LayerNorm(dim, 1e-6)
+        self.fc_norm = LayerNorm(dim, 1e-6)
         self.head = nn.Identity() if head is None else head
 
     def over_scales(self) -> nn.ModuleList:
@@ -189,7 +192,7 @@ class FirstFormer(Former):
     ) -> None:
         super().__init__(dim, tokens, grid)
         self.blocks = nn.ModuleList([FirstBlock(dim, heads, spec) for _ in range(depth)])
-        self.norm = nn.LayerNorm(dim, 1e-6)
+        self.norm = LayerNorm(dim, 1e-6)
         self.head = nn.Identity() if head is None else head
 
     def among(self, regions: Tensor, run: Run, asking: slice = slice(None)) -> Tensor:

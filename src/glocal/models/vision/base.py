@@ -13,7 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glocal.nn.blocks import to_nchw
+from glocal.nn.blocks import (
+    LayerNorm,
+    to_nchw,
+)
 from glocal.nn.blocks.relative import Resize
 
 TableLayout = Literal["heads_first", "flat"]  # [heads, 2h-1, 2w-1], or Swin's [(2h-1)(2w-1), heads]
@@ -62,7 +65,7 @@ class VisionBackbone(nn.Module, ABC):
         """The levels as [B, channels[i], h, w], normalised where the model has level norms."""
         self._check(image)
         maps = []
-        for i, level in enumerate(self.maps(image)):
+        for i, level in enumerate(self.maps(laid_out(image))):
             norm = getattr(self, f"norm{i}", None)
             maps.append(to_nchw(level if norm is None else norm(level)))
         return maps
@@ -72,7 +75,7 @@ class VisionBackbone(nn.Module, ABC):
         if self.features_only:
             return self.features(image)
         self._check(image)
-        return self.head(self.pool(self.maps(image)[-1]))
+        return self.head(self.pool(self.maps(laid_out(image))[-1]))
 
     def set_checkpointing(self, on: bool = True) -> None:
         """Recompute blocks in backward instead of keeping their activations (also timm's `set_grad_checkpointing`)."""
@@ -100,7 +103,7 @@ class VisionBackbone(nn.Module, ABC):
     def add_level_norms(self) -> None:
         """LayerNorms `norm0`, `norm1`, ... of published dense-prediction classes."""
         for i, channels in enumerate(self.channels):
-            self.add_module(f"norm{i}", nn.LayerNorm(channels))
+            self.add_module(f"norm{i}", LayerNorm(channels))
 
     def make_head(self, dim: int) -> nn.Module:
         """The linear classifier, or the identity for 0 classes."""
@@ -114,6 +117,11 @@ class VisionBackbone(nn.Module, ABC):
             )
         if min(image.shape[2:]) < 1:
             raise ValueError(f"{type(self).__name__}: image of shape {tuple(image.shape)} has no pixels.")
+
+
+def laid_out(image: Tensor) -> Tensor:
+    """The image with its channels side by side on a GPU, where convolutions then hand on maps that need no copies."""
+    return image.contiguous(memory_format=torch.channels_last) if image.is_cuda else image
 
 
 def per_stage(name: str, values: tuple[Any, ...], stages: int, model: str) -> tuple[Any, ...]:

@@ -21,6 +21,7 @@ from glocal.nn.bilevel_routing import BiLevelRoutingAttention, GridRoutingAttent
 from glocal.nn.blocks import (
     DepthwiseConv,
     DropPath,
+    LayerNorm,
     conv,
     drop_rates,
     gamma,
@@ -78,9 +79,9 @@ class Block(nn.Module):
         self.pre_norm = spec.pre_norm
         if spec.position:
             self.pos_embed = nn.Conv2d(dim, dim, spec.position, padding=spec.position // 2, groups=dim)
-        self.norm1 = nn.LayerNorm(dim, eps=EPS)
+        self.norm1 = LayerNorm(dim, eps=EPS)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=EPS)
+        self.norm2 = LayerNorm(dim, eps=EPS)
         hidden = int(mlp_ratio * dim)
         if nchw:
             self.mlp = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.Conv2d(hidden, dim, 1))
@@ -93,7 +94,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape."""
         if hasattr(self, "pos_embed"):
-            x = x + conv(self.pos_embed, x)
+            x = conv(self.pos_embed, x, residual=True)
         if self.pre_norm:
             x = x + self.drop_path(scaled(self.attn(self.norm1(x), stage), self.gamma1))
             return x + self.drop_path(scaled(self._feed(self.norm2(x)), self.gamma2))
@@ -136,7 +137,7 @@ class _Routed(VisionBackbone):
         per_stage("routing", routing, len(dims), name)
         if self.features_only:
             for i, dim in enumerate(dims):
-                self.add_module(f"norm{i}", nn.LayerNorm(dim, eps=EPS))
+                self.add_module(f"norm{i}", LayerNorm(dim, eps=EPS))
         return [
             [Block(dim, attention(dim, top, (spec, own), j), ratio, spec, rate) for j, rate in enumerate(rates)]
             for dim, top, own, ratio, rates in zip(
@@ -261,7 +262,7 @@ def attention(dim: int, top: int, specs: tuple[BlockSpec, RoutingSpec], index: i
 
 
 def _norm(dim: int, kind: Norm) -> nn.Module:
-    return nn.BatchNorm2d(dim) if kind == "batch" else nn.LayerNorm(dim, eps=EPS)
+    return nn.BatchNorm2d(dim) if kind == "batch" else LayerNorm(dim, eps=EPS)
 
 
 def _downsampled(layer: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import ConvPosition, DropPath, Mlp, NormConvMerge, PatchEmbed, drop_rates, init_linears
+from glocal.nn.blocks import (
+    ConvPosition,
+    DropPath,
+    LayerNorm,
+    Mlp,
+    NormConvMerge,
+    PatchEmbed,
+    drop_rates,
+    init_linears,
+)
 from glocal.nn.channel_attention import ChannelAttention, ChannelForm
 from glocal.nn.mixer import begin, mixer
 from glocal.nn.window_attention import WindowAttention, WindowSpec
@@ -55,12 +64,12 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
         self.cpe = nn.ModuleList([ConvPosition(dim, act=nn.GELU() if spec.cpe_act else None) for _ in range(2)])
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
         self.drop_path = DropPath(drop_path)
         self.mlp: Mlp | None = None
         if spec.ffn:
-            self.norm2 = nn.LayerNorm(dim)
+            self.norm2 = LayerNorm(dim)
             self.mlp = Mlp(dim, int(dim * spec.mlp_ratio))
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
@@ -106,7 +115,7 @@ class DaViT(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norms = nn.LayerNorm(dims[-1])
+            self.norms = LayerNorm(dims[-1])
             self.head = self.make_head(dims[-1])
         init_linears(self)
 

@@ -19,6 +19,7 @@ from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
 from glocal.nn.blocks import (
     DropPath,
+    LayerNorm,
     Mlp,
     PatchEmbed,
     PatchMerge,
@@ -58,9 +59,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, heads: int, spec: BlockSpec, index: int, dilation: int, drop_path: float) -> None:
         super().__init__()
         self.gamma1, self.gamma2 = gamma(dim, spec.layer_scale), gamma(dim, spec.layer_scale)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = self._attention(dim, heads, spec, index, dilation)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio), drop=spec.drop)
         self.drop_path = DropPath(drop_path)
 
@@ -124,7 +125,7 @@ class _Neighborhood(VisionBackbone):
         if self.features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(self.channels[-1])
+            self.norm = LayerNorm(self.channels[-1])
             self.head = self.make_head(self.channels[-1])
         init_linears(self)
 

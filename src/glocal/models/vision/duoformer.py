@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks.resnet import ResNet, ResNetName
 from glocal.models.vision._duoformer import BlockSpec, FirstFormer, MultiscaleFormer
-from glocal.models.vision.base import VisionBackbone
+from glocal.models.vision.base import VisionBackbone, laid_out
 from glocal.nn.blocks import conv, to_nhwc
 from glocal.nn.duoformer import region_tokens
 
@@ -167,7 +167,7 @@ class DuoFormer(VisionBackbone):
         if self.features_only:
             return self.features(image)
         self._check(image)
-        return self.vision_transformer.head(self.pool(self.maps(image)[-1]))
+        return self.vision_transformer.head(self.pool(self.maps(laid_out(image))[-1]))
 
     def _summaries(self, trunk: list[Tensor], tokens: Tensor) -> Tensor:
         """What the summary of each region starts from, [B, h * w, 1, dim]."""

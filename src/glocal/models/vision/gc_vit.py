@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
-from glocal.nn.blocks import DropPath, Mlp, conv, drop_rates, gamma, init_linears, scaled
+from glocal.nn.blocks import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    conv,
+    drop_rates,
+    gamma,
+    init_linears,
+    scaled,
+)
 from glocal.nn.gc_vit import FusedInvertedResidual, GlobalQueries, GlobalQueryAttention
 from glocal.nn.mixer import begin, mixer
 from glocal.nn.window_attention import WindowAttention, WindowSpec
@@ -46,9 +55,9 @@ class Downsample(FusedInvertedResidual):
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.reduction = nn.Conv2d(dim, out, 3, 2, 1, bias=False)
-        self.norm2 = nn.LayerNorm(out)
+        self.norm2 = LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
@@ -74,9 +83,9 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
         self.gamma1, self.gamma2 = gamma(dim, spec.layer_scale), gamma(dim, spec.layer_scale)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio), drop=spec.drop)
         self.drop_path = DropPath(drop_path)
 
@@ -143,7 +152,7 @@ class GCViT(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(self.channels[-1])
+            self.norm = LayerNorm(self.channels[-1])
             self.head = self.make_head(self.channels[-1])
         init_linears(self)
 

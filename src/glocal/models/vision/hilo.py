@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import ConvMlp, DepthwiseConv, DropPath, PatchEmbed, drop_rates, init_linears
+from glocal.nn.blocks import (
+    ConvMlp,
+    DepthwiseConv,
+    DropPath,
+    LayerNorm,
+    PatchEmbed,
+    drop_rates,
+    init_linears,
+)
 from glocal.nn.blocks.deformable import DeformableMerge
 from glocal.nn.hilo import HiLo
 from glocal.nn.mixer import begin, mixer
@@ -43,8 +51,8 @@ class Block(nn.Module):
         super().__init__()
         self.attn = attn
         if attn is not None:
-            self.norm1 = nn.LayerNorm(dim)
-        self.norm2 = nn.LayerNorm(dim)
+            self.norm1 = LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = ConvMlp(dim, int(dim * spec.mlp_ratio), drop=spec.drop)
         self.drop_path = DropPath(drop_path)
 
@@ -99,9 +107,9 @@ class LITv2(VisionBackbone):
         self.layers = nn.ModuleList(levels)
         if features_only:
             for i, width in enumerate(self.channels[1:], 1):
-                self.add_module(f"norm{i}", nn.LayerNorm(width))
+                self.add_module(f"norm{i}", LayerNorm(width))
         else:
-            self.norm = nn.LayerNorm(self.channels[-1])
+            self.norm = LayerNorm(self.channels[-1])
             self.head = self.make_head(self.channels[-1])
         init_linears(self)
         for layer in self.modules():

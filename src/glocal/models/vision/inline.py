@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
+from glocal.models.vision.base import TableLayout, VisionBackbone, laid_out, per_stage
 from glocal.nn.blocks import (
     DropPath,
+    LayerNorm,
     Mlp,
     PatchEmbed,
     PatchMerge,
@@ -59,9 +60,9 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-5) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = LayerNorm(dim, eps=eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = LayerNorm(dim, eps=eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -115,7 +116,7 @@ class InLineDeiT(VisionBackbone):
             TokenBlock(dim, InLineAttention(dim, heads, spec=spec.attention), ratio, rate, eps=1e-6)
             for rate in drop_rates(drop_path, (depth,))[0]
         )
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = LayerNorm(dim, eps=1e-6)
         self.head = nn.Identity() if features_only else self.make_head(dim)
         for start in (self.pos_embed, self.cls_token):
             nn.init.trunc_normal_(start, std=0.02)
@@ -142,7 +143,7 @@ class InLineDeiT(VisionBackbone):
         if self.features_only:
             return self.features(image)
         self._check(image)
-        return self.head(self.tokens(image)[0][:, 0])
+        return self.head(self.tokens(laid_out(image))[0][:, 0])
 
     def pool(self, last: Tensor) -> Tensor:
         """Mean of the tokens of the map, for uses without the class token."""
@@ -264,7 +265,7 @@ class InLineSwin(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(self.channels[-1])
+            self.norm = LayerNorm(self.channels[-1])
             self.head = self.make_head(self.channels[-1])
         init_linears(self)
 
@@ -291,10 +292,10 @@ class CrossBlock(nn.Module):
     def __init__(self, dim: int, branches: list[nn.Module], mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.proj = nn.Linear(dim, dim)
         self.attns = nn.ModuleList(branches)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -313,7 +314,7 @@ class ConvMerge(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(dim, out, 3, 2, 1)
-        self.norm = nn.LayerNorm(out)
+        self.norm = LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
@@ -347,7 +348,7 @@ class InLineCSWin(VisionBackbone):
         ratios = spec.ratios(len(depths), "InLineCSWin")
         self.channels = tuple(dim * 2**i for i in range(len(depths)))
         self.strides = tuple(4 * 2**i for i in range(len(depths)))
-        self.stage1_conv_embed = nn.ModuleDict({"0": nn.Conv2d(in_chans, dim, 7, 4, 2), "2": nn.LayerNorm(dim)})
+        self.stage1_conv_embed = nn.ModuleDict({"0": nn.Conv2d(in_chans, dim, 7, 4, 2), "2": LayerNorm(dim)})
         for i, rates in enumerate(drop_rates(drop_path, depths)):
             width = self.channels[i]
             blocks = []
@@ -360,7 +361,7 @@ class InLineCSWin(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(self.channels[-1])
+            self.norm = LayerNorm(self.channels[-1])
             self.head = self.make_head(self.channels[-1])
         init_linears(self)
 

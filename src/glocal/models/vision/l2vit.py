@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import ConvPosition, DropPath, Mlp, NormConvMerge, conv, drop_rates, pad_multiple, to_nhwc
+from glocal.nn.blocks import (
+    ConvPosition,
+    DropPath,
+    LayerNorm,
+    Mlp,
+    NormConvMerge,
+    conv,
+    drop_rates,
+    pad_multiple,
+    to_nhwc,
+)
 from glocal.nn.l2vit import UnpaddedWindowAttention
 from glocal.nn.linear_attention import EnhancedLinearAttention, LocalConcentration
 from glocal.nn.mixer import begin, mixer
@@ -46,9 +56,9 @@ class LocalBlock(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
         self.cpe = nn.ModuleList([ConvPosition(dim) for _ in range(2)])
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
@@ -65,13 +75,13 @@ class GlobalBlock(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
         self.cpe = nn.ModuleList([ConvPosition(dim)])
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio))
         self.local_mp: LocalConcentration | None = None
         if spec.local:
-            self.norm3 = nn.LayerNorm(dim)
+            self.norm3 = LayerNorm(dim)
             self.local_mp = LocalConcentration(dim, spec.local)
         self.drop_path = DropPath(drop_path)
 
@@ -101,7 +111,7 @@ class Stem(nn.Module):
             nn.BatchNorm2d(dim),
         )
         self.proj = nn.ModuleDict({"proj": layers})
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """image: [B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), dim]."""
@@ -142,7 +152,7 @@ class L2ViT(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(dims[-1])
+            self.norm = LayerNorm(dims[-1])
             self.head = self.make_head(dims[-1])
         self.apply(_start)
 

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
-from glocal.nn.blocks import DropPath, Mlp, drop_rates, to_nhwc
+from glocal.nn.blocks import (
+    DropPath,
+    LayerNorm,
+    Mlp,
+    drop_rates,
+    to_nhwc,
+)
 from glocal.nn.blocks.mbconv import MBConv, SameConv2d, batch_norm, tanh_gelu
 from glocal.nn.blocks.relative import Resize
 from glocal.nn.maxvit import AxisAttention, Groups
@@ -59,9 +65,9 @@ class Half(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * spec.mlp_ratio), tanh_gelu)
         self.drop_path = DropPath(drop_path)
 
@@ -92,7 +98,7 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, fc: nn.Module) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.pre_logits = nn.Sequential()
         self.pre_logits.add_module("fc", nn.Linear(dim, dim))
         self.pre_logits.add_module("act", nn.Tanh())

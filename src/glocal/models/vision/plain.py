@@ -17,6 +17,7 @@ from glocal.models.vision.base import VisionBackbone, per_stage
 from glocal.nn.blocks import (
     ConvPosition,
     DropPath,
+    LayerNorm,
     Mlp,
     StridedConvEmbed,
     StridedConvMerge,
@@ -32,9 +33,9 @@ class PlainBlock(nn.Module):
     def __init__(self, dim: int, token_mixer: nn.Module, hidden: int, drop_path: float) -> None:
         super().__init__()
         self.position = ConvPosition(dim)
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.mixer = token_mixer
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, hidden)
         self.drop_path = DropPath(drop_path)
 
@@ -85,7 +86,7 @@ class PlainBackbone(VisionBackbone):
         if features_only:
             self.add_level_norms()
         else:
-            self.norm = nn.LayerNorm(dims[-1])
+            self.norm = LayerNorm(dims[-1])
             self.head = self.make_head(dims[-1])
         init_linears(self)
 

@@ -15,8 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import ConvMlp, DropPath, conv, drop_rates, init_linears, to_nhwc
+from glocal.models.vision.base import VisionBackbone, laid_out, per_stage
+from glocal.nn.blocks import (
+    ConvMlp,
+    DropPath,
+    LayerNorm,
+    conv,
+    drop_rates,
+    init_linears,
+    to_nhwc,
+)
 from glocal.nn.blocks.absolute import resize_positions, sincos_positions
 from glocal.nn.mixer import begin, mixer
 from glocal.nn.sg_former import self_guided
@@ -59,7 +67,7 @@ class Stem(nn.Module):
         super().__init__()
         convs = (NormedConv(in_chans, dim, 3, 2), NormedConv(dim, dim, 3), NormedConv(dim, dim, 3, 2))
         self.conv = nn.Sequential(convs[0], nn.GELU(), convs[1], nn.GELU(), convs[2])
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """image: [B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), dim]."""
@@ -86,7 +94,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(dim, 1e-6), nn.LayerNorm(dim, 1e-6)
+        self.norm1, self.norm2 = LayerNorm(dim, 1e-6), LayerNorm(dim, 1e-6)
         self.attn = attn
         self.mlp = ConvMlp(dim, int(dim * spec.mlp_ratio), drop=spec.drop, residual=True)
         self.drop_path = DropPath(drop_path)
@@ -143,7 +151,7 @@ class SGFormer(VisionBackbone):
             attns = [_attention(dims[i], heads[i], reductions[i], spec, j) for j in range(len(rates))]
             blocks = [Block(dims[i], attn, spec, rate) for attn, rate in zip(attns, rates, strict=True)]
             self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
-            self.add_module(f"norm{i + 1}", nn.LayerNorm(dims[i], 1e-6))
+            self.add_module(f"norm{i + 1}", LayerNorm(dims[i], 1e-6))
         self.head = nn.Identity() if features_only else self.make_head(dims[-1])
         init_linears(self)
         for layer in self.modules():
@@ -172,7 +180,7 @@ class SGFormer(VisionBackbone):
     def features(self, image: Tensor) -> list[Tensor]:
         """The levels as [B, channels[i], h, w]; `maps` are normalised already."""
         self._check(image)
-        return [each.permute(0, 3, 1, 2) for each in self.maps(image)]
+        return [each.permute(0, 3, 1, 2) for each in self.maps(laid_out(image))]
 
     def pool(self, last: Tensor) -> Tensor:
         """Mean of the tokens."""

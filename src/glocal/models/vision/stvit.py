@@ -14,7 +14,14 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import DropPath, conv, drop_rates, init_linears, to_nhwc
+from glocal.nn.blocks import (
+    DropPath,
+    LayerNorm,
+    conv,
+    drop_rates,
+    init_linears,
+    to_nhwc,
+)
 from glocal.nn.mixer import begin, mixer
 from glocal.nn.super_tokens import Refine, SuperTokenAttention
 
@@ -43,7 +50,7 @@ class ResidualConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape."""
-        return x + conv(self.conv, x)
+        return conv(self.conv, x, residual=True)
 
 
 class FeedForward(nn.Module):
@@ -70,7 +77,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, layer_scale: bool, spec: BlockSpec, drop_path: float) -> None:
         super().__init__()
         self.pos_embed = ResidualConv(dim)
-        self.norm1 = nn.ModuleDict({"norm": nn.LayerNorm(dim, eps=1e-6)})
+        self.norm1 = nn.ModuleDict({"norm": LayerNorm(dim, eps=1e-6)})
         self.attn = attn
         self.norm2 = nn.BatchNorm2d(dim)
         self.mlp2 = FeedForward(dim, int(dim * spec.mlp_ratio))

@@ -4,7 +4,8 @@ from glocal.nn.blocks.drop_path import DropPath, drop_path, drop_rates
 from glocal.nn.blocks.ffn import ConvMlp, DepthwiseConv, Mlp
 from glocal.nn.blocks.init import init_linears
 from glocal.nn.blocks.layer_scale import gamma, scaled
-from glocal.nn.blocks.layout import LayerNorm2d, conv, pad_multiple, pad_to, to_nchw, to_nhwc
+from glocal.nn.blocks.layout import LayerNorm2d, SameConv2d, conv, pad_multiple, pad_to, to_nchw, to_nhwc
+from glocal.nn.blocks.norm import LayerNorm
 from glocal.nn.blocks.patch import NormConvMerge, PatchEmbed, PatchMerge, StridedConvEmbed, StridedConvMerge
 from glocal.nn.blocks.position import ConvPosition
 from glocal.nn.blocks.relative import relative_index, resize_flat_table, resize_table, window_bias
@@ -15,11 +16,13 @@ __all__ = [
     "ConvPosition",
     "DepthwiseConv",
     "DropPath",
+    "LayerNorm",
     "LayerNorm2d",
     "Mlp",
     "NormConvMerge",
     "PatchEmbed",
     "PatchMerge",
+    "SameConv2d",
     "SqueezeExcite",
     "StridedConvEmbed",
     "StridedConvMerge",

@@ -41,6 +41,10 @@ class DepthwiseConv(nn.Module):
         """x: [B, H, W, dim] -> the same shape."""
         return conv(self.dwconv, x)
 
+    def added(self, x: Tensor) -> Tensor:
+        """x plus its convolution."""
+        return conv(self.dwconv, x, residual=True)
+
 
 class ConvMlp(nn.Module):
     """fc1 -> depthwise convolution -> activation -> fc2 over a map.
@@ -67,7 +71,5 @@ class ConvMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape."""
         hidden = self.fc1(x)
-        mixed = self.dwconv(hidden)
-        if self.residual:
-            mixed = mixed + hidden
+        mixed = self.dwconv.added(hidden) if self.residual else self.dwconv(hidden)
         return self.drop(self.fc2(self.drop(self.act(mixed))))

@@ -1,8 +1,7 @@
 """Inverted residual with squeeze and excitation, as MaxViT (arXiv 2204.01697) has it, and convolutions padded as there.
 
 The input is normalised before the expansion, inner widths follow the output width, and the shortcut takes the input as
-it came. A convolution padded "SAME" gives ceil(size / stride); an odd pixel of padding lies at the bottom and
-the right.
+it came.
 """
 
 from __future__ import annotations
@@ -13,24 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn.blocks.drop_path import DropPath
-from glocal.nn.blocks.layout import conv, to_nchw, to_nhwc
+from glocal.nn.blocks.layout import SameConv2d, conv, to_nchw, to_nhwc
 from glocal.nn.blocks.squeeze import SqueezeExcite
 
 tanh_gelu = partial(nn.GELU, approximate="tanh")
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
-
-
-class SameConv2d(nn.Conv2d):
-    """A convolution of x: [B, C, H, W] with as much padding as ceil(size / stride) outputs need."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x: [B, C, H, W] -> [B, out, ceil(H / stride), ceil(W / stride)]."""
-        pads: list[int] = []
-        for axis in (1, 0):  # F.pad wants the last axis first
-            length, kernel, stride = input.shape[2 + axis], self.kernel_size[axis], self.stride[axis]
-            total = max((-(-length // stride) - 1) * stride + kernel - length, 0)
-            pads += [total // 2, total - total // 2]
-        return super().forward(F.pad(input, pads))
 
 
 class Shortcut(nn.Module):
@@ -74,6 +60,6 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out]."""
-        y = self.act(self.norm1(self.conv1_1x1(self.pre_norm(to_nchw(x)))))
-        y = to_nhwc(self.act(self.norm2(self.conv2_kxk(y))))
+        y = self.act(conv(self.norm1, conv(self.conv1_1x1, conv(self.pre_norm, x))))
+        y = self.act(conv(self.norm2, conv(self.conv2_kxk, y)))
         return self.shortcut(x) + self.drop_path(conv(self.conv3_1x1, self.se(y)))

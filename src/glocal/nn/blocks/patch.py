@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.nn.blocks.layout import conv, pad_multiple, to_nhwc
+from glocal.nn.blocks.norm import LayerNorm
 
 
 class PatchEmbed(nn.Module):
@@ -24,7 +25,7 @@ class PatchEmbed(nn.Module):
         kernel = patch if kernel is None else kernel
         self.patch = patch
         self.proj = nn.Conv2d(in_chans, dim, kernel, patch, 0 if kernel == patch else (kernel - 1) // 2)
-        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+        self.norm = LayerNorm(dim) if norm else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
         """image: [B, in_chans, H, W] -> [B, ceil(H / patch), ceil(W / patch), dim]."""
@@ -38,7 +39,7 @@ class StridedConvEmbed(nn.Module):
         super().__init__()
         first = nn.Conv2d(in_chans, dim // 2, 3, 2, 1)
         self.proj = nn.Sequential(first, nn.Conv2d(dim // 2, dim, 3, 2, 1))
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
 
     def forward(self, image: Tensor) -> Tensor:
         """image: [B, in_chans, H, W] -> [B, ceil(H / 4), ceil(W / 4), dim]."""
@@ -51,7 +52,7 @@ class StridedConvMerge(nn.Module):
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
         self.reduction = nn.Conv2d(dim, out, 3, 2, 1, bias=False)
-        self.norm = nn.LayerNorm(out)
+        self.norm = LayerNorm(out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
@@ -66,7 +67,7 @@ class PatchMerge(nn.Module):
 
     def __init__(self, dim: int, out: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim)
+        self.norm = LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class NormConvMerge(nn.Module):
 
     def __init__(self, dim: int, out: int, overlapped: bool = False) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = LayerNorm(dim)
         self.proj = nn.Conv2d(dim, out, 3, 2, 1) if overlapped else nn.Conv2d(dim, out, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,5 +22,6 @@ class ConvPosition(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape."""
-        local = conv(self.proj, x)
-        return x + (local if self.act is None else self.act(local))
+        if self.act is None:
+            return conv(self.proj, x, residual=True)
+        return x + self.act(conv(self.proj, x))

@@ -1,0 +1,215 @@
+"""Depthwise convolution of channels-last maps: each program makes a run of pixels for some channels, reading neighbours
+through the cache. The bias and the input itself (a residual) are added on the way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from glocal.kernels.maps import power, start
+
+_PIXELS, _CHANNELS = 64, 64  # of a program
+_PROGRAMS = 1024  # that share the sums over all pixels of a gradient of weights
+
+
+@triton.jit
+def forward_kernel(
+    x, weight, bias, out, height, width, rows, columns, total, top, left,
+    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """x: [B, height, width, C], weight: [C, K, K], out: [B, rows, columns, C], total: B * rows * columns.
+
+    top, left: padding. RESIDUAL: x is added, for equal sizes.
+    """
+    pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    live, real = pixel < total, channel < C
+    column, row = pixel % columns, (pixel // columns) % rows
+    image = pixel // columns // rows
+    found = tl.zeros([P, CHANNELS], tl.float32)
+    if BIAS:
+        found += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
+    for i in tl.static_range(K):  # type: ignore[attr-defined]
+        for j in tl.static_range(K):  # type: ignore[attr-defined]
+            y, z = row * STRIDE + i - top, column * STRIDE + j - left
+            inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            at = ((image * height + y) * width + z) * C
+            value = tl.load(x + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
+            found += value.to(tl.float32) * w[None, :]
+    at = pixel[:, None] * C + channel[None, :]
+    written = live[:, None] & real[None, :]
+    if RESIDUAL:
+        found += tl.load(x + at, mask=written, other=0.0).to(tl.float32)
+    tl.store(out + at, found.to(out.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def input_kernel(
+    grad, weight, grad_x, height, width, rows, columns, total, top, left,
+    C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """grad: [B, rows, columns, C] -> grad_x: [B, height, width, C]; total: B * height * width."""
+    pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    live, real = pixel < total, channel < C
+    column, row = pixel % width, (pixel // width) % height
+    image = pixel // width // height
+    found = tl.zeros([P, CHANNELS], tl.float32)
+    for i in tl.static_range(K):  # type: ignore[attr-defined]
+        for j in tl.static_range(K):  # type: ignore[attr-defined]
+            y, z = row + top - i, column + left - j
+            inside = live & (y >= 0) & (z >= 0)
+            if STRIDE > 1:
+                inside = inside & (y % STRIDE == 0) & (z % STRIDE == 0)
+                y, z = y // STRIDE, z // STRIDE
+            inside = inside & (y < rows) & (z < columns)
+            at = ((image * rows + y) * columns + z) * C
+            value = tl.load(grad + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
+            found += value.to(tl.float32) * w[None, :]
+    at = pixel[:, None] * C + channel[None, :]
+    written = live[:, None] & real[None, :]
+    if RESIDUAL:
+        found += tl.load(grad + at, mask=written, other=0.0).to(tl.float32)
+    tl.store(grad_x + at, found.to(grad_x.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def weight_kernel(
+    grad, x, sums, height, width, rows, columns, total, top, left,
+    C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """sums: float32 [programs, TAPS, C]: products of grad with x at every tap, and the sum of grad behind the taps."""
+    channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    real = channel < C
+    tap = tl.arange(0, TAPS)
+    found = tl.zeros([TAPS, CHANNELS], tl.float32)
+    for first in range(tl.program_id(0) * P, total, tl.num_programs(0) * P):
+        pixel = tl.cast(first, tl.int64) + tl.arange(0, P)
+        live = pixel < total
+        column, row = pixel % columns, (pixel // columns) % rows
+        image = pixel // columns // rows
+        at = pixel[:, None] * C + channel[None, :]
+        g = tl.load(grad + at, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
+        for i in tl.static_range(K):  # type: ignore[attr-defined]
+            for j in tl.static_range(K):  # type: ignore[attr-defined]
+                y, z = row * STRIDE + i - top, column * STRIDE + j - left
+                inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+                place = ((image * height + y) * width + z) * C
+                value = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+                part = tl.sum(g * value.to(tl.float32), 0)
+                found += tl.where((tap == i * K + j)[:, None], part[None, :], 0.0)
+        found += tl.where((tap == K * K)[:, None], tl.sum(g, 0)[None, :], 0.0)
+    base = sums + tl.program_id(0).to(tl.int64) * TAPS * C
+    tl.store(base + tap[:, None] * C + channel[None, :], found, mask=real[None, :] & (tap <= K * K)[:, None])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """stride; padding at the top and the left; rows and columns of the result; residual: the input is added."""
+
+    stride: int
+    top: int
+    left: int
+    rows: int
+    columns: int
+    residual: bool = False
+
+
+class Depthwise(torch.autograd.Function):
+    """x: [B, H, W, C] contiguous on a GPU, weight: [C, 1, K, K], bias: [C] or None, of one dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
+        """The convolution, [B, rows, columns, C]."""
+        x, weight = x.contiguous(), weight.contiguous()
+        b, height, width, channels = x.shape
+        out = x.new_empty(b, shape.rows, shape.columns, channels)
+        total, sizes = b * shape.rows * shape.columns, _sizes(weight, shape)
+        with torch.cuda.device_of(x):
+            start(forward_kernel, _grid(total, sizes),
+                x, weight, weight if bias is None else bias, out, height, width, shape.rows, shape.columns, total,
+                shape.top, shape.left, BIAS=bias is not None, RESIDUAL=shape.residual, **sizes,
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight)
+        ctx.shape, ctx.biased = shape, bias is not None
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, weight and bias."""
+        x, weight = ctx.saved_tensors
+        grad, shape = grads[0].contiguous(), ctx.shape
+        b, height, width, channels = x.shape
+        kernel, total = weight.shape[-1], b * shape.rows * shape.columns
+        numbers = (height, width, shape.rows, shape.columns)
+        grad_x = grad_w = grad_b = None
+        sizes = _sizes(weight, shape)
+        with torch.cuda.device_of(x):
+            if ctx.needs_input_grad[0]:
+                grad_x = torch.empty_like(x)
+                pixels = b * height * width
+                start(
+                    input_kernel,
+                    _grid(pixels, sizes),
+                    grad,
+                    weight,
+                    grad_x,
+                    *numbers,
+                    pixels,
+                    shape.top,
+                    shape.left,
+                    RESIDUAL=shape.residual,
+                    **sizes,
+                )
+            if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+                taps = power(kernel**2 + 1)
+                blocks = -(-channels // sizes["CHANNELS"])
+                programs = max(1, min(_PROGRAMS // blocks, -(-total // sizes["P"])))
+                sums = x.new_empty(programs, taps, channels, dtype=torch.float32)
+                start(
+                    weight_kernel,
+                    (programs, blocks),
+                    grad,
+                    x,
+                    sums,
+                    *numbers,
+                    total,
+                    shape.top,
+                    shape.left,
+                    TAPS=taps,
+                    **sizes,
+                )
+                found = sums.sum(0).to(weight.dtype)  # [taps, C]
+                grad_w = found[: kernel**2].T.reshape(weight.shape)
+                grad_b = found[kernel**2] if ctx.biased else None
+        return grad_x, grad_w, grad_b, None
+
+
+def _sizes(weight: Tensor, shape: Shape) -> dict[str, int]:
+    channels = weight.shape[0]
+    side = min(_CHANNELS, max(16, power(channels)))
+    if channels % side and channels % 32 == 0:
+        side = 32
+    return {
+        "C": channels,
+        "K": weight.shape[-1],
+        "STRIDE": shape.stride,
+        "P": _PIXELS,
+        "CHANNELS": side,
+        "num_warps": 4,
+    }
+
+
+def _grid(pixels: int, sizes: dict[str, int]) -> tuple[int, int]:
+    return -(-pixels // sizes["P"]), -(-sizes["C"] // sizes["CHANNELS"])

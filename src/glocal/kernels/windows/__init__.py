@@ -1,0 +1,56 @@
+"""Attention inside small windows in Triton: everything a tile of queries sees is read once and kept in one program.
+
+Neighbourhoods and windows of vision backbones (arXiv 2204.07143, 2103.14030, 2204.01697): up to a few hundred keys a
+tile. What depends on positions alone (offsets, masks, biases) is made once and serves all images of a batch. Plans come
+from `glocal.plan.windows`. Triton is imported on the first call.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from glocal.kernels.call import Call, Grads
+from glocal.kernels.capability import Capability, Sizes
+
+CAPABILITY = Capability(
+    name="windows",
+    needs="windows",
+    devices=("cuda",),
+    dtypes=(torch.float32, torch.bfloat16, torch.float16),
+    note="own Triton kernels for small windows, forward and backward with bias gradients, without atomics",
+    head_dims=Sizes(1, 128),
+    value_dims=Sizes(1, 128),
+    block_sizes=Sizes(16, 64, power=True),
+    bias=("table",),
+    softcap=False,
+    segments=False,
+    dense=False,
+    most_keys=512,
+    by_name_only="runs when named",
+)
+
+
+def missing(device: str) -> str | None:
+    """What this machine lacks."""
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    return None
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    from glocal.kernels.windows import launch
+
+    return launch.forward(q, k, v, call)
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Grads:
+    """Gradients through out and LSE; equal bits from call to call."""
+    from glocal.kernels.windows import launch
+
+    return launch.backward(launch.Known(grad_out, grad_lse, out, lse), q, k, v, call)

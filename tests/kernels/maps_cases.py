@@ -1,0 +1,136 @@
+"""The kernels over maps against torch's own operators, gradients included; without CUDA Triton's interpreter runs them.
+
+`test_maps.py` starts this file in a process of its own, because the interpreter must be chosen before anything imports
+Triton. On a machine with CUDA: ``pytest tests/kernels/maps_cases.py`` runs the compiled kernels.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glocal.kernels import maps
+from glocal.nn.blocks import SameConv2d, conv
+from glocal.ops import Ratio, Subtract, Unnormalised, depthwise_conv, layer_norm, linear_attention
+from glocal.ops.channel import gram
+from glocal.testing._common import draw
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no CUDA device, TRITON_INTERPRET is not 1")
+
+
+@pytest.fixture(autouse=True)
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the kernels run on the CPU under the interpreter, whose loop bounds numpy 2.4 must be helped with."""
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+
+    usual = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        usual(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+    monkeypatch.setattr(maps, "usable", lambda *tensors: True)
+    monkeypatch.setattr("glocal.nn.blocks.layout.usable", lambda *tensors: True)
+
+
+def plain(call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """The call without the kernels."""
+    with monkeypatch.context() as patch:
+        patch.setattr(maps, "usable", lambda *tensors: False)
+        patch.setattr("glocal.nn.blocks.layout.usable", lambda *tensors: False)
+        return call()
+
+
+def agree(run: Callable[..., Tensor], inputs: Sequence[Tensor], monkeypatch: pytest.MonkeyPatch, limit: float) -> None:
+    """Outputs and gradients of `run` with and without the kernels."""
+    found = []
+    for fused in (True, False):
+        leaves = [t.to(DEVICE).requires_grad_() for t in inputs]
+        y = run(*leaves) if fused else plain(lambda leaves=leaves: run(*leaves), monkeypatch)
+        grads = torch.autograd.grad(y, leaves, draw(y.shape, 99, torch.float32).to(y))
+        found.append([y.detach(), *grads])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        assert float((ours - theirs).abs().max()) <= limit * max(float(theirs.abs().max()), 1e-3)
+
+
+def some(*shape: int, seed: int = 0) -> Tensor:
+    """Numbers of a normal distribution."""
+    return draw(shape, seed, torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7, 24), (3, 96), (1, 130), (70, 64)])
+def test_layer_norm(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    c = shape[-1]
+    inputs = [some(*shape) * 3 + 2, some(c, seed=1), some(c, seed=2)]
+    agree(lambda x, w, b: layer_norm(x, w, b, 1e-6), inputs, monkeypatch, 2e-5)
+
+
+def test_layer_norm_of_a_view_and_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, b = some(2, 40, 6).to(DEVICE).transpose(1, 2), some(40, seed=1).to(DEVICE), some(40, seed=2).to(DEVICE)
+    assert (layer_norm(x, w, b) - F.layer_norm(x, (40,), w, b)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise(kernel: int, residual: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [some(2, 6, 5, 24), some(24, 1, kernel, kernel, seed=1), *([some(24, seed=2)] if bias else [])]
+    side = kernel // 2
+
+    def run(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return depthwise_conv(x, weight, bias, padding=(side, side, side, side), residual=residual)
+
+    agree(run, inputs, monkeypatch, 2e-5)
+
+
+@pytest.mark.parametrize("size", [(6, 6), (7, 10), (9, 5)])
+def test_depthwise_of_stride_two_as_tensorflow_pads(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = SameConv2d(72, 72, 3, 2, groups=72).to(DEVICE)
+    agree(lambda x, w, b: _with(layer, x, w, b), [some(1, *size, 72), *_weights(layer)], monkeypatch, 2e-5)
+
+
+def _weights(layer: torch.nn.Conv2d) -> list[Tensor]:
+    assert layer.bias is not None
+    return [some(*layer.weight.shape, seed=1), some(*layer.bias.shape, seed=2)]
+
+
+def _with(layer: torch.nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    del layer._parameters["weight"], layer._parameters["bias"]
+    layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
+    try:
+        return conv(layer, x)
+    finally:
+        del layer.weight, layer.bias
+        layer.weight, layer.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+
+
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_channel_attention(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = some(2, tokens, 3 * 24)
+
+    def run(t: Tensor) -> Tensor:
+        q, k, v = t.chunk(3, -1)
+        return gram(q, k, v, 3, scale=0.3)
+
+    agree(run, [wide], monkeypatch, 2e-5)
+
+
+@pytest.mark.parametrize("normaliser", [Ratio(0.5), Subtract(), Unnormalised(0.1)])
+def test_linear_attention(normaliser: Ratio | Subtract | Unnormalised, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(t: Tensor) -> Tensor:
+        q, k, v = t.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        return linear_attention(q.relu(), k.relu(), v, normaliser)
+
+    agree(run, [some(2, 67, 48)], monkeypatch, 2e-5)

@@ -1,0 +1,40 @@
+"""Starts the cases of the kernels over maps under the interpreter, in a process that has not imported Triton yet."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from glocal.kernels import maps
+
+CASES = Path(__file__).with_name("maps_cases.py")
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_cases_under_the_interpreter() -> None:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout and "no CUDA device" not in done.stdout
+
+
+@pytest.mark.gpu
+def test_cases_compiled_on_a_gpu() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(CASES)]
+    done = subprocess.run(command, env=environment, cwd=CASES.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_not_on_the_cpu_and_not_for_mixed_types() -> None:
+    assert not maps.usable(torch.zeros(2, 3))
+    assert not maps.usable(torch.zeros(2, 3), None, torch.zeros(3, dtype=torch.bfloat16))

@@ -1,0 +1,37 @@
+"""The window kernels compiled for Hopper, without a GPU: products on tensor cores, whole 16-byte loads."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from glocal.canvas import Canvas
+from glocal.kernels.call import Call, PlanTensors
+from glocal.ops import Relative
+from glocal.patterns import Windows
+from glocal.plan.windows import window_plan
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def test_compiles_for_hopper() -> None:
+    from glocal.kernels.windows import launch
+    from glocal.testing.hopper import compiling, read
+
+    made = window_plan(Windows(7, roll=3), Canvas((14, 14)))
+    table = Relative(torch.zeros(2, 13, 13, dtype=torch.bfloat16)).lower(made.layout)
+    given: dict[str, Any] = {"q_block": made.q_block, "kv_block": made.kv_block, "bias": (table,)}
+    call = Call("windows", 0.2, plan=PlanTensors(**made.tensors()), **given)
+    q, k, v = torch.zeros(3, 1, 2, 196, 32, dtype=torch.bfloat16)
+    with compiling() as kernels:
+        out, lse = launch.forward(q, k, v, call)
+        launch.backward(launch.Known(out, lse, out, lse), q, k, v, call)
+    found = [read(kernel, sass=True) for kernel in kernels]
+    assert {one.name for one in found} == {"forward_kernel", "queries_kernel", "keys_kernel"}
+    for one in found:
+        assert "HMMA" in one.sass and len(re.findall(r"LDG\.E\.128", one.sass)) >= 16
+        assert one.registers <= 255 and one.shared <= 48 << 10
