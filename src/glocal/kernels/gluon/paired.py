@@ -16,7 +16,7 @@ from glocal.kernels.call import PlanTensors
 from glocal.plan.blockplan import BlockLists
 
 MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
-_MOST = 1 << 28  # entries of the table of all block pairs
+_MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -48,7 +48,7 @@ def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
     full = (upper == masks) & (lower == masks)
     part = seen & ~full
     upper, lower = (torch.where(half < 0, masks + 1, half) for half in (upper, lower))
-    codes, which = torch.unique(upper[part] * (masks + 2) + lower[part], return_inverse=True)
+    codes, which = torch.unique(upper[part].long() * (masks + 2) + lower[part], return_inverse=True)
     row = torch.zeros_like(state[:, ::2], dtype=torch.int32)
     row[part] = which.int()
     words = torch.cat([plan.masks, plan.masks.new_full((1, *plan.masks.shape[1:]), -1),
@@ -68,15 +68,15 @@ def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
 
 
 def _states(plan: PlanTensors, columns: int) -> Tensor | None:
-    """Mask of each block pair, int64: the number of masks where all is seen, -1 where none; None if blocks repeat."""
+    """Mask of each block pair, int32: the number of masks where all is seen, -1 where none; None if blocks repeat."""
     lists, rows = plan.full_count.shape
-    state = torch.full((lists, rows, columns), -1, dtype=torch.int64, device=plan.owner.device)
+    state = torch.full((lists, rows, columns), -1, dtype=torch.int32, device=plan.owner.device)
     total = 0
     for listed, rest in (
         (BlockLists(plan.full_count, plan.full_index), plan.masks.shape[0]),
         (BlockLists(plan.part_count, plan.part_index, plan.part_mask), 0),
     ):
         u, row, column, mask = listed.entries()
-        state[u, row, column] = torch.full_like(u, rest) if mask is None else mask
+        state[u, row, column] = (torch.full_like(u, rest) if mask is None else mask).int()
         total += u.numel()
     return state if int((state >= 0).sum()) == total else None
