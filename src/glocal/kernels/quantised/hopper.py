@@ -145,7 +145,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
     TURNED: gl.constexpr = EXTRA[3]
     SHIFT: gl.constexpr = EXTRA[4]
     MASKED: gl.constexpr = EXTRA[5]
-    EMULATE: gl.constexpr = EXTRA[6]
+    EMULATE: gl.constexpr = 0 if MASKED else EXTRA[6]  # it makes 2^-126 of minus infinity
     DV: gl.constexpr = shared[2].shape[1] if TURNED else shared[2].shape[2]
     BITS: gl.constexpr = 8 if TURNED else 16
     kind: gl.constexpr = shared[2].dtype
