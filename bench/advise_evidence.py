@@ -69,7 +69,7 @@ def search(model: VideoDiT, objective: Latents, workload: Workload) -> tuple[Fou
     before = preflight(model, first, objective)
     buckets = make_buckets(before.levels, 4)
     times, methods = work(model, first, objective, before.sites[len(before.sites) // 2].name, before.shape)
-    looks = Looks(buckets, 2, 16)
+    looks = Looks(buckets, 1, 16)
     patterns = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--plain", type=int, default=6, help="plain recipes measured at each budget")
+    parser.add_argument("--plain", type=int, default=5, help="plain recipes measured at each budget")
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.45])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")

@@ -69,12 +69,12 @@ def wan(device: str, tiny: bool, blocks: int) -> Case:
 
     small: dict[str, Any] = {}
     if tiny:
-        small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+        small = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
     dtype = torch.float32 if tiny else torch.bfloat16
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = diffusers.WanTransformer3DModel(**small, num_layers=blocks).eval()
-        frames, height, width = (4, 16, 16) if tiny else (21, 90, 160)
+        frames, height, width = (8, 24, 24) if tiny else (21, 90, 160)
         text = 16 if tiny else 4096
         arguments = {
             "hidden_states": torch.randn(1, 16, frames, height, width),
@@ -91,13 +91,18 @@ def hunyuan(device: str, tiny: bool, blocks: int) -> Case:
 
     small: dict[str, Any] = {}
     if tiny:
-        small = {"num_attention_heads": 2, "attention_head_dim": 16, "rope_axes_dim": (4, 6, 6), "text_embed_dim": 16}
+        small = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "rope_axes_dim": (16, 24, 24),
+            "text_embed_dim": 16,
+        }
         small |= {"pooled_projection_dim": 8, "num_refiner_layers": 1}
     dtype = torch.float32 if tiny else torch.bfloat16
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = diffusers.HunyuanVideoTransformer3DModel(**small, num_layers=1, num_single_layers=blocks - 1).eval()
-        frames, height, width = (4, 16, 16) if tiny else (33, 90, 160)
+        frames, height, width = (8, 24, 24) if tiny else (33, 90, 160)
         words, text, pooled = (5, 16, 8) if tiny else (256, 4096, 768)
         arguments = {
             "hidden_states": torch.randn(1, 16, frames, height, width),
@@ -196,7 +201,7 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
     def forward() -> Tensor:
         return case.model(**case.arguments, return_dict=False)[0]
 
-    listed = {m.id: m for m in candidates(case.shape, tile_shape=(1, 2, 4) if options.tiny else None)}
+    listed = {m.id: m for m in candidates(case.shape)}
     spec = ProbeSpec(listed, lambda step: 0, frozenset({0}), blocks=16)
     probe = Probe(spec)
 
@@ -227,7 +232,7 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         sizes.update(tokens=call.layout.nk, heads=q.shape[1])
         dropped = Dropped()
-        tried = {m.id: m for m in plans(case.shape, (1, 2, 4) if options.tiny else default_tile(case.shape))}
+        tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
         ready = {n: ready_for(dropped, n, m, (q, k, v, call)) for n, m in tried.items()}
         working = {n: r for n, r in ready.items() if r is not None}
         times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)

@@ -57,9 +57,10 @@ def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
         return Subject(made, Frames(SampleSpec(steps=steps)))
     if isinstance(made, Decoder):
         from glocal.advise.next_token import NextToken
+        from glocal.data import FACT, QUESTION
         from glocal.models.language import encode
 
-        return Subject(made, NextToken(encode, window=256))
+        return Subject(made, NextToken(encode, window=256, fact=FACT, question=QUESTION))
     if is_pipeline(made):
         from glocal.advise.pipeline import Pipeline
 
