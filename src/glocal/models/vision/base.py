@@ -5,8 +5,8 @@ A backbone is a list of levels. `maps(image)` gives the map of each, channels la
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
