@@ -6,7 +6,10 @@ head size) and with exact attention on some rows of the full case; one that is w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, suppress
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -37,16 +40,66 @@ def run(options: Options) -> list[tuple[Any, ...]]:
     """All rows; a contender that fails its check, or cannot run, has a row that says so and no time."""
     names = list(dict.fromkeys(case.name for case in CASES))
     wanted = [case for case in CASES if case.name in chosen(names, options.cases)]
-    options.progress.stage("kernels", len(wanted))
     checked: dict[Any, dict[str, str]] = {}
     rows: list[tuple[Any, ...]] = []
-    dense: dict[tuple[Any, ...], float] = {}
-    for case in wanted:
-        rows += _case(case, options, checked, dense)
-        options.progress.step()
+    with _compiling(wanted, options) as done:
+        options.progress.stage("check", len(wanted))
+        for case in wanted:
+            if _kind(case) not in checked:
+                checked[_kind(case)] = _checked(case.small, options)
+            options.progress.step()
+        done()
+    options.progress.stage("time", len(wanted))
+    pieces: list[Callable[[], list[tuple[Any, ...]]]] = []
     if options.cases is None and options.device.startswith("cuda"):
-        rows += _planning(options)
+        pieces.append(lambda: _planning(options))
+    pieces += [lambda case=case: _case(case, options, checked[_kind(case)]) for case in wanted]
+    for piece in pieces:
+        new = piece()
+        rows += new
+        options.emit(new)
+        options.progress.step()
     return rows
+
+
+def _kind(case: Case) -> tuple[Any, ...]:
+    """Cases with one small twin."""
+    return (
+        case.window != (),
+        case.shards,
+        1 in case.stride,
+        case.tile,
+        case.head_dim,
+        case.ordered,
+        case.passes == "forward",
+    )
+
+
+@contextmanager
+def _compiling(wanted: list[Case], options: Options) -> Iterator[Callable[[], None]]:
+    """Our kernels compiled ahead by other processes, into the cache on disk; yields what waits for them."""
+    if not options.workers:
+        yield lambda: None
+        return
+    with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
+        jobs = [pool.submit(_compile, case, options.device) for case in wanted if case.pattern is not None]
+
+        def wait() -> None:
+            for job in jobs:
+                job.result()
+
+        yield wait
+
+
+def _compile(case: Case, device: str) -> None:
+    """Run our backends once on a case and on its twin; what fails is found again, and told, by the run itself."""
+    for some in (case.small, case):
+        made = some.compiled(device)
+        q, k, v, grad = inputs(some, device)
+        for name, fn in sparse_contenders(some, made, device).items():
+            if name in OWN:
+                with suppress(Exception):
+                    _timed(some, fn, (q, k, v), grad)()
 
 
 def _planning(options: Options) -> list[tuple[Any, ...]]:
@@ -60,39 +113,36 @@ def _planning(options: Options) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _case(
-    case: Case, options: Options, checked: dict[Any, dict[str, str]], dense: dict[tuple[Any, ...], float]
-) -> list[tuple[Any, ...]]:
-    device = options.device
+def _case(case: Case, options: Options, notes: dict[str, str]) -> list[tuple[Any, ...]]:
+    device, notes = options.device, dict(notes)
     made = None if case.pattern is None else case.compiled(device)
-    sparse = {} if made is None else sparse_contenders(case, made, device)
     whole = dense_contenders(case, device)
-    contenders = {**sparse, **whole}
-    small = case.small
-    key = (case.window != (), case.shards, case.stride and case.stride[0] == 1, case.tile, case.head_dim)
-    notes = checked.setdefault(key, _checked(small, device))
+    contenders = {**({} if made is None else sparse_contenders(case, made, device)), **whole}
+    contenders = {name: fn for name, fn in contenders.items() if name not in options.without}
     q, k, v, grad = inputs(case, device)
     good: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     for name, fn in contenders.items():
-        if name not in notes or not notes[name]:
-            try:
-                causal_only = name in whole and made is not None
-                errors[name] = 0.0 if causal_only else _error(case, fn(q, k, v), (q, k, v), made)
-                if errors[name] > LIMIT:
-                    notes[name] = f"off by {errors[name]:.1e} of the largest entry; limit {LIMIT:g}"
-                else:
-                    timed = _timed(case, fn, (q, k, v), grad)
-                    timed()
-                    good[name] = timed
-            except Exception as error:  # a contender that cannot run says why and the others still run
-                notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
-    times = compare_paired(good, options.rounds, device) if len(good) > 1 else None
+        if notes.get(name):
+            continue
+        try:
+            if name in whole and made is not None:
+                errors[name] = 0.0  # dense attention beside a pattern computes something else
+            else:
+                with torch.no_grad():
+                    errors[name] = _error(case, fn(q, k, v), (q, k, v), made)
+            if not errors[name] <= LIMIT:
+                notes[name] = f"off by {errors[name]:.1e} of the largest entry; limit {LIMIT:g}"
+                continue
+            timed = _timed(case, fn, (q, k, v), grad)
+            timed()
+            good[name] = timed
+        except Exception as error:  # a contender that cannot run says why and the others still run
+            notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
+    times = compare_paired(good, options.rounds, device, warmup=1) if len(good) > 1 else None
     rows = _rows(case, made, times, errors, {n: notes[n] for n in contenders if notes.get(n)}, tuple(whole), device)
-    if times is not None and made is None and "cuDNN dense" in times.times:
-        dense[case.canvas, case.passes] = times.times["cuDNN dense"].median
-    if made is not None and (case.canvas, case.passes) in dense:
-        rows += _natten(case, dense[case.canvas, case.passes], device)
+    if times is not None and made is not None and "cuDNN dense" in times.times:
+        rows += _natten(case, times.times["cuDNN dense"].median, device)
     return rows
 
 
@@ -112,20 +162,22 @@ def _timed(case: Case, fn: Attend, qkv: tuple[Tensor, ...], grad: Tensor) -> Cal
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
 
-def _checked(case: Case, device: str) -> dict[str, str]:
+def _checked(case: Case, options: Options) -> dict[str, str]:
     """Contenders on the small twin against the definition in float64: what is wrong with each, "" if nothing."""
+    device, backward = options.device, case.passes != "forward"
     made = None if case.pattern is None else case.compiled(device)
     contenders = dense_contenders(case, device) if made is None else sparse_contenders(case, made, device)
+    contenders = {name: fn for name, fn in contenders.items() if name not in options.without}
     q, k, v, grad = inputs(case, device)
     exact = [t.double().requires_grad_() for t in (q, k, v)]
     want = attention(exact[0], exact[1], exact[2], made, backend="reference")
-    wanted = [want.detach(), *torch.autograd.grad(want, exact, grad.double())]
+    wanted = [want.detach(), *(torch.autograd.grad(want, exact, grad.double()) if backward else ())]
     notes = {}
     for name, fn in contenders.items():
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
         try:
             out = fn(*leaves)
-            found = [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+            found = [out.detach(), *(torch.autograd.grad(out, leaves, grad) if backward else ())]
             worst = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(found, wanted, strict=True))
             notes[name] = "" if worst <= LIMIT else f"small twin off by {worst:.1e} of the largest entry"
         except Exception as error:

@@ -31,10 +31,12 @@ def run(options: Options) -> list[tuple[Any, ...]]:
         raise ValueError(f"device={options.device!r}: planning is timed on CUDA; nearest: cuda")
     no_waits(options.device)
     device, versions = torch.cuda.get_device_name(options.device), f"torch {torch.__version__}"
-    return [
+    rows = [
         (what, blocks, heads, *(f"{n:.2f}" for n in numbers), device, versions)
         for what, blocks, heads, *numbers in measured(SIZES, options.device)
     ]
+    options.emit(rows)
+    return rows
 
 
 def wrong(records: list[dict[str, Any]]) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -21,12 +21,18 @@ SUITES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Options:
-    """device: torch device. cases: names of the suite's cases, None for all. rounds: timed rounds of each contender."""
+    """device: torch device. cases: names of the suite's cases, None for all. rounds: timed rounds of each contender.
+    without: contenders left out. emit: called with the new rows after every case, so that a run that is cut keeps what
+    it has. workers: processes that compile ahead, 0 for none.
+    """
 
     device: str = "cuda"
     cases: tuple[str, ...] | None = None
     rounds: int = 7
     progress: Progress = field(default_factory=NoProgress)
+    without: tuple[str, ...] = ()
+    emit: Callable[[list[tuple[Any, ...]]], None] = lambda rows: None
+    workers: int = 0
 
 
 def suite(name: str) -> ModuleType:

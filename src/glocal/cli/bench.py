@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,6 +15,8 @@ def command(
     device: Annotated[str, typer.Option(help="torch device")] = "cuda",
     case: Annotated[list[str] | None, typer.Option(help="only this case; repeat for several")] = None,
     rounds: Annotated[int, typer.Option(help="timed rounds of each contender")] = 7,
+    without: Annotated[list[str] | None, typer.Option(help="leave this contender out; repeat for several")] = None,
+    workers: Annotated[int, typer.Option(help="processes that compile ahead of timing")] = 0,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV (default: results/NAME-DEVICE.csv)")] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -33,12 +35,18 @@ def command(
     if rounds < 2:
         raise ValueError(f"--rounds {rounds}; legal: at least 2")
     bar = progress(quiet or json)
-    options = Options(torch_device(device), None if case is None else tuple(case), rounds, bar)
-    rows = module.run(options)
-    bar.close()
+    device = torch_device(device)
     where = _title(device)
     target = Path("results") / f"{name}-{slug(where)}.csv" if out is None else out
-    write_atomic(target, table(module.COLUMNS, rows))
+    kept: list[tuple[Any, ...]] = []
+
+    def emit(rows: list[tuple[Any, ...]]) -> None:
+        kept.extend(rows)
+        write_atomic(target, table(module.COLUMNS, kept))
+
+    cases = None if case is None else tuple(case)
+    rows = module.run(Options(device, cases, rounds, bar, () if without is None else tuple(without), emit, workers))
+    bar.close()
     records = [dict(zip(module.COLUMNS, row, strict=True)) for row in rows]
     if json:
         print_json({"suite": name, "device": where, "rows": records})

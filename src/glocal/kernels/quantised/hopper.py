@@ -16,8 +16,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from glocal.kernels.gluon.forward_q import after, powers, row_of
+from glocal.kernels.gluon.forward_q import after, row_of
 from glocal.kernels.gluon.masks import hidden, load_words
+from glocal.kernels.gluon.powers import powers
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
