@@ -129,7 +129,9 @@ def check(case: Case, x: Inputs) -> float:
     along = x.grad[:1]
     grads = torch.autograd.grad(out, some, along)
     pairs += zip(grads, torch.autograd.grad(truth, want + ([exact] if case.bias else []), along.float()), strict=True)
-    worst = max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+    worst = max(
+        float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in ((a.float(), b.float()) for a, b in pairs)
+    )
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{case.name}: off by {worst:.2e} of the largest value; limit {TOLERANCE:g}")
     return worst
