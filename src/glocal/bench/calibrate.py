@@ -125,10 +125,10 @@ def save_table(table: DeviceTable, path: str | os.PathLike[str] | None = None) -
 
 
 def here(device: str) -> tuple[str, ...]:
-    """Exact backends of this machine that run plans: what "auto" can choose among."""
+    """Exact backends of this machine that run plans, FlexAttention only where it is the only one."""
     able = [b for b in registry.backends() if device in b.capability.devices and b.missing(device) is None]
     plans = [b for b in able if b.capability.needs == "plan" and b.capability.sparse and b.capability.backward]
-    return tuple(b.name for b in plans if device == "cpu" or b.name != "flex" or len(plans) == 1)
+    return tuple(b.name for b in plans if b.name != "flex" or len(plans) == 1)
 
 
 def dense_here(device: str) -> tuple[str, ...]:
