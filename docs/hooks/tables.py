@@ -1,7 +1,11 @@
-"""Puts tables made from the code into pages: `<!-- table: systems -->` and `<!-- table: parity -->`."""
+"""Puts tables made from the code into pages: `<!-- table: systems -->`, `<!-- table: parity -->`, and rows of results:
+`<!-- results: kernels-*.csv | case, ms | pass=forward, ms -->` (files, columns, conditions; a bare name: not empty).
+"""
 
 from __future__ import annotations
 
+import csv
+import re
 import sys
 from pathlib import Path
 
@@ -16,7 +20,20 @@ def on_page_markdown(markdown: str, **_: object) -> str:
         mark = f"<!-- table: {name} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, make())
-    return markdown
+    return re.sub(r"<!-- results: ([^|>]+)\|([^|>]+)(?:\|([^>]*))?-->", lambda m: results_table(*m.groups()), markdown)
+
+
+def results_table(files: str, columns: str, conditions: str | None) -> str:
+    """Rows of results files; a line in words where there are none."""
+    names = [c.strip() for c in columns.split(",")]
+    wanted = [c.strip().split("=") for c in conditions.split(",")] if conditions and conditions.strip() else []
+    found: list[tuple[str, ...]] = []
+    for path in sorted((Path(__file__).resolve().parents[2] / "results").glob(files.strip())):
+        with path.open(newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                if all((row.get(c[0], "") == c[1]) if len(c) == 2 else bool(row.get(c[0], "")) for c in wanted):
+                    found.append(tuple(row.get(name, "") for name in names))
+    return _markdown(tuple(names), found) if found else f"No rows are present in results/{files.strip()}."
 
 
 def systems_table() -> str:

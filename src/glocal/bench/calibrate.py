@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from glocal._files import write_atomic
 from glocal._progress import NoProgress, Progress
 from glocal.canvas import Canvas, Layout, tile
+from glocal.kernels import registry
 from glocal.measure import time_call
 from glocal.ops import attention
 from glocal.patterns import AxisWindow, Neighborhood
@@ -27,7 +28,6 @@ from glocal.plan.devices.table import Direction, Kind
 from glocal.plan.tiles import search_strides
 
 TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 3e-2}
-BACKENDS = {"cpu": ("cpu",), "cuda": ("flex",)}
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,9 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Calibration:
-    """What to measure. None stands for the device's own: float32 on the CPU, else bfloat16; BACKENDS; SHAPES."""
+    """What to measure. None stands for the device's own: float32 on the CPU, else bfloat16; every backend of this
+    machine that runs plans, guests among them; SHAPES.
+    """
 
     dtype: torch.dtype | None = None
     backends: tuple[str, ...] | None = None
@@ -83,7 +85,7 @@ def measure_device(
     dtype = default if spec.dtype is None else spec.dtype
     if str(dtype).removeprefix("torch.") not in TOLERANCE:
         raise ValueError(f"dtype={dtype} cannot be calibrated; legal: {', '.join(TOLERANCE)}; nearest: float32")
-    backends = BACKENDS[where.type] if spec.backends is None else spec.backends
+    backends = here(where.type) if spec.backends is None else spec.backends
     shapes = SHAPES[where.type] if spec.shapes is None else spec.shapes
     bar = NoProgress() if progress is None else progress
 
@@ -94,7 +96,8 @@ def measure_device(
     bar.stage("time attention", len(shapes) * (1 + 2 * len(backends)))
     rows: list[Measurement] = []
     for shape in shapes:
-        rows += _time(_dense, "sdpa", "dense", shape, (), where, dtype, spec)
+        for name in dense_here(where.type):
+            rows += _time(_dense(name), name, "dense", shape, (), where, dtype, spec)
         bar.step()
         for backend in backends:
             kinds: dict[Kind, tuple[int, ...]] = {"full": _aligned(shape), "masked": (1,) * len(shape.canvas)}
@@ -121,11 +124,24 @@ def save_table(table: DeviceTable, path: str | os.PathLike[str] | None = None) -
     return write_atomic(target, table.to_json())
 
 
+def here(device: str) -> tuple[str, ...]:
+    """Exact backends of this machine that run plans, FlexAttention only where it is the only one."""
+    able = [b for b in registry.backends() if device in b.capability.devices and b.missing(device) is None]
+    plans = [b for b in able if b.capability.needs == "plan" and b.capability.sparse and b.capability.backward]
+    return tuple(b.name for b in plans if b.name != "flex" or len(plans) == 1)
+
+
+def dense_here(device: str) -> tuple[str, ...]:
+    """Dense backends of this machine."""
+    able = [b for b in registry.backends() if device in b.capability.devices and b.missing(device) is None]
+    return tuple(b.name for b in able if b.capability.needs == "nothing" and b.capability.dense)
+
+
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return scaled_dot_product_attention(q, k, v)
+def _dense(backend: str) -> Attend:
+    return lambda q, k, v: attention(q, k, v, backend=backend)
 
 
 def _aligned(shape: Shape) -> tuple[int, ...]:
@@ -199,8 +215,8 @@ def _time(
             milliseconds=seconds * 1e3,
             window=() if kind == "dense" else shape.window,
             stride=tuple(stride) if tiled else (),
-            q_tile=shape.tile if tiled else (),
-            kv_tile=shape.tile if tiled else (),
+            q_tile=() if kind == "dense" else shape.tile,
+            kv_tile=() if kind == "dense" else shape.tile,
         )
         for direction, seconds in timed.items()
     ]

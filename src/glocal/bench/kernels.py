@@ -6,9 +6,9 @@ head size) and with exact attention on some rows of the full case; one that is w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import get_context
 from typing import Any
 
@@ -42,18 +42,12 @@ def run(options: Options) -> list[tuple[Any, ...]]:
     wanted = [case for case in CASES if case.name in chosen(names, options.cases)]
     checked: dict[Any, dict[str, str]] = {}
     rows: list[tuple[Any, ...]] = []
-    with _compiling(wanted, options) as done:
-        options.progress.stage("check", len(wanted))
-        for case in wanted:
-            if _kind(case) not in checked:
-                checked[_kind(case)] = _checked(case.small, options)
-            options.progress.step()
-        done()
+    _compiled_ahead(wanted, options)
     options.progress.stage("time", len(wanted))
     pieces: list[Callable[[], list[tuple[Any, ...]]]] = []
     if options.cases is None and options.device.startswith("cuda"):
         pieces.append(lambda: _planning(options))
-    pieces += [lambda case=case: _case(case, options, checked[_kind(case)]) for case in wanted]
+    pieces += [lambda case=case: _case(case, options, checked) for case in wanted]
     for piece in pieces:
         new = piece()
         rows += new
@@ -75,20 +69,27 @@ def _kind(case: Case) -> tuple[Any, ...]:
     )
 
 
-@contextmanager
-def _compiling(wanted: list[Case], options: Options) -> Iterator[Callable[[], None]]:
-    """Our kernels compiled ahead by other processes, into the cache on disk; yields what waits for them."""
+def _compiled_ahead(wanted: list[Case], options: Options) -> None:
+    """Our kernels compiled by other processes into the cache on disk, while this one lets the guests compile theirs."""
     if not options.workers:
-        yield lambda: None
         return
+    sparse = [case for case in wanted if case.pattern is not None]
+    options.progress.stage("compile", len(sparse))
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
-        jobs = [pool.submit(_compile, case, options.device) for case in wanted if case.pattern is not None]
-
-        def wait() -> None:
-            for job in jobs:
-                job.result()
-
-        yield wait
+        jobs = [pool.submit(_compile, case, options.device) for case in sparse]
+        met = set()
+        for case in sparse:
+            made = case.small.compiled(options.device)
+            q, k, v, grad = inputs(case.small, options.device)
+            for name, fn in sparse_contenders(case.small, made, options.device).items():
+                key = (name, case.head_dim, made.q_block, case.passes == "forward")
+                if name not in (*OWN, *options.without) and key not in met:
+                    met.add(key)
+                    with suppress(Exception):
+                        _timed(case.small, fn, (q, k, v), grad)()
+        for job in jobs:
+            job.result()
+            options.progress.step()
 
 
 def _compile(case: Case, device: str) -> None:
@@ -113,8 +114,10 @@ def _planning(options: Options) -> list[tuple[Any, ...]]:
     return rows
 
 
-def _case(case: Case, options: Options, notes: dict[str, str]) -> list[tuple[Any, ...]]:
-    device, notes = options.device, dict(notes)
+def _case(case: Case, options: Options, checked: dict[Any, dict[str, str]]) -> list[tuple[Any, ...]]:
+    if _kind(case) not in checked:
+        checked[_kind(case)] = _checked(case.small, options)
+    device, notes = options.device, dict(checked[_kind(case)])
     made = None if case.pattern is None else case.compiled(device)
     whole = dense_contenders(case, device)
     contenders = {**({} if made is None else sparse_contenders(case, made, device)), **whole}

@@ -132,15 +132,15 @@ def _timed(
     """Backends that can run the call and were measured, fastest first, with their estimated seconds."""
     found: list[tuple[float, Picked]] = []
     for candidate in backends():
-        if _reasons(candidate, request, blocks):
-            continue
         c = candidate.capability
+        if c.needs not in ("plan", "nothing") or _reasons(candidate, request, blocks):
+            continue  # no table says what those would take
         sizes = [None] if c.needs != "plan" else [blocks] if blocks is not None else _fitting(c, request)
         if not callable(kept) or max(request.nq, request.nk) > _COMPARE:
             sizes = sizes[:1]
         for size in sizes:
             visits = _visits(kept, size)
-            told = None if c.needs == "counts" else timing.seconds(table, c.name, request, size, visits)
+            told = timing.seconds(table, c.name, request, size, visits)
             if told is not None:
                 found.append((told, Picked(c.name, "", c.needs, size)))
     masked = replace(request, bias=tuple(sorted({*request.bias, "dense"})), sparse=False)

@@ -39,18 +39,30 @@ TABLE: dict[Part, list[tuple[int, Tuning, Tuning]]] = {
 }
 FLOAT32 = {64: Tuning(64, 32, 4, 2), 128: Tuning(32, 32, 4, 2), 256: Tuning(16, 16, 4, 1)}
 FLOAT32_PRECISION = "tf32x3"  # three products of 10-bit mantissas: as exact as float32, at the rate of matrix units
+HOPPER = 232448  # bytes of shared memory that a program can have there
+RESERVED = 4096
 ROWS = 32  # tokens of a program that moves rows
 
 
-def tuning(part: Part, width: int, itemsize: int, blocks: tuple[int, int], *, masked: bool) -> Tuning:
-    """For the larger padded head size; tiles are powers of two that divide the query and key block."""
+def tuning(
+    part: Part, width: int, itemsize: int, blocks: tuple[int, int], *, masked: bool, memory: int | None = None
+) -> Tuning:
+    """For the larger padded head size; tiles are powers of two that divide the query and key block.
+
+    memory: shared memory of a program in bytes, None for that of Hopper; smaller cards get fewer stages.
+    """
     table = [(w, t, t) for w, t in FLOAT32.items()] if itemsize == 4 else TABLE[part]
     for most, whole, partial in table:
         if width <= most:
             found = partial if masked else whole
             queries, keys = (_part(b, most_) for b, most_ in zip(blocks, (found.queries, found.keys), strict=True))
             warps = min(found.warps, max(1, queries * keys // 512)) if part != "backward_kv" else found.warps
-            return Tuning(queries, keys, warps if warps & (warps - 1) == 0 else 4, found.stages)
+            row = width * itemsize
+            loaded = 2 * row * (queries if part == "backward_kv" else keys)  # a stage of the loop
+            held = {"forward": 0, "backward_q": 2 * row * queries, "backward_kv": 2 * row * keys}[part]
+            room = (HOPPER if memory is None else memory) - RESERVED - held
+            stages = max(1, min(found.stages, room // loaded))
+            return Tuning(queries, keys, warps if warps & (warps - 1) == 0 else 4, stages)
     raise ValueError(f"backend='triton': padded head size {width}; legal: to 256.")
 
 

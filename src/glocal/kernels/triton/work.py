@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -41,7 +42,8 @@ class Work:
     def tile(self, part: defaults.Part, itemsize: int) -> dict[str, int]:
         """Tile, warps and stages of a kernel."""
         width = max(self.sizes["WD"], self.sizes["WDV"])
-        found = defaults.tuning(part, width, itemsize, (self.call.q_block, self.call.kv_block), masked=self.masked)
+        blocks, memory = (self.call.q_block, self.call.kv_block), _shared_memory(self.plan.owner.device)
+        found = defaults.tuning(part, width, itemsize, blocks, masked=self.masked, memory=memory)
         return {"BM": found.queries, "BN": found.keys, "num_warps": found.warps, "num_stages": found.stages}
 
     def row(self, t: Tensor) -> tuple[Any, ...]:
@@ -204,6 +206,14 @@ def box(t: Tensor, rows: int, width: int) -> Any:
     """Descriptor of boxes [rows, width] over all rows of [B, H, N, D]."""
     flat = t.reshape(-1, t.shape[3])
     return TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [rows, width])
+
+
+@lru_cache(maxsize=64)
+def _shared_memory(device: torch.device) -> int | None:
+    """Bytes of shared memory that a program can have on the card; None where there is no card."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def strided(t: Tensor) -> tuple[Any, ...]:
