@@ -43,6 +43,7 @@ PAIRS = {
     "davit_tiny": ("davit_tiny", True),
     "gc_vit_tiny": ("gcvit_tiny", True),
     "maxvit_tiny_tf_224": ("maxvit_tiny_tf_224", True),
+    "swin_tiny": ("swin_tiny_patch4_window7_224", True),
     "dinat_tiny": ("swin_tiny_patch4_window7_224", False),
     "dinat_s_tiny": ("swin_tiny_patch4_window7_224", False),
     "biformer_tiny": ("swin_tiny_patch4_window7_224", False),

@@ -59,6 +59,17 @@ def test_words_are_made_once_for_a_table(generator: torch.Generator) -> None:
     assert by_query(table, 64) is not words and int(by_query(table, 64)[0].abs().sum()) == 0
 
 
+def test_lists_made_for_one_call_are_not_looked_at() -> None:
+    from glocal.plan.facts import declare_sound, worth_a_look
+
+    made = window(300, 37)
+    assert worth_a_look(made.full.index) and worth_a_look(made.to("cpu").full.index)
+    own = BlockLists(made.full.count.clone(), made.full.index.clone())
+    assert worth_a_look(own.index)
+    declare_sound(own)
+    assert not worth_a_look(own.index)
+
+
 def test_query_blocks_are_joined_where_neighbours_visit_the_same(generator: torch.Generator) -> None:
     from glocal.kernels.gluon.paired import paired
 

@@ -25,6 +25,7 @@ CAPABILITY = Capability(
     blocks=((128, 128), (64, 64)),
     bias=(),
     segments=False,
+    deterministic=False,  # unless torch asks for it: gradients of queries are else summed as they come
     dense=False,
     by_name_only="runs when named until the table of measured times lists it",
 )

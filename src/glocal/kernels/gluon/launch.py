@@ -22,6 +22,7 @@ from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import merge_kernel
 from glocal.kernels.triton.permute import gather_rows
 from glocal.kernels.triton.work import Work, on_device, prepare, start
+from glocal.plan.facts import worth_a_look
 
 # Per plan, by its full lists: lengths of the lists, whether all are equal, and tiles by falling length.
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -71,7 +72,7 @@ def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     w = prepare(q, k, v, call)
     blocks = w.call.q_block, w.call.kv_block
     wide = max(w.sizes["WD"], w.sizes["WDV"])
-    if blocks != (64, 64) or wide <= 64 or wide > 128 or not (w.q_facts.fixed and w.q_facts.distinct):
+    if blocks != (64, 64) or wide <= 64 or wide > 128 or not worth_a_look(w.plan.full_index):
         return w
     plan = paired(w.plan, blocks[1])
     return w if plan is None else replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=2 * blocks[0]))
@@ -123,13 +124,13 @@ def _longest_first(w: Work) -> Tensor | None:
     """Tiles by falling number of key blocks, int32 [B * H * blocks], equal ones in the order of memory; None: as they
     lie, because all are equal or the plan is not known to stay.
 
-    Looked at once for each plan, unless it changes; that waits for the device, so plans made on it are not looked at.
+    Looked at once for each plan, unless it changes; that waits for the device, so lists made for one call are not.
     """
     p = w.plan
     mark = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (p.owner, p.full_count, p.part_count))
     known = _ORDERS.get(p.full_index)
     if known is None or known[0] != mark:
-        if not (w.q_facts.fixed and w.q_facts.distinct) or torch.cuda.is_current_stream_capturing():
+        if not worth_a_look(p.full_index) or torch.cuda.is_current_stream_capturing():
             return None
         visits = p.full_count + p.part_count  # [U, blocks]
         known = _ORDERS[p.full_index] = (mark, visits, bool((visits == visits.flatten()[:1]).all()), {})
