@@ -79,7 +79,7 @@ def variants(case: Case) -> dict[str, list[Tuning]]:
 
 def put(part: str, value: Tuning) -> None:
     """Make `value` the choice for every head size."""
-    defaults.TABLE[part] = [(256, value)]  # type: ignore[index]
+    defaults.TABLE[part] = [(256, value, value)]  # type: ignore[index]
 
 
 def inputs(case: Case) -> tuple[list[Tensor], Call, Canvas]:
@@ -105,11 +105,11 @@ def parts(case: Case) -> tuple[dict[str, object], list[Tensor], Call, Canvas]:
     out, lse = launch.forward(q, k, v, call)
     known = launch.Known(grad, torch.zeros_like(lse), out, lse)
     w = prepare(q, k, v, call)
-    rows, keys = launch._rows(w, q, known), w.keys(k, v, 0.0)
+    rows, keys, bias = launch._rows(w, q, known), w.keys(k, v, 0.0), launch.BiasGrads.of(w, q, k)
     functions: dict[str, object] = {
         "forward": lambda: launch.forward(q, k, v, call)[0],
-        "backward_q": lambda: launch._grad_q(w, q, rows, keys),
-        "backward_kv": lambda: launch._grad_kv(w, k, v, rows, keys),
+        "backward_q": lambda: launch._grad_q(w, q, rows, keys, bias),
+        "backward_kv": lambda: launch._grad_kv(w, k, v, rows, keys, bias),
     }
     return functions, [q, k, v], call, canvas
 

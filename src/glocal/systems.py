@@ -194,7 +194,7 @@ def _read(row: dict[str, str], file: Path) -> Evidence:
 ROWS: tuple[System, ...] = (
     # Operators and patterns
     System("gna", "Generalized Neighborhood Attention: Multi-dimensional Sparse Attention at the Speed of Light",
-           "2504.16922", "", "code", "operator", ("patterns/neighborhood", "plan/simulate", "ops/merge"),
+           "2504.16922", "", "code", "operator", ("patterns/neighborhood", "plan/simulate", "ops/merge", "adapt/gna"),
            ("neighborhood",), ("dilated",), ("lse",), ("layer", "pipeline")),
     System("fna", "Faster Neighborhood Attention: Reducing the O(n²) Cost of Self Attention at the Threadblock Level",
            "2403.04690", "NeurIPS 2024", "code", "operator", ("patterns/neighborhood", "ops/capture"),
@@ -226,11 +226,12 @@ ROWS: tuple[System, ...] = (
            "2510.24606", "NeurIPS 2025 workshop", "code", "language", ("adapt/dhsa",),
            ("routed",), ("pooled",), (), ("language model",)),
     System("rectified_spaattn", "Rectified SpaAttn: Revisiting Attention Sparsity for Efficient Video Generation",
-           "2511.19835", "", "code", "acceleration", ("adapt/rectified_spaattn",),
+           "2511.19835", "", "code", "acceleration", ("adapt/rectified_spaattn", "routing/shares", "ops/rectify"),
            ("routed",), ("pooled",), ("rectification",), ("pipeline",)),
     System("paro", "PAROAttention: Pattern-Aware ReOrdering for Efficient Sparse and Quantized Attention in Visual "
            "Generation Models",
-           "2506.16054", "NeurIPS 2025", "code", "acceleration", ("adapt/paro",),
+           "2506.16054", "NeurIPS 2025", "code", "acceleration",
+           ("adapt/paro", "adapt/paro_plan", "adapt/paro_calibration"),
            ("tile",), (), ("heads",), ("pipeline",)),
     System("hess", "HeSS: Head Sensitivity Score for Sparsity Redistribution in VGGT",
            "2603.25336", "CVPR 2026", "paper", "geometry", ("adapt/hess",),

@@ -159,6 +159,8 @@ class Row:
     output: float = 0.5
     mass: float = 0.9
     kept: float = 0.25
+    kind: str = "self"
+    component: str = "transformer"
 
 
 def test_items_take_the_worst_sample_and_the_mean_over_its_calls() -> None:

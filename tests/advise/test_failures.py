@@ -22,6 +22,7 @@ from glocal.advise import (
     Workload,
     advise,
     candidates,
+    inside,
     run,
 )
 from glocal.advise.timing import MethodTime, Times
@@ -38,11 +39,11 @@ WIDE = Target(limits={"drift": 1e6})
 def half_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every method takes half the time of dense and attention is worth it, so that the ladder is always full."""
 
-    def fixed(q, k, v, call, methods, *, rounds):
+    def fixed(q, k, v, call, methods, *, rounds, inner=None):
         dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
         return Times(dense, {n: replace(dense, method=n, median=0.5, kept=0.4, visited=0.4) for n in methods}, None)
 
-    monkeypatch.setattr(run, "time_methods", fixed)
+    monkeypatch.setattr(inside, "time_methods", fixed)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
 
 
@@ -107,7 +108,9 @@ def test_three_failing_candidates_stop(
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("stage", ["preflight", "times_inside", "_probe", "step_weights", "_ladder", "validate_pairs"])
+@pytest.mark.parametrize(
+    "stage", ["preflight", "times_inside", "probe_sample", "weight_run", "build_ladder", "measure_rung", "run_pair"]
+)
 def test_an_abort_in_any_stage_leaves_nothing(
     stage: str,
     error: type[BaseException],
@@ -127,7 +130,7 @@ def test_an_abort_in_any_stage_leaves_nothing(
     monkeypatch.setattr("glocal.advise.AdviseOptions", lambda **_: OPTIONS)
     monkeypatch.setitem(run.effort_of.__globals__["EFFORTS"], "quick", EFFORT)
     job = _advise_job.Job("tiny", tmp_path / "out", limits={"drift": 1e6})
-    monkeypatch.setattr(run, "_winners", lambda run, measured, ceiling: (list(measured), ""))
+    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
     with pytest.raises(error, match="stopped"):
         _advise_job.run_job(job, as_json=True, quiet=True)
     assert not list(tmp_path.iterdir()) and not open_handles(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from glocal.adapt.records import RunState, Site, SiteCall
 from glocal.advise.methods import SYSTEMS, MethodSpec, candidates, default_tile, extent
 from glocal.advise.rules import published_defaults
 from glocal.canvas import Canvas, Layout
@@ -36,12 +37,43 @@ def test_every_system_builds_and_runs_on_odd_canvases(shape: tuple[int, ...], ge
     used = set()
     for spec in specs(len(shape)):
         used.add(spec.system)
-        out, plan, kernel = spec.run(q, k, v, layout, None)
+        out, plan, kernel = spec.run(q, k, v, SiteCall(Site("s", 0, 2, 8), layout, RunState()))
         assert out.shape == dense.shape and bool(out.isfinite().all()) and kernel
         assert 0 < plan.kept <= 1 and plan.visited >= plan.kept - 1e-6
         if spec.system == "dense":
             assert torch.allclose(out, dense, atol=1e-5)
-    assert used == set(SYSTEMS)
+    assert used == {name for name, system in SYSTEMS.items() if not system.causal}
+
+
+@pytest.mark.parametrize("tokens", [200, 129])
+def test_causal_systems_see_no_later_token(tokens: int, generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(1, 2, tokens, 8, generator=generator) for _ in range(3))
+    call = SiteCall(Site("s", 0, 2, 8, causal=True), Layout.of(Canvas((tokens,))), RunState())
+    used = set()
+    for spec in [
+        MethodSpec("causal_window", {"window": {"tokens": 40}, "sinks": 8}, block=(16, 16)),
+        MethodSpec("causal_topk", {"keep": 0.4}, block=(16, 16), kind="route"),
+    ]:
+        used.add(spec.system)
+        out, plan, _ = spec.run(q, k, v, call)
+        assert 0 < plan.kept < 0.5
+        later = v.clone()
+        later[:, :, 100:] = torch.nan
+        again = spec.run(q, k, later, call)[0]
+        torch.testing.assert_close(again[:, :, :90], out[:, :, :90])
+    assert used == {name for name, system in SYSTEMS.items() if system.causal}
+    assert {m.system for m in candidates((tokens,), causal=True)} == used
+
+
+def test_methods_of_causal_sites_go_nowhere_else(generator: torch.Generator) -> None:
+    q, k, v = (torch.randn(1, 1, 64, 8, generator=generator) for _ in range(3))
+    layout = Layout.of(Canvas((64,)))
+    window = MethodSpec("causal_window", {"window": {"tokens": 16}})
+    with pytest.raises(ValueError, match=r"causal_window\(.*\) is for causal sites, but 's' is not"):
+        window.run(q, k, v, SiteCall(Site("s", 0, 1, 8), layout, RunState()))
+    with pytest.raises(ValueError, match=r"windows\(.*\) is not causal, but 's' is causal"):
+        causal = Site("s", 0, 1, 8, causal=True)
+        MethodSpec("windows", {"size": [16]}).run(q, k, v, SiteCall(causal, layout, RunState()))
 
 
 @pytest.mark.parametrize("shape", [(7, 9, 5), (9, 13), (37,)])

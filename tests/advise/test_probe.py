@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from glocal.adapt.records import RunState, Site, SiteCall
+from glocal.advise import probe as probe_module
 from glocal.advise.methods import MethodSpec, candidates, default_tile
-from glocal.advise.probe import Probe, ProbeSpec, candidates_at, measure, partial_sums, spread
-from glocal.canvas import Canvas, Layout
-from glocal.ops import attend
+from glocal.advise.partial import (
+    Keys,
+    Lists,
+    PartialSums,
+    Rows,
+    blocks_of,
+    candidates_at,
+    gather_keys,
+    partial_sums,
+    rows_of,
+)
+from glocal.advise.probe import LEAST_BLOCKS, Probe, ProbeSpec, measure, spread
+from glocal.canvas import Canvas, Layout, Part
+from glocal.ops import Score, attend
+from glocal.plan.blockplan import BlockPlan
 
 SHAPE = (4, 6, 10)
 
@@ -24,6 +39,21 @@ def tensors(generator: torch.Generator, heads: int, tokens: int) -> list[torch.T
     return [torch.randn(1, heads, tokens, 8, generator=generator) for _ in range(3)]
 
 
+def probed(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: BlockPlan, block: int, call: SiteCall | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Output [H, R, D], mass [H, R] and places [R] of the rows of one query block, from partial sums."""
+    here = call_of(SHAPE, q.shape[1]) if call is None else call
+    every = q.shape[1]
+    segments = here.layout.segments(1, "cpu")
+    keys = gather_keys(k, v, plan, here, segments, (0, every, every))
+    at = blocks_of(plan, [block], here, segments)[0]
+    rows = rows_of(q, at, here, (0, every))
+    lists = [Lists(plan, [block], every)]
+    out, mass = candidates_at(partial_sums(rows, keys), lists, (0, at), rows, keys, (0, every))
+    return out[0], mass[0], rows.places
+
+
 @pytest.mark.parametrize("number", range(len(candidates(SHAPE, tile_shape=(2, 2, 4)))))
 def test_probe_equals_direct_attention(number: int, generator: torch.Generator) -> None:
     method = candidates(SHAPE, tile_shape=(2, 2, 4))[number]
@@ -32,11 +62,8 @@ def test_probe_equals_direct_attention(number: int, generator: torch.Generator) 
     plan = method.plan(call.layout, q, k)
     direct = attend(q, k, v, plan, backend="reference").out[0]
     for block in spread(plan.q_blocks, 5):
-        rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block].long()
-        rows = rows[rows >= 0]
-        part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-        out, mass = candidates_at(part, [plan], block, q[0, :, rows], k[0], v[0])
-        torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
+        out, mass, rows = probed(q, k, v, plan, block)
+        torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
         assert bool(((mass > 0) & (mass <= 1 + 1e-5)).all())
 
 
@@ -46,22 +73,17 @@ def test_partial_blocks_are_recomputed(generator: torch.Generator) -> None:
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
     assert int(plan.partial.count.sum()) > 0
     direct = attend(q, k, v, plan, backend="reference").out[0]
-    rows = plan.q_order[0, 0].reshape(-1, 16)[3].long()
-    rows = rows[rows >= 0]
-    part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-    out, _ = candidates_at(part, [plan], 3, q[0, :, rows], k[0], v[0])
-    torch.testing.assert_close(out[0], direct[:, rows], rtol=0, atol=1e-5)
+    out, _, rows = probed(q, k, v, plan, 3)
+    torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
 
 
 def test_all_blocks_are_dense_attention(generator: torch.Generator) -> None:
     q, k, v = tensors(generator, 2, 240)
     method = MethodSpec("dense", {}, {"tile": [2, 2, 4]}, (16, 16))
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
-    rows = plan.q_order[0, 0, :16].long()
-    part = partial_sums(q[0, :, rows], k[0], v[0], plan, None)
-    out, mass = candidates_at(part, [plan], 0, q[0, :, rows], k[0], v[0])
+    out, mass, rows = probed(q, k, v, plan, 0)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)[0, :, rows]
-    torch.testing.assert_close(out[0], dense, rtol=0, atol=1e-5)
+    torch.testing.assert_close(out, dense, rtol=0, atol=1e-5)
     torch.testing.assert_close(mass, torch.ones_like(mass))
 
 
@@ -110,3 +132,118 @@ def test_blocks_are_spread_over_the_canvas() -> None:
 )
 def test_default_tile(shape: tuple[int, ...], tile: tuple[int, ...]) -> None:
     assert default_tile(shape) == tile
+
+
+def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, method: MethodSpec, call: SiteCall) -> torch.Tensor:
+    score = Score(scale=call.site.scale, softcap=call.site.softcap)
+    plan = method.plan(call.layout, q, k)
+    return attend(q, k, v, plan, canvas=call.layout, score=score, backend="reference").out[0]
+
+
+@pytest.mark.parametrize("kind", ["window", "topk"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_causal_sites_with_grouped_heads_and_a_soft_cap(
+    kind: str, softcap: float | None, generator: torch.Generator
+) -> None:
+    q = torch.randn(1, 4, 200, 8, generator=generator)
+    k, v = (torch.randn(1, 2, 200, 8, generator=generator) for _ in range(2))
+    site = Site("s", 0, 4, 8, kv_heads=2, causal=True, softcap=softcap)
+    call = SiteCall(site, Layout.of(Canvas((200,))), RunState(step=0))
+    method = MethodSpec("causal_window", {"window": {"tokens": 50}, "sinks": 4}, block=(16, 16))
+    if kind == "topk":
+        method = MethodSpec("causal_topk", {"keep": 0.3}, block=(16, 16), kind="route")
+    plan = method.plan(call.layout, q, k)
+    direct = exact(q, k, v, method, call)
+    for block in (0, 5, 12):
+        out, mass, rows = probed(q, k, v, plan, block, call)
+        torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
+        assert bool((mass <= 1 + 1e-5).all())
+
+
+def test_padding_is_neither_asked_nor_seen(generator: torch.Generator) -> None:
+    """Joint attention whose text is padded: padded keys carry no mass, padded queries are no rows."""
+    q, k, v = (torch.randn(1, 2, 72 + 8, 8, generator=generator) for _ in range(3))
+    k[:, :, 75:] = 50.0  # would take all the mass
+    canvas = Canvas([Part("video", (3, 4, 6)), Part("text", 8)])
+    layout = Layout(canvas, canvas, lengths={"text": torch.tensor([3])})
+    call = SiteCall(Site("s", 0, 2, 8, kind="joint"), layout, RunState(step=0))
+    method = MethodSpec("tile_windows", {"tile": [1, 2, 3], "window": [1, 2, 3]}, {"tile": [1, 2, 3]}, (6, 6))
+    plan = method.plan(layout, q, k)
+    direct = exact(q, k, v, method, call)
+    seen = set()
+    for block in range(plan.q_blocks):
+        found = blocks_of(plan, [block], call, layout.segments(1, "cpu"))
+        if found:
+            out, _, rows = probed(q, k, v, plan, block, call)
+            torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
+            seen |= set(rows.tolist())
+    assert seen == set(range(75))
+
+
+def test_orders_of_each_head_are_probed_each_by_its_own(generator: torch.Generator) -> None:
+    q, k, v = tensors(generator, 2, 240)
+    call = call_of(SHAPE, 2)
+    method = candidates(SHAPE, tile_shape=(2, 2, 4))[0]
+    plan = method.plan(call.layout, q, k)
+    shift = torch.stack([plan.q_order[0, 0], plan.q_order[0, 0].roll(plan.q_block)])[None]
+    keys = torch.stack([plan.kv_order[0, 0], plan.kv_order[0, 0].roll(plan.kv_block)])[None]
+    own = replace(plan, q_order=shift, kv_order=keys)
+    spec = ProbeSpec({"m": method}, lambda step: 0, frozenset({0}), blocks=own.q_blocks)
+    found = {r.head: r for r in measure(q, k, v, call, {"m": own}, spec)}
+    dense = attend(q, k, v, backend="reference").out
+    wanted = (attend(q, k, v, own, backend="reference").out - dense).norm(dim=-1) / dense.norm(dim=-1)
+    for head in (0, 1):
+        assert found[head].output == pytest.approx(float(wanted[0, head].square().mean().sqrt()), rel=1e-4)
+    assert found[0].output != pytest.approx(found[1].output, rel=1e-3)
+
+
+def memory_for(heads: int, blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on more heads at once, or more query blocks a call, are too much."""
+    true_sums, true_spread = probe_module.partial_sums, probe_module.spread
+
+    def sums(rows: Rows, keys: Keys) -> PartialSums:
+        if rows.q.shape[0] > heads:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true_sums(rows, keys)
+
+    def chosen(there: int, count: int) -> list[int]:
+        if count > blocks:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true_spread(there, count)
+
+    monkeypatch.setattr(probe_module, "partial_sums", sums)
+    monkeypatch.setattr(probe_module, "spread", chosen)
+
+
+@pytest.mark.parametrize(("heads", "blocks"), [(1, 16), (2, 16), (1, 8)])
+def test_out_of_memory_halves_the_heads_and_then_the_rows(
+    heads: int, blocks: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = tensors(generator, 4, 240)
+    method = candidates(SHAPE, tile_shape=(2, 2, 4))[0]
+    spec = ProbeSpec({method.id: method}, lambda step: 0, frozenset({0}), blocks=16)
+
+    def run() -> Probe:
+        probe = Probe(spec)
+        probe.core(q, k, v, call_of(SHAPE, 4), lambda q, k, v, call: q)
+        return probe
+
+    whole = {r.head: r.output for r in run().records}
+    memory_for(heads, blocks, monkeypatch)
+    less = run()
+    assert (less.share.heads, less.share.blocks) == (heads, blocks)
+    assert [s.site for s in less.share.shrunk] == ["blocks.0.attn"] * len(less.share.shrunk)
+    if blocks == 16:
+        assert {r.head: r.output for r in less.records} == pytest.approx(whole)
+
+
+def test_out_of_memory_below_eight_blocks_is_an_error(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = tensors(generator, 2, 240)
+    method = candidates(SHAPE, tile_shape=(2, 2, 4))[0]
+    memory_for(0, 16, monkeypatch)
+    probe = Probe(ProbeSpec({method.id: method}, lambda step: 0, frozenset({0}), blocks=16))
+    with pytest.raises(torch.OutOfMemoryError):
+        probe.core(q, k, v, call_of(SHAPE, 2), lambda q, k, v, call: q)
+    assert probe.share.blocks == LEAST_BLOCKS

@@ -52,7 +52,7 @@ def test_status_follows_the_verdict_and_the_number_of_pairs(
     def without_times(*args, **options):
         found = validate_pairs(*args, **options)
         drifts, n = [p.drift for p in found.pairs], len(found.pairs)
-        verdict = accept(drifts, [2.0] * n, [1.0] * n, limit=options["limit"], target=options["target"])
+        verdict = accept(drifts, [2.0] * n, [1.0] * n, limit=1e6, target=1.0)
         return replace(found, verdict=verdict)
 
     from dataclasses import replace

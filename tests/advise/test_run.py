@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, run
+from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
 from glocal.advise.methods import candidates
 from glocal.advise.run import Advice
 from glocal.advise.timing import MethodTime, Times, blocks_of
@@ -22,14 +22,14 @@ OPTIONS = AdviseOptions(candidates=tuple(candidates((4, 8, 8), tile_shape=(2, 4,
 OBJECTIVE = Frames(SampleSpec(steps=4), frames=4, height=32, width=32)
 
 
-def times_by_pairs(q, k, v, call, methods, *, rounds):
+def times_by_pairs(q, k, v, call, methods, *, rounds, inner=None):
     """A machine on which time follows the pairs visited, whatever the real one does at this size."""
 
     def one(name: str, visited: float, kept: float, full: float) -> MethodTime:
         seconds = 1e-3 * (0.05 + 0.95 * visited)
         return MethodTime(name, seconds, seconds, seconds, rounds, full, 0.0, kept, visited, "cpu")
 
-    plans = {name: method.plan(call.layout, q, k) for name, method in methods.items()}
+    plans = {name: ready.plan for name, ready in methods.items()}
     timed = {n: one(n, p.visited, p.kept, blocks_of(p, q.shape[1])[0]) for n, p in plans.items()}
     return Times(one("dense", 1.0, 1.0, 0.0), timed, None)
 
@@ -38,7 +38,7 @@ def times_by_pairs(q, k, v, call, methods, *, rounds):
 def advice(model: VideoDiT) -> Advice:
     wide = Target(limits={"drift": 1e6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "time_methods", times_by_pairs)
+        patch.setattr(inside, "time_methods", times_by_pairs)
         patch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
         return advise(model, distinct(), objective=OBJECTIVE, target=wide, effort=EFFORT, options=OPTIONS)
 

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import pytest
 
-from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, run
+from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, inside, run
 from glocal.advise.search import Rung
 from glocal.advise.timing import MethodTime, Times
-from glocal.advise.validation import Validation, validate_pairs
+from glocal.advise.validation import Validation, verdict_over
 from glocal.measure.stats import accept
 from glocal.models.generation import VideoDiT
 
@@ -19,7 +19,7 @@ OPTIONS = AdviseOptions(candidates=tuple(candidates((4, 8, 8), tile_shape=(2, 4,
 WIDE = Target(limits={"drift": 1e6})
 
 
-def fixed_times(q, k, v, call, methods, *, rounds):
+def fixed_times(q, k, v, call, methods, *, rounds, inner=None):
     """A machine on which every method takes half the time of dense."""
     dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
     return Times(dense, {n: replace(dense, method=n, median=0.5, kept=0.4, visited=0.4) for n in methods}, None)
@@ -33,8 +33,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
         seen: list[list[str]] = []
 
         def validated(*args, **options) -> Validation:
-            seen.append([s.id for s in args[2]])
-            found = validate_pairs(*args, **options)
+            found = verdict_over(*args, **options)
+            seen.append([p.sample for p in found.pairs])
             n = len(found.pairs)
             sparse = [1.0 if len(seen) == accepted else 9.0] * n
             return replace(found, verdict=accept([0.01 * i for i in range(n)], [2.0] * n, sparse, limit=1, target=1))
@@ -45,10 +45,10 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
             return replace(rung, seconds=1 / (2 + rung.error), dense_seconds=1.0)
 
         measure_rung = run.measure_rung
-        monkeypatch.setattr(run, "time_methods", fixed_times)
+        monkeypatch.setattr(inside, "time_methods", fixed_times)
         monkeypatch.setattr(run, "_refusal", lambda *args: None)
         monkeypatch.setattr(run, "measure_rung", measured)
-        monkeypatch.setattr(run, "validate_pairs", validated)
+        monkeypatch.setattr(run, "verdict_over", validated)
         return seen
 
     return prepare

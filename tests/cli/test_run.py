@@ -153,7 +153,7 @@ def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("demo", "--recipe", "none.json"), "recipe 'none.json' does not exist"),
-        (("demos",), "MODEL 'demos'; legal: demo, or package.module:factory"),
+        (("demos",), "MODEL 'demos'; legal: demo, demo-language, package.module:factory"),
         (("nowhere:make",), "MODEL 'nowhere:make': No module named 'nowhere'"),
         (("toys:nothing",), "MODEL 'toys:nothing': "),
         (("toys:number",), "MODEL 'toys:number' is a int; legal: a function"),
@@ -181,3 +181,35 @@ def test_a_broken_recipe_names_its_field(tmp_path: Path) -> None:
     assert (code, out) == (2, "")
     assert "schema='other/2'; this version reads 'glocal.recipe/1'" in err
     assert [p.name for p in tmp_path.iterdir()] == ["recipe.json"]
+
+
+def test_a_method_in_place_of_a_recipe(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ("demo", "--method", "gna", "--set", "window=[1,2,2]", "--set", "dense_layers=1", "--steps", "2")
+    code, text, err = run(*words, "--compare", "-o", str(out), "--json")
+    assert (code, err) == (0, "")
+    record = json.loads(text)
+    assert record["method"] == {"system": "gna", "settings": {"window": [1, 2, 2], "dense_layers": 1}}
+    first, second = record["sites"]
+    assert (first["sparse"], first["dense"]) == (0, {"layer": 4})
+    assert (second["sparse"], second["methods"], second["kept"]) == (4, {"gna": 4}, pytest.approx(1 / 8))
+    assert record["dense"]["relative_l2"] > 0
+    assert load_file(out / "clip.safetensors")["sparse"].shape == (2, 3, 8, 8)
+    code, text, err = run(*words, "--quiet")
+    assert (code, err) == (0, "") and "gna(window=[1, 2, 2], dense_layers=1)" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((), "give one of --recipe FILE"),
+        (("--method", "gna", "--recipe", "x.json"), "give one of --recipe FILE"),
+        (("--recipe", "x.json", "--set", "a=1"), "--set a=1: goes with --method"),
+        (("--method", "gna", "--set", "window"), "expected K=V, such as decay=0.2"),
+        (("--method", "gma", "--set", "window=[1,2,2]"), "nearest: gna"),
+        (("--method", "radial", "--set", "decai=1"), "radial: decai is unknown"),
+    ],
+)
+def test_bad_methods_are_named(words: tuple[str, ...], says: str) -> None:
+    code, _, err = run("demo", *words)
+    assert code == 2 and says in " ".join(err.split())

@@ -9,7 +9,8 @@ import torch
 
 from glocal.kernels import registry
 from glocal.kernels.capability import Sizes, refusals, version
-from glocal.kernels.registry import Request
+from glocal.kernels.registry import Request, Visits
+from glocal.plan.devices.table import DeviceTable, Kind, Measurement, table_for
 
 BASE = Request("cpu", torch.float32, 1, 8, 8, 4096, 4096, 64, 64)
 
@@ -28,7 +29,7 @@ def picked(request: Request, backend: str = "auto", blocks: tuple[int, int] | No
         ({"sparse": False, "bias": ("table",), "softcap": True}, "dense"),
         ({"dropout": True, "nq": 64, "nk": 64}, "reference"),
         ({"sparse": False, "dropout": True, "nq": 64, "nk": 64}, "reference"),
-        ({"device": "cuda", "dtype": torch.bfloat16}, "flex"),
+        ({"device": "cuda", "dtype": torch.bfloat16}, "triton"),
         ({"device": "cuda", "dtype": torch.bfloat16, "sparse": False}, "dense"),
         ({"device": "cuda", "dtype": torch.float64, "nq": 64, "nk": 64}, "reference"),
         ({"device": "cuda", "head_dim": 320, "nq": 64, "nk": 64}, "reference"),
@@ -36,16 +37,18 @@ def picked(request: Request, backend: str = "auto", blocks: tuple[int, int] | No
     ],
 )
 def test_auto(changes: dict, want: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from glocal.kernels import flex
+    from glocal.kernels import flex, triton
 
-    monkeypatch.setattr(flex, "missing", lambda device: None)
+    for module in (flex, triton):
+        monkeypatch.setattr(module, "missing", lambda device: None)
     assert picked(replace(BASE, **changes)) == want
 
 
 def test_what_a_machine_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from glocal.kernels import flex
+    from glocal.kernels import flex, triton
 
-    monkeypatch.setattr(flex, "missing", lambda device: "triton is not installed")
+    for module in (flex, triton):
+        monkeypatch.setattr(module, "missing", lambda device: "triton is not installed")
     small = replace(BASE, device="cuda", nq=64, nk=64)
     found = registry.pick(small, "auto", blocks=None, kept=0.3)
     assert found.name == "reference" and "not flex: triton is not installed" in found.why
@@ -53,19 +56,20 @@ def test_what_a_machine_lacks_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> No
         picked(small, "flex")
 
 
-def test_an_unmeasured_backend_runs_when_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_runs_by_name_only_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     from glocal.kernels import flex, triton
 
     for module in (flex, triton):
         monkeypatch.setattr(module, "missing", lambda device: None)
+    monkeypatch.setattr(triton, "CAPABILITY", replace(triton.CAPABILITY, by_name_only="not yet measured on a GPU"))
     small = replace(BASE, device="cuda", nq=64, nk=64)
     found = registry.pick(small, "auto", blocks=(64, 64), kept=0.3)  # flex takes no blocks of 64
     assert found.name == "reference" and "not triton: not yet measured on a GPU" in found.why
     assert picked(small, "triton", (64, 64)) == "triton"
-    with pytest.raises(ValueError, match=r"query block 48 \(legal: powers of two from 16 to 128\)"):
-        picked(small, "triton", (48, 64))
+    with pytest.raises(ValueError, match=r"query block 40 \(legal: multiples of 16 from 16\)"):
+        picked(small, "triton", (40, 64))
     text = registry.explain(small, "auto", blocks=(64, 64), kept=0.3)
-    assert "triton: could run too (not yet measured on a GPU, runs when named)" in text
+    assert "triton: could run too (not yet measured on a GPU)" in text
 
 
 def test_the_reference_is_no_fallback_for_large_inputs() -> None:
@@ -86,7 +90,8 @@ def test_a_named_backend_runs_or_raises() -> None:
 
 def test_unknown_names_get_the_nearest() -> None:
     with pytest.raises(
-        ValueError, match=r"backend='refrence' is unknown; legal: auto, dense, cpu, .*flex, triton, .*reference. Nea"
+        ValueError,
+        match=r"backend='refrence' is unknown; legal: auto, dense, cpu, windows, gluon, triton, flex, .*reference. Nea",
     ):
         picked(BASE, "refrence")
 
@@ -128,3 +133,101 @@ def test_explain_names_all() -> None:
     for name in registry.names():
         assert f"  {name}: " in text
     assert registry.explain(BASE, "dense", blocks=None, kept=0.25).startswith("does not run: backend='dense'")
+
+
+def row(kernel: str, kind: Kind, ms: float, tile: tuple[int, int] = (16, 8), **more: object) -> Measurement:
+    """A measured call on a canvas of 128 x 128, 8 heads of 64."""
+    window = () if kind == "dense" else (48, 48)
+    stride = (1, 1) if kind == "masked" else ()
+    tiles = () if kind == "dense" else tile
+    given = {"direction": "forward", "dtype": "bfloat16", "heads": 8, "head_dim": 64, "canvas": (128, 128), **more}
+    return Measurement(
+        kernel=kernel, kind=kind, milliseconds=ms, window=window, stride=stride, q_tile=tiles, kv_tile=tiles, **given
+    )  # type: ignore[arg-type]
+
+
+def device(*rows: Measurement) -> DeviceTable:
+    """A device nobody has."""
+    return DeviceTable("mock", "Mock", "2026-01-01", "invented for a test", 100, 1e12, None, rows)
+
+
+ROWS = (
+    row("dense", "dense", 2.0),
+    row("dense, masked", "dense", 3.0),
+    row("triton", "full", 0.5),
+    row("triton", "masked", 1.0),
+    row("flex", "full", 0.7),
+    row("flex", "masked", 0.9),
+    row("triton", "full", 0.3, (8, 8)),
+    row("triton", "masked", 1.6, (8, 8)),
+)
+SPARSE = replace(BASE, device="cuda", dtype=torch.bfloat16, nq=8192, nk=8192)
+
+
+@pytest.fixture
+def able(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if Triton were installed."""
+    from glocal.kernels import flex, triton
+
+    for module in (flex, triton):
+        monkeypatch.setattr(module, "missing", lambda device: None)
+
+
+@pytest.mark.parametrize(
+    "full, partial, want",
+    [
+        (0.1, 0.0, ("triton", (64, 64))),  # full blocks only: the smaller blocks were faster
+        (0.0, 0.1, ("flex", (128, 128))),  # masks are cheapest there
+        (0.0, 1.5, ("dense", None)),  # sparse would be slower than dense with a mask
+    ],
+)
+def test_the_table_decides(full: float, partial: float, want: tuple, able: None) -> None:
+    found = registry.pick(SPARSE, "auto", blocks=None, kept=lambda size: Visits(full, partial), table=device(*ROWS))
+    assert (found.name, found.blocks) == want, found.why
+    assert found.why.startswith("fastest by the table of mock; estimated: ")
+    assert found.needs == ("counts" if want[0] == "dense" else "plan")
+
+
+def test_a_mask_is_written_out_for_small_inputs_only(able: None) -> None:
+    large = replace(SPARSE, nq=1 << 17, nk=1 << 17)
+    found = registry.pick(large, "auto", blocks=None, kept=Visits(0.0, 1.5), table=device(*ROWS))
+    assert found.name == "flex"
+
+
+def test_what_was_not_measured_follows_the_order(able: None) -> None:
+    for request in (replace(SPARSE, dtype=torch.float16), replace(SPARSE, grad=True)):
+        found = registry.pick(request, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS))
+        assert found.name == "triton" and found.why.startswith("first that can on cuda")
+    named = registry.pick(SPARSE, "flex", blocks=None, kept=Visits(0.1), table=device(*ROWS))
+    assert named.name == "flex" and named.why == "asked for by name"
+
+
+def test_gradients_count_both_passes(able: None) -> None:
+    back = (row("triton", "full", 9.0, direction="backward"), row("flex", "full", 2.0, direction="backward"))
+    table = device(*ROWS, *back)
+    assert registry.pick(replace(SPARSE, grad=True), "auto", blocks=(128, 128), kept=0.1, table=table).name == "flex"
+    assert registry.pick(SPARSE, "auto", blocks=(128, 128), kept=0.1, table=table).name == "triton"
+
+
+def test_a_guest_runs_where_it_was_measured_to_be_fastest(able: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glocal.kernels.guests import fa4_dense
+
+    monkeypatch.setattr(fa4_dense, "missing", lambda device: None)
+    dense = replace(SPARSE, sparse=False)
+    assert registry.pick(dense, "auto", blocks=None, kept=1.0, table=device(*ROWS)).name == "dense"
+    table = device(*ROWS, row("fa4", "dense", 1.8))
+    found = registry.pick(dense, "auto", blocks=None, kept=1.0, table=table)
+    assert found.name == "fa4_dense" and found.why.index("fa4_dense") < found.why.index("dense 0.5 ms")
+    assert "estimated: fa4_dense 0.45 ms" in registry.explain(dense, "auto", blocks=None, kept=1.0, table=table)
+
+
+def test_shipped_tables_are_found_by_the_name_a_card_gives_itself(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    found = table_for("NVIDIA H200")
+    assert found is not None and found.name == "h200"
+    assert table_for("NVIDIA H200 141GB") is found and table_for("Some Other Card") is None
+    mine = replace(device(*ROWS), title="Some Other Card", name="some-other-card")
+    (tmp_path / "glocal" / "devices").mkdir(parents=True)
+    (tmp_path / "glocal" / "devices" / "some-other-card.json").write_text(mine.to_json())
+    again = table_for("Some Other Card")
+    assert again is not None and again.measurements == mine.measurements

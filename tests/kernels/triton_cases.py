@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glocal.canvas import Canvas, Layout, Part
-from glocal.kernels import reference, registry
+from glocal.kernels import reference
 from glocal.kernels import triton as backend
 from glocal.kernels.call import Bias, Call, DenseBias, Grads, PlanTensors, TableBias
 from glocal.kernels.triton import planning
@@ -354,14 +354,6 @@ def test_empty_axes(axis: str, generator: torch.Generator) -> None:
     out, lse, grads = run(made, Inputs.random(made, Sizes(batch=int(axis != "batch")), generator), Extra(), "triton")
     assert bool((out == 0).all()) and bool((lse == -torch.inf).all())
     assert all(bool((g == 0).all()) for g in (grads.q, grads.k, grads.v))
-
-
-def test_auto_passes_over_it_and_says_why(on_cpu: None) -> None:
-    asked = registry.Request("cpu", torch.float32, 1, 2, 2, 48, 48, 8, 8)
-    assert registry.pick(asked, "triton", blocks=None, kept=0.5).name == "triton"
-    assert registry.pick(asked, "auto", blocks=None, kept=0.5).name != "triton"
-    text = registry.explain(asked, "auto", blocks=None, kept=0.5)
-    assert "triton: could run too (not yet measured on a GPU, runs when named)" in text
 
 
 def test_whole_calls_with_autograd(on_cpu: None, generator: torch.Generator) -> None:

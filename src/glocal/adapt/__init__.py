@@ -1,9 +1,14 @@
 """Methods put into other people's models and taken out again."""
 
-from glocal.adapt.attach import Handle, Method, attach, open_handles
+from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
+from glocal.adapt.gna import gna
 from glocal.adapt.host import HostAdapter, host_of, register_host
+from glocal.adapt.paro import paro
 from glocal.adapt.private import discover, site
+from glocal.adapt.radial import radial
 from glocal.adapt.records import Block, RunState, Site, SiteCall
+from glocal.adapt.rectified_spaattn import rectified_spaattn
+from glocal.adapt.tile_windows import tile_windows
 
 __all__ = [
     "Block",
@@ -15,8 +20,14 @@ __all__ = [
     "SiteCall",
     "attach",
     "discover",
+    "gna",
     "host_of",
     "open_handles",
+    "paro",
+    "radial",
+    "rectified_spaattn",
     "register_host",
     "site",
+    "sites_of",
+    "tile_windows",
 ]

@@ -95,6 +95,10 @@ class Handle:
         for part in _parts(self.model).values():
             _OPEN[part].pop()
 
+    def last(self, undo: Undo) -> None:
+        """Something `undo` takes back last, because it was put in first."""
+        self._undo.insert(0, undo)
+
     def __enter__(self) -> Handle:
         return self
 
@@ -152,6 +156,15 @@ def _parts(model: Any) -> dict[str, Any]:
     return dict(parts(model)) if is_pipeline(model) else {"": model}
 
 
+def sites_of(model: Any) -> tuple[Site, ...]:
+    """All attention sites of a model, or of the denoising models of a pipeline, each with its component."""
+    if not is_pipeline(model):
+        return tuple(host_of(model).sites(model))
+    return tuple(
+        replace(site, component=name) for name, part in parts(model).items() for site in host_of(part).sites(part)
+    )
+
+
 def _offered(model: Any, host: HostAdapter, method: Method, piped: bool) -> None:
     """ValueError for a point the host does not offer."""
     offers = host.points | {"step"} if piped else host.points
@@ -182,7 +195,9 @@ def _place(
                 undo.append(host.wrap(model, point, site.name, _site_wrapper(make, site, state)))  # type: ignore[arg-type]
     blocks: tuple[Block, ...] = ()
     if "module" in method.points and hasattr(host, "blocks"):
-        blocks = method.blocks(tuple(host.blocks(model)))  # type: ignore[attr-defined]
+        blocks = tuple(host.blocks(model))  # type: ignore[attr-defined]
+        blocks = blocks if component is None else tuple(replace(b, component=component) for b in blocks)
+        blocks = method.blocks(blocks)
         for block in blocks:
             undo.append(host.wrap(model, "module", block.name, _site_wrapper(method.module, block, state)))
     if "forward" in method.points:

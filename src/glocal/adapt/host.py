@@ -46,6 +46,7 @@ _DIFFUSERS = "diffusers.models.transformers"
 _HERE = "glocal.adapt.hosts.diffusers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+    "glocal.models.language.decoder.Decoder": "glocal.adapt.hosts.decoder",
     f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": f"{_HERE}.cogvideox",
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": f"{_HERE}.pixart",
     f"{_DIFFUSERS}.transformer_cosmos.CosmosTransformer3DModel": f"{_HERE}.cosmos",
@@ -57,6 +58,17 @@ _BUILT_IN = {
     f"{_DIFFUSERS}.transformer_sd3.SD3Transformer2DModel": f"{_HERE}.sd3",
     f"{_DIFFUSERS}.transformer_wan.WanTransformer3DModel": f"{_HERE}.wan",
     "diffusers.models.unets.unet_2d_condition.UNet2DConditionModel": f"{_HERE}.unet",
+    **{
+        f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}{kind}": (
+            "glocal.adapt.hosts.transformers.decoder"
+        )
+        for family in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2")
+        for kind in ("ForCausalLM", "Model")
+    },
+    **{
+        f"transformers.models.gemma3.modeling_gemma3.{name}": "glocal.adapt.hosts.transformers.decoder"
+        for name in ("Gemma3ForCausalLM", "Gemma3TextModel")
+    },
 }
 _REGISTERED: dict[str, HostAdapter] = {}
 

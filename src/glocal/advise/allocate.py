@@ -18,6 +18,7 @@ from torch import Tensor
 
 from glocal.advise.hull import Hulls, lower_hulls
 
+APART = 100_000  # more layers than any model has
 _TURNS = 40  # tangents moved at most so often; a handful is usual
 _ROUNDS = 64  # passes that use up what the price of time left over
 _ROUNDING = 1e-12  # sums of the same times in another order differ by so much
@@ -44,13 +45,18 @@ class Measured(Protocol):
     def residual(self) -> float: ...
     @property
     def kept(self) -> float: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def component(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
 class Items:
     """What can be chosen. Rows are items (layer, head, bucket), columns methods, column 0 is "dense".
 
-    methods: ids. layer, head, bucket [items] int64. error [items, methods]: squared error, 0 in column 0, inf where a
+    methods: ids. layer, head, bucket [items] int64; the layers of the second and later `groups` (component, kind of
+    site) are counted on from multiples of `APART`. error [items, methods]: squared error, 0 in column 0, inf where a
     method was not measured. time [items, methods]: seconds of all calls of the item in a run. kept, mass
     [items, methods]: share of pairs kept and of attention weight kept.
     """
@@ -63,6 +69,7 @@ class Items:
     time: Tensor
     kept: Tensor
     mass: Tensor
+    groups: tuple[tuple[str, str], ...] = (("transformer", "self"),)
 
     def __post_init__(self) -> None:
         if not self.methods or self.methods[0] != "dense":
@@ -104,11 +111,14 @@ class Items:
         sample; so a method must be good on all of them. measure: error of what reaches the residual stream, or of the
         attention output. Records of head -1 (sums over heads) are passed over.
         """
+        known = [r for r in records if r.head >= 0]
+        groups = tuple(sorted({(r.component, r.kind) for r in known}))
+        first = {group: APART * number for number, group in enumerate(groups)}
         sums: dict[tuple[int, int, int], dict[str, dict[str, list[Measured]]]] = {}
-        for record in records:
-            if record.head >= 0:
-                of_item = sums.setdefault((record.layer, record.head, record.bucket), {})
-                of_item.setdefault(record.method, {}).setdefault(record.sample, []).append(record)
+        for record in known:
+            layer = first[record.component, record.kind] + record.layer
+            of_item = sums.setdefault((layer, record.head, record.bucket), {})
+            of_item.setdefault(record.method, {}).setdefault(record.sample, []).append(record)
         if not sums:
             raise ValueError("there are no records of single heads to allocate by.")
         keys = sorted(sums)
@@ -126,7 +136,7 @@ class Items:
         per_place = {(name, k[0], k[2]): time(name, k[0], k[2]) for name in methods for k in keys}
         times = torch.tensor([[per_place[n, k[0], k[2]] for n in methods] for k in keys], dtype=torch.float64)
         layer, head, bucket = torch.tensor(keys).T
-        return Items(methods, layer, head, bucket, error, times, kept, mass)
+        return Items(methods, layer, head, bucket, error, times, kept, mass, groups)
 
     def only(self, methods: Sequence[str]) -> Items:
         """The same items with fewer methods; "dense" always stays."""

@@ -53,8 +53,8 @@ class RecipeMethod(Method):
         self.stats: dict[str, SiteStats] = {}
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
-        """Self and joint attention; cross attention stays dense."""
-        return tuple(s for s in sites if s.kind != "cross")
+        """Self and joint attention; cross attention stays dense, layers with a sliding window as they are."""
+        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, H, N, D]."""
@@ -76,7 +76,7 @@ class RecipeMethod(Method):
                 stats.dense["by the recipe"] += len(members)
             else:
                 method = self.recipe.methods[name]
-                result, plan, kernel = method.run(*mine, call.layout, call.site.scale)
+                result, plan, kernel = method.run(*mine, call)
                 stats.methods[name] += len(members)
                 stats.kernels[kernel] += 1
                 stats.kept_sum += plan.kept * len(members)
@@ -97,6 +97,7 @@ class RecipeMethod(Method):
             branch=state.branch,
             sigma=state.timestep,
             progress=progress,
+            tokens=call.layout.nk if state.phase == "prefill" else None,
         )
 
     def _refusal(self, q: Tensor, call: SiteCall) -> str | None:
@@ -109,6 +110,10 @@ class RecipeMethod(Method):
                     "fallback.training='dense' in the recipe."
                 )
             return "training"
+        if call.state.phase == "decode":
+            return "decode"
+        if getattr(call.native, "opaque", False):
+            return "a mask"
         if call.layout.nk < fallback.min_tokens:
             return f"fewer than {fallback.min_tokens} tokens"
         if len(call.layout.kv.grids) != 1:

@@ -24,6 +24,14 @@ class Dropped:
         """The candidate cannot run here, and says so itself."""
         self.why[name] = why
 
+    def take(self, other: Dropped) -> None:
+        """What another part of the run dropped."""
+        for name, why in other.why.items():
+            if name in other.failed:
+                self.fail(name, why)
+            else:
+                self.unfit(name, why)
+
     def fail(self, name: str, why: str) -> None:
         """The candidate broke. AdviceError at the third: then the kernels are at fault, not a candidate."""
         self.why[name] = why

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from glocal.advise.methods import MethodSpec, candidates
 
-Scope = Literal["operator", "step", "end_to_end"]
+Scope = Literal["operator", "step", "end_to_end", "prefill"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,8 @@ class Effort:
     give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
     published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
     nearest one all the same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples
-    of its own; fewer where the workload does not hold as many.
+    of its own; fewer where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket
+    runs give the step weights. correct: once the ladder is measured, fit the step weights to it and allocate again.
     """
 
     name: str
@@ -31,19 +33,25 @@ class Effort:
     published: int = 4
     show: bool = False
     rungs: int = 3
+    probes: int = 1
+    samples: int = 1
+    correct: bool = False
 
 
 EFFORTS = {
     "demonstration": Effort("demonstration", 4, 6, 1, (0.8, 0.6), 4, 3, 1, 1, show=True, rungs=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
-    "standard": Effort("standard"),
-    "thorough": Effort("thorough", pairs=19, plain=3),
+    "standard": Effort("standard", probes=2, correct=True),
+    "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True),
 }
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked for: a speed-up of a scope, and limits on measures ("drift" is the mean over pairs)."""
+    """What is asked for: a speed-up of a scope, and limits on measures ("drift" is the mean over pairs).
+
+    of: "prefill" is the whole run of a language objective, which is one prefill.
+    """
 
     speedup: float | None = None
     of: Scope = "end_to_end"
@@ -52,8 +60,8 @@ class Target:
     def __post_init__(self) -> None:
         if self.speedup is not None and self.speedup < 1:
             raise ValueError(f"Target: speedup={self.speedup} must be at least 1.")
-        if self.of not in ("operator", "step", "end_to_end"):
-            raise ValueError(f"Target: of={self.of!r}; legal: operator, step, end_to_end.")
+        if self.of not in ("operator", "step", "end_to_end", "prefill"):
+            raise ValueError(f"Target: of={self.of!r}; legal: operator, step, end_to_end, prefill.")
         if self.limits.get("drift", 0.10) <= 0:
             raise ValueError(f"Target: limits['drift']={self.limits['drift']} must be positive.")
 
@@ -62,6 +70,12 @@ class Target:
 class AdviseOptions:
     """methods: system names to consider (empty: all that apply). keep_dense: globs of site names never touched.
     candidates: methods to probe instead of the built-in list. budget: seconds the forecast may reach.
+    sensitivity: what an error counts for: its size in the residual stream ("forward"), or what it does to the output by
+    one-step gradients ("gradient", for models that fit in memory with their activations).
+    canvases: arguments that say a size; the first is probed, validation samples take them in turn, so that all of them
+    are proven.
+    state: folder that keeps what is finished; resume: go on from it. jobs: processes; more than one needs `loader`, a
+    function of a module that returns (model, objective) anew.
     """
 
     methods: tuple[str, ...] = ()
@@ -69,6 +83,16 @@ class AdviseOptions:
     candidates: tuple[MethodSpec, ...] = ()
     min_tokens: int = 1024
     budget: float | None = None
+    sensitivity: Literal["forward", "gradient"] = "forward"
+    state: Path | None = None
+    resume: bool = False
+    canvases: tuple[Mapping[str, int], ...] = ()
+    jobs: int = 1
+    loader: Callable[[], tuple[Any, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.sensitivity not in ("forward", "gradient"):
+            raise ValueError(f"sensitivity={self.sensitivity!r}; legal: forward, gradient.")
 
 
 def effort_of(effort: str | Effort) -> Effort:
@@ -80,9 +104,9 @@ def effort_of(effort: str | Effort) -> Effort:
     return EFFORTS[effort]
 
 
-def listed(options: AdviseOptions, shape: Sequence[int]) -> list[MethodSpec]:
+def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False) -> list[MethodSpec]:
     """The methods to consider on a grid of axis lengths `shape`; ValueError for a system that is no candidate."""
-    wanted = list(options.candidates) if options.candidates else candidates(shape)
+    wanted = list(options.candidates) if options.candidates else candidates(shape, causal=causal)
     if options.methods:
         known = {m.system for m in wanted}
         for name in options.methods:

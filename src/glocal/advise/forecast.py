@@ -15,11 +15,11 @@ from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach
-from glocal.adapt.records import SiteCall
+from glocal.adapt.records import Core, SiteCall
 from glocal.advise.effort import AdviseOptions, Effort, effort_of, listed
 from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Latents
-from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise
+from glocal.advise.objective import Objective
+from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise, whole_memory
 from glocal.advise.probe import Probe, ProbeSpec
 from glocal.advise.weights import make_buckets
 from glocal.advise.workload import Sample, Workload
@@ -42,13 +42,14 @@ class StageForecast:
 class Cost:
     """What the stages are counted from beside the preflight. levels: noise levels of a run, one more than steps.
     candidates: methods probed. probe_call: extra seconds of one probed call. validations: recipes that can be validated
-    at most, each on samples of its own.
+    at most, each on samples of its own. jobs: processes that share the samples.
     """
 
     levels: tuple[float, ...]
     candidates: int
     probe_call: float
     validations: int = 1
+    jobs: int = 1
 
 
 def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[StageForecast, ...]:
@@ -57,42 +58,47 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     buckets = make_buckets(cost.levels, effort.buckets)
     run = steps * before.forward
     probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
-    calls = probed * len(before.sites) * (1 + effort.plain / max(cost.candidates, 1))
+    calls = probed * len(before.sites) * (effort.probes + effort.samples * effort.plain / max(cost.candidates, 1))
     rungs = 2 * len(effort.budgets) + effort.published
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
     scores = 2 * 4 * one.heads * 64 * before.tokens
     pairs = cost.validations * effort.pairs
-    records = round(probed * heads * (cost.candidates + effort.plain)) * ROW
+    wide = effort.probes * cost.candidates + effort.samples * effort.plain
+    records = round(probed * heads * wide) * ROW
 
     def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
         return StageForecast(name, seconds, None if before.memory is None else before.memory + extra, disk)
 
     timed = (cost.candidates + 1) * (effort.rounds + 2) * before.attention / len(before.sites)
-    weights = effort.plain * sum(steps - b.first for b in buckets) * before.forward
+    weights = effort.samples * effort.plain * sum(steps - b.first for b in buckets) * before.forward
+    proving = pairs * RUNS_A_PAIR * run
+    probes, shared = effort.probes + effort.samples, max(cost.jobs, 1)
+    probing = probes * run + calls * cost.probe_call
     return (
         stage("preflight", 6 * before.forward),
         stage("time model", before.forward + timed),
-        stage("probe", 2 * run + calls * cost.probe_call, scores + (steps + 1) * before.output, 2 * records),
-        stage("step weights", weights, (steps + 1) * before.output),
-        stage("ladder", (2 + rungs) * run, 2 * before.output),
+        stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
+        stage("step weights", weights / shared, (steps + 1) * before.output),
+        stage("ladder", 3 * run + rungs * run / min(shared, rungs), 2 * before.output),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
-        stage("validation", pairs * RUNS_A_PAIR * run, 3 * pairs * before.output, 2 * before.output),
+        stage("validation", proving / min(shared, effort.pairs), 3 * pairs * before.output, 2 * before.output),
     )
 
 
 def measured_forecast(
     model: Any,
     sample: Sample,
-    objective: Latents,
+    objective: Objective,
     known: tuple[Preflight, Effort, Mapping[str, MethodSpec]],
     validations: int = 1,
+    jobs: int = 1,
 ) -> tuple[StageForecast, ...]:
     """The stages, with one probed call measured inside the last step of `sample`."""
     before, effort, methods = known
     seconds: list[float] = []
 
-    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> None:
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         probe = Probe(ProbeSpec(methods, lambda step: 0, frozenset([call.state.step]), effort.blocks))
         for _ in range(2):  # the first builds plans, which later calls of the same canvas find ready
             synchronise(q)
@@ -101,20 +107,18 @@ def measured_forecast(
             synchronise(q)
             seconds.append(time.perf_counter() - began)
 
-    last = len(objective.levels) - 2
-    with torch.no_grad(), attach(model, Inside(before.sites[len(before.sites) // 2].name, 0, look)):
-        latent = objective.first_latent(model, sample) if last else None
-        objective.run(model, sample, start=last, latent=latent)
+    with torch.no_grad(), attach(model, Inside(before.sites[len(before.sites) // 2].name, look)):
+        objective.brief(model, sample)
     if not seconds:
         raise AdviceError("The middle site was never called; the host adapter reports sites that do not run.")
-    return forecast_stages(before, effort, Cost(tuple(objective.levels), len(methods), seconds[-1], validations))
+    return forecast_stages(before, effort, Cost(before.levels, len(methods), seconds[-1], validations, jobs))
 
 
 def forecast_advice(
     model: Any,
     workload: Workload,
     *,
-    objective: Latents,
+    objective: Objective,
     effort: str | Effort = "standard",
     options: AdviseOptions | None = None,
     progress: Progress | None = None,
@@ -126,13 +130,14 @@ def forecast_advice(
     level = effort_of(effort)
     asked = AdviseOptions() if options is None else options
     shown = NoProgress() if progress is None else progress
-    split = workload.split(probe=1, weights=1, validate=level.pairs, validations=level.rungs)
+    split = workload.split(probe=level.probes, weights=level.samples, validate=level.pairs, validations=level.rungs)
     sample = split.probe.samples[0]
     shown.stage("preflight")
     with torch.no_grad():
         before = preflight(model, sample, objective)
-        methods = {m.id: m for m in listed(asked, before.shape)}
-        found = measured_forecast(model, sample, objective, (before, level, methods), len(split.validations))
+        methods = {m.id: m for m in listed(asked, before.shape, causal=before.causal)}
+        known = (before, level, methods)
+        found = measured_forecast(model, sample, objective, known, len(split.validations), asked.jobs)
     shown.close()
     return found
 
@@ -150,6 +155,18 @@ def check_budget(stages: Sequence[StageForecast], budget: float) -> None:
         raise AdviceError(
             f"The forecast is {duration(whole)}, the budget {duration(budget)}; {most.name} takes most of it "
             f"({duration(most.seconds)}). Nothing was written. Raise the budget, or take a smaller effort."
+        )
+
+
+def check_memory(stages: Sequence[StageForecast], model: Any) -> None:
+    """AdviceError if a stage will hold more bytes than there are."""
+    tensor = next((p for p in getattr(model, "parameters", list)()), torch.empty(0))
+    there = whole_memory(tensor)
+    most = max(stages, key=lambda s: -1 if s.memory is None else s.memory)
+    if there is not None and most.memory is not None and most.memory > there:
+        raise AdviceError(
+            f"{most.name} will hold {most.memory / 2**30:.1f} GiB, here are {there / 2**30:.1f} GiB. Nothing was "
+            "written. Take a smaller canvas, or a machine with more memory."
         )
 
 

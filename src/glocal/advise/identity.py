@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.adapt.host import host_of
+from glocal.adapt.attach import sites_of
 
 SAMPLED = 64 * 1024
 PIECE = 1024
@@ -75,7 +75,7 @@ def config_sha256(module: nn.Module) -> str | None:
 
 def components(model: Any) -> list[dict[str, Any]]:
     """One record for each component that has attention sites: name, class, hashes, dtype."""
-    names = dict.fromkeys(site.component for site in host_of(model).sites(model))
+    names = dict.fromkeys(site.component for site in sites_of(model))
     return [_component(name, _module(model, name)) for name in names]
 
 

@@ -15,9 +15,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from glocal.adapt.records import SiteCall
 from glocal.canvas import Canvas, Layout, Order, raster, tile
 from glocal.ops import Score, attend
-from glocal.patterns import Dense, Neighborhood, Pattern, RadialBlocks, RadialTokens, TileWindows, Windows, frame
+from glocal.patterns import (
+    Causal,
+    CausalWindow,
+    Dense,
+    Neighborhood,
+    Pattern,
+    RadialBlocks,
+    RadialTokens,
+    Sinks,
+    TileWindows,
+    Windows,
+    frame,
+)
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.selection import plan_selection
@@ -115,24 +128,39 @@ class MethodSpec:
         """The router on `layout`."""
         if self.kind != "route":
             raise ValueError(f"{self.words()} is a pattern, not a router.")
-        return PooledTopK(self.orders(layout.kv), Keep(ratio=float(self.params["keep"]), at_least=1))
+        keep = Keep(ratio=float(self.params["keep"]), at_least=1)
+        if not self.causal:
+            return PooledTopK(self.orders(layout.kv), keep)
+        return PooledTopK(self.block[0], keep, kv_block=self.block[1], within=Causal(), own=layout.nq == layout.nk)
 
-    def run(
-        self, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float | None
-    ) -> tuple[Tensor, BlockPlan, str]:
-        """out, the plan it ran on and the kernel's name."""
-        built = self.plan(layout, q, k)
-        # A plan serves calls of other lengths too: this call's own must be said.
-        done = attend(q, k, v, built, canvas=layout, score=Score(scale=scale), backend=self.backend[0])
+    @property
+    def causal(self) -> bool:
+        """Whether it is for sites that see no later token."""
+        return SYSTEMS[self.system].causal
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> tuple[Tensor, BlockPlan, str]:
+        """out, the plan it ran on and the kernel's name. ValueError for a method of causal sites elsewhere, and the
+        other way round.
+        """
+        if self.causal != call.site.causal:
+            raise ValueError(
+                f"{self.words()} is {'for causal sites' if self.causal else 'not causal'}, but {call.site.name!r} is "
+                f"{'causal' if call.site.causal else 'not'}."
+            )
+        built = self.plan(call.layout, q, k)
+        score = Score(scale=call.site.scale, softcap=call.site.softcap)
+        # The plan may be an older one of the same canvas: what is valid of it is said by the layout of this call.
+        done = attend(q, k, v, built, canvas=call.layout, score=score, backend=self.backend[0])
         return done.out, built, done.picked.name
 
 
 @dataclass(frozen=True)
 class System:
-    """How a system of a recipe is made. params: legal parameter names."""
+    """How a system of a recipe is made. params: legal parameter names. causal: for sites that see no later token."""
 
     params: tuple[str, ...]
     build: Callable[[MethodSpec, Layout], Pattern]
+    causal: bool = False
 
 
 def extent(value: Mapping[str, float] | int, length: int, *, unit: int = 1, odd: bool = False) -> int:
@@ -182,6 +210,17 @@ def _radial(spec: MethodSpec, layout: Layout) -> Pattern:
     )
 
 
+def _causal_window(spec: MethodSpec, layout: Layout) -> Pattern:
+    """The last tokens, and the first ones as sinks (arXiv 2309.17453)."""
+    recent = CausalWindow(extent(spec.params["window"], layout.kv.size))
+    sinks = int(spec.params.get("sinks", 0))
+    return recent | (Sinks(sinks) & Causal()) if sinks else recent
+
+
+def _causal(spec: MethodSpec, layout: Layout) -> Pattern:
+    return Causal()
+
+
 def _dense(spec: MethodSpec, layout: Layout) -> Pattern:
     return Dense()
 
@@ -193,6 +232,8 @@ SYSTEMS: dict[str, System] = {
     "windows": System(("size",), _windows),
     "radial": System(("form", "sink", "decay", "model"), _radial),
     "pooled_topk": System(("keep",), _dense),
+    "causal_window": System(("window", "sinks"), _causal_window, causal=True),
+    "causal_topk": System(("keep",), _causal, causal=True),
 }
 
 
@@ -205,10 +246,15 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def candidates(shape: Sequence[int], *, tile_shape: Sequence[int] | None = None) -> list[MethodSpec]:
+def candidates(
+    shape: Sequence[int], *, tile_shape: Sequence[int] | None = None, causal: bool = False
+) -> list[MethodSpec]:
     """Methods worth probing on a grid of axis lengths `shape`: tile windows of several densities along every axis,
-    neighbourhoods, radial bands and pooled top-k, all on one token order so that one probe serves all.
+    neighbourhoods, radial bands and pooled top-k, all on one token order so that one probe serves all. For causal
+    sites: windows of the last tokens with sinks, and top-k of earlier blocks.
     """
+    if causal:
+        return _causal_candidates()
     tiles = tuple(tile_shape) if tile_shape is not None else default_tile(shape)
     order = {"tile": list(tiles)}
     size = int(torch.tensor(tiles).prod())
@@ -225,6 +271,12 @@ def candidates(shape: Sequence[int], *, tile_shape: Sequence[int] | None = None)
     for keep in (0.125, 0.25, 0.5):
         found.append(MethodSpec("pooled_topk", {"keep": keep}, order, block, kind="route"))
     return found
+
+
+def _causal_candidates() -> list[MethodSpec]:
+    windows = [{"window": {"fraction": f}, "sinks": 64} for f in (0.0625, 0.125, 0.25, 0.5)]
+    found = [MethodSpec("causal_window", window) for window in windows]
+    return found + [MethodSpec("causal_topk", {"keep": keep}, kind="route") for keep in (0.0625, 0.125, 0.25, 0.5)]
 
 
 def _splits(rank: int) -> list[tuple[float, ...]]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -32,25 +32,84 @@ from glocal.models.generation import (
 from glocal.models.generation.sampler import sample as draw_clip
 from glocal.ops import Score, attend
 
+Coordinate = Literal["sigma", "prefill", "always"]
+
 
 @dataclass(frozen=True, eq=False)
 class Output:
-    """A result. tensor: what the main error is taken of. frames [T, C, H, W] in [0, 1]: its picture, if it has one."""
+    """A result. tensor: what the main error is taken of. frames [T, C, H, W] in [0, 1]: its picture, if it has one.
+    notes: what else the objective needs to judge it, as tensors by name.
+    """
 
     tensor: Tensor
     frames: Tensor | None = None
+    notes: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Step(Protocol):
+    """What `on_step` is given after a step."""
+
+    @property
+    def latent(self) -> Tensor:
+        """The running result behind the step."""
+        ...
 
 
 class Objective(Protocol):
-    """How a kind of model is run and judged."""
+    """How a kind of model is run and judged.
+
+    coordinate: how phases of a recipe are said: "sigma" for models that run over noise levels, "prefill" for language,
+    "always" for one pass. restart: whether `run` can go on from a latent. guidance: its scale, None without.
+    higher: measures that are better when higher, so `--max` cannot bound them.
+    """
 
     @property
     def name(self) -> str:
         """As in `recipe.objective`."""
         ...
 
-    def run(self, model: Any, sample: Sample) -> Output:
+    @property
+    def coordinate(self) -> Coordinate:
+        """See the class."""
+        ...
+
+    @property
+    def restart(self) -> bool:
+        """See the class."""
+        ...
+
+    @property
+    def higher(self) -> frozenset[str]:
+        """See the class."""
+        ...
+
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale of a run."""
+        ...
+
+    def levels_of(self, model: Any, sample: Sample) -> tuple[float, ...]:
+        """The steps + 1 noise levels of a run; (1, 0) for a model of one pass."""
+        ...
+
+    def check(self, model: Any, workload: Workload) -> None:
+        """ValueError for the first sample this model cannot run, with its id and what is legal."""
+        ...
+
+    def run(
+        self,
+        model: Any,
+        sample: Sample,
+        *,
+        start: int = 0,
+        latent: Tensor | None = None,
+        on_step: Callable[[Any], None] | None = None,
+    ) -> Output:
         """The model's result on a sample; the same sample gives the same result."""
+        ...
+
+    def brief(self, model: Any, sample: Sample) -> Output:
+        """The result of one step: the shortest run in which every attention site is called."""
         ...
 
     def distance(self, reference: Output, other: Output) -> Mapping[str, float]:
@@ -81,9 +140,33 @@ class Latents:
         return type(self).__name__.lower()
 
     @property
+    def coordinate(self) -> Coordinate:
+        """Phases are noise levels."""
+        return "sigma"
+
+    @property
+    def restart(self) -> bool:
+        """A run can be taken up at any step."""
+        return True
+
+    @property
+    def higher(self) -> frozenset[str]:
+        """None of the measures of latents."""
+        return frozenset()
+
+    @property
     def levels(self) -> tuple[float, ...]:
         """The steps + 1 noise levels of a run; the step between two of them is a step's length in sigma."""
         return noise_levels(self.spec)
+
+    @property
+    def guidance(self) -> float | None:
+        """Guidance scale of a run."""
+        return self.spec.guidance
+
+    def levels_of(self, model: VideoDiT, sample: Sample) -> tuple[float, ...]:
+        """The same for every sample."""
+        return self.levels
 
     def fields(self, model: VideoDiT) -> tuple[str, ...]:
         """Legal arguments of a sample."""
@@ -125,6 +208,11 @@ class Latents:
         clip = draw_clip(model, first, self._condition(model, sample), self.spec, start=start, callback=on_step)
         return Output(clip, to_pixels(clip[0]))
 
+    def brief(self, model: VideoDiT, sample: Sample) -> Output:
+        """The last step alone, from the noise."""
+        last = self.spec.steps - 1
+        return self.run(model, sample, start=last, latent=self.first_latent(model, sample) if last else None)
+
     def distance(self, reference: Output, other: Output) -> Mapping[str, float]:
         """`relative_l2` of the latents."""
         return {"relative_l2": float(relative_l2(reference.tensor, other.tensor))}
@@ -158,6 +246,11 @@ class Frames(Latents):
     SSIM needs frames of at least 11 x 11 px and the flicker difference two frames; where a clip is smaller they are
     left out.
     """
+
+    @property
+    def higher(self) -> frozenset[str]:
+        """PSNR and SSIM."""
+        return frozenset({"psnr", "ssim"})
 
     def distance(self, reference: Output, other: Output) -> Mapping[str, float]:
         """`relative_l2`, then `psnr` (inf where equal), `ssim` (mean over frames), `flicker_difference`."""
@@ -251,3 +344,9 @@ def main_error(distance: Mapping[str, float]) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{name} is {value}; the result holds NaN or infinity.")
     return value
+
+
+def on_cpu(output: Output) -> Output:
+    """A result that holds no memory of a device."""
+    frames = None if output.frames is None else output.frames.cpu()
+    return Output(output.tensor.cpu(), frames, {name: t.cpu() for name, t in output.notes.items()})

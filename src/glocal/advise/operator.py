@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from glocal._progress import NoProgress, Progress
+from glocal.advise.dropped import Dropped
+from glocal.advise.inside import ready_for
 from glocal.advise.methods import MethodSpec, candidates
 from glocal.advise.objective import Operator, Output
 from glocal.advise.recipe import Expected, Phase, Recipe, Rule
@@ -63,20 +65,19 @@ def advise_operator(
     bar.stage("captured calls", len(workload.samples))
     for sample in workload.samples:
         q, k, v, call = objective.inputs(sample)
-        working = {}
+        failed, working = Dropped(), {}
         for method in candidates(call.layout.kv.grid.axes):
-            try:
-                method.plan(call.layout, q, k)
-                working[method.id] = method
-            except ValueError as error:  # does not fit this canvas; the report says so
-                dropped[method.id] = str(error)
+            ready = ready_for(failed, method.id, method, (q, k, v, call))
+            if ready is not None:
+                working[method.id] = ready
+        dropped.update(failed.why)
         times = time_methods(q, k, v, call, working, rounds=rounds)
         dense = Output(objective.dense(q, k, v, call))
-        for name, method in working.items():
-            sparse = Output(method.run(q, k, v, call.layout, call.site.scale)[0])
+        for name, ready in working.items():
+            sparse = Output(ready.method.run(q, k, v, call)[0])
             measures = objective.distance(dense, sparse)
             rows.append(OperatorRow(sample.id, call.site.layer, name, times.methods[name], times.dense, measures))
-        methods.update(working)
+        methods.update({name: ready.method for name, ready in working.items()})
         bar.step()
     bar.close()
     return OperatorAdvice(_recipe(rows, methods, limit), tuple(rows), methods, dropped, limit)

@@ -1,23 +1,26 @@
 """In-place probe: what every candidate would lose, measured inside the dense run for the price of about one.
 
-At chosen calls, for a few query blocks, scores against all keys are computed once. With the dense row maximum m, every
-key block j gives ``l_j = sum exp(s - m)`` and ``o_j = sum exp(s - m) v``; a candidate made of whole blocks is then
-``sum(o_j) / sum(l_j)`` over its blocks. Partial blocks are recomputed with their bit mask; routers run for real on the
-full q and k. No q, k, v leaves the call: only records do.
+At chosen calls, for a few query blocks, scores against all keys are computed once (`advise.partial`), and every
+candidate's output follows from sums over its key blocks; routers run for real on the full q and k. No q, k, v leaves
+the call: only records do. Heads are taken in groups; where memory does not suffice, the groups are halved, then the
+number of query blocks, and the records say so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from glocal.adapt.attach import Method
-from glocal.adapt.records import Core, SiteCall
+from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
-from glocal.plan.blockplan import BlockPlan, unpack
+from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, rows_of
+from glocal.plan.blockplan import BlockPlan
+
+LEAST_BLOCKS = 8  # query blocks a call, however little memory there is
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class ProbeRecord:
     head -1 is the sum over heads. mass: attention weight kept. output: relative error of the attention output.
     residual: error of what the site adds to the residual stream, relative to the stream (root mean square over rows);
     high: its 95th percentile over rows. kept, visited: of the whole plan. lost: rows that kept under 1 % of their mass.
+    kind, component: of the site.
     """
 
     site: str
@@ -44,26 +48,72 @@ class ProbeRecord:
     kept: float
     visited: float
     lost: int = 0
+    kind: str = "self"
+    component: str = "transformer"
 
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """methods by id; buckets: bucket of a step; steps: which steps are probed; blocks: query blocks a call."""
+    """methods by id; buckets: bucket of a step; steps: which steps are probed; blocks: query blocks a call; heads: how
+    many are measured at once.
+    """
 
     methods: Mapping[str, MethodSpec]
     bucket_of: Callable[[int], int]
     steps: frozenset[int]
     blocks: int = 8
     sample: str = "probe"
+    heads: int = 4
 
 
-class Probe(Method):
-    """Measures all candidates at the calls of the chosen steps; the model's own output is left as it is."""
+@dataclass(frozen=True)
+class Shrunk:
+    """One step back for lack of memory: at which site, and what is measured at once from there on."""
 
-    def __init__(self, spec: ProbeSpec) -> None:
-        self.spec = spec
+    site: str
+    heads: int
+    blocks: int
+
+
+@dataclass
+class Share:
+    """What is measured at once; it only ever shrinks."""
+
+    heads: int
+    blocks: int
+    shrunk: list[Shrunk] = field(default_factory=list)
+
+    def less(self, site: str, heads: int) -> bool:
+        """Halve the head group (of at most `heads`), else the query blocks; False where neither can shrink."""
+        if min(self.heads, heads) > 1:
+            self.heads = min(self.heads, heads) // 2
+        elif self.blocks > LEAST_BLOCKS:
+            self.blocks = max(self.blocks // 2, LEAST_BLOCKS)
+        else:
+            return False
+        self.shrunk.append(Shrunk(site, self.heads, self.blocks))
+        return True
+
+
+class MediaMethod(Method):
+    """A method at every self and joint attention; cross attention and layers with a sliding window are left alone."""
+
+    def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Self and joint attention over everything."""
+        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
+
+
+class Probe(MediaMethod):
+    """Measures all candidates at the calls of the chosen steps; the model's own output is left as it is.
+
+    weigh: in place of the error in the residual stream, what an error counts for (see `advise.sensitivity`).
+    """
+
+    def __init__(self, spec: ProbeSpec, weigh: Weigh | None = None) -> None:
+        self.spec, self.weigh = spec, weigh
         self.records: list[ProbeRecord] = []
         self.errors: dict[str, str] = {}
+        self.share = Share(spec.heads, spec.blocks)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """Dense as before, then the records."""
@@ -83,7 +133,19 @@ class Probe(Method):
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
         for group in _by_order(plans):
-            self.records += measure(q, k, v, call, group, self.spec)
+            self.records += self._group(q, k, v, call, group)
+
+    def _group(
+        self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, plans: Mapping[str, BlockPlan]
+    ) -> list[ProbeRecord]:
+        while True:
+            try:
+                return measure(q, k, v, call, plans, self.spec, self.share, self.weigh)
+            except (torch.OutOfMemoryError, MemoryError):
+                if not self.share.less(call.site.name, q.shape[1]):
+                    raise
+                if q.is_cuda:
+                    torch.cuda.empty_cache()
 
 
 def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
@@ -108,28 +170,73 @@ def _same_blocks(a: BlockPlan, b: BlockPlan) -> bool:
     )
 
 
+# weigh(call, heads (first, last), rows [R], errors [C, H, R, D]) -> what each row's error counts for [C, H, R].
+Weigh = Callable[[SiteCall, tuple[int, int], Tensor, Tensor], Tensor]
+
+
 def measure(
-    q: Tensor, k: Tensor, v: Tensor, call: SiteCall, plans: Mapping[str, BlockPlan], spec: ProbeSpec
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: SiteCall,
+    plans: Mapping[str, BlockPlan],
+    spec: ProbeSpec,
+    share: Share | None = None,
+    weigh: Weigh | None = None,
 ) -> list[ProbeRecord]:
-    """Records of one call: q, k, v [1, H, N, D] (a batch is probed at its first row)."""
-    first = next(iter(plans.values()))
-    chosen = spread(first.q_blocks, spec.blocks)
-    names = list(plans)
-    sums: dict[tuple[int, str], list[Tensor]] = {}
-    for block in chosen:
-        rows = first.q_order[0, 0].reshape(-1, first.q_block)[block].long()
-        rows = rows[rows >= 0]
-        part = partial_sums(q[0, :, rows], k[0], v[0], first, call.site.scale)
-        outs, masses = candidates_at(part, list(plans.values()), block, q[0, :, rows], k[0], v[0])
-        dense = part.value.sum(2) / part.mass.sum(2)[..., None]  # [H, R, D]
-        for name, out, mass in zip(names, outs, masses, strict=True):
-            for head, columns in _compare(out, dense, mass, rows, call):
-                sums.setdefault((head, name), []).append(columns)
-    records = []
-    for (head, name), parts in sums.items():
-        rel, local, mass = torch.cat(parts, 1)
-        plan = plans[name]
-        records.append(
+    """Records of one call: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at its first row)."""
+    at_once = Share(spec.heads, spec.blocks) if share is None else share
+    first, names, every = next(iter(plans.values())), list(plans), q.shape[1]
+    own_orders = first.q_order.shape[1] > 1 or first.kv_order.shape[1] > 1
+    width = 1 if own_orders else min(at_once.heads, every)
+    chosen = spread(first.q_blocks, at_once.blocks)
+    found: list[Tensor] = []  # [C, width, 3, rows]: residual error, output error, mass
+    reach = Reach(call, every, v.shape[-1])
+    sums: dict[int, list[Tensor]] = {}  # of a query block: what all heads' errors add up to, and their norms
+    segments = call.layout.segments(q.shape[0], q.device)
+    blocks = blocks_of(first, chosen, call, segments)
+    lists = [Lists(plan, chosen, every) for plan in plans.values()]
+    place = {number: at for at, number in enumerate(chosen)}
+    for head in range(0, every, width):
+        last = min(head + width, every)
+        if own_orders:
+            blocks = blocks_of(first, chosen, call, segments, head)
+        keys = gather_keys(k, v, first, call, segments, (head, last, every))
+        parts = []
+        for block in blocks:
+            rows = rows_of(q, block, call, (head, last))
+            part = partial_sums(rows, keys)
+            outs, masses = candidates_at(part, lists, (place[block.number], block), rows, keys, (head, last))
+            dense = part.value.sum(2) / part.mass.sum(2).clamp(min=1e-30)[..., None]  # [H, R, D]
+            errors = outs - dense
+            single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
+            if weigh is not None:
+                single = weigh(call, (head, last), rows.places, errors)
+            parts.append(torch.stack([single, local, masses], 2))  # [C, H, 3, R]
+            summed.append(masses.sum(1) / every)
+            if not own_orders:  # rows of different heads are different tokens then, and do not add up
+                known = sums.get(block.number)
+                summed = summed if known is None else [a + b for a, b in zip(known, summed, strict=True)]
+                sums[block.number] = summed
+        if parts:
+            found.append(torch.cat(parts, -1))
+    records: list[ProbeRecord] = []
+    for number, head_columns in enumerate(found):
+        for offset in range(head_columns.shape[1]):
+            records += _records(number * width + offset, head_columns[:, offset].cpu(), names, plans, call, spec)
+    if sums:
+        whole = [Reach.together(summed) for summed in sums.values()]
+        records += _records(-1, torch.cat(whole, -1).cpu(), names, plans, call, spec)
+    return records
+
+
+def _records(
+    head: int, columns: Tensor, names: Sequence[str], plans: Mapping[str, BlockPlan], call: SiteCall, spec: ProbeSpec
+) -> list[ProbeRecord]:
+    """One record a candidate: columns [C, 3, rows]."""
+    out = []
+    for name, (rel, local, mass) in zip(names, columns, strict=True):
+        out.append(
             ProbeRecord(
                 call.site.name,
                 call.site.layer,
@@ -143,27 +250,55 @@ def measure(
                 output=float(local.square().mean().sqrt()),
                 residual=float(rel.square().mean().sqrt()),
                 high=float(rel.quantile(0.95)),
-                kept=plan.kept,
-                visited=plan.visited,
+                kept=plans[name].kept,
+                visited=plans[name].visited,
                 lost=int((mass < 0.01).sum()),
+                kind=call.site.kind,
+                component=call.site.component,
             )
         )
-    return records
+    return out
 
 
-def _compare(out: Tensor, dense: Tensor, mass: Tensor, rows: Tensor, call: SiteCall) -> list[tuple[int, Tensor]]:
-    """For every head and for all together (-1): residual error, output error and mass of each row, [3, R]."""
-    error = out - dense  # [H, R, D]
-    base = dense.norm(dim=-1)  # [H, R]
-    local, added = error.norm(dim=-1) / base.clamp(min=1e-12), error
-    whole = error.square().sum((0, -1)).sqrt() / base.square().sum(0).sqrt().clamp(min=1e-12)  # [R]
-    if call.contribution is not None and call.residual is not None:
-        added = call.contribution(error[None].to(call.residual.dtype))[0].float()  # [H, R, C]
-        base = call.residual[0, rows].float().norm(dim=-1).expand(len(error), -1)
-    single = added.norm(dim=-1) / base.clamp(min=1e-12)
-    together = added.sum(0).norm(dim=-1) / base.square().mean(0).sqrt().clamp(min=1e-12)
-    heads = torch.stack([single, local, mass], 1)  # [H, 3, R]
-    return [*enumerate(heads), (-1, torch.stack([together, whole, mass.mean(0)]))]
+class Reach:
+    """How far an error of the heads of one call reaches: into the residual stream, where the host shows it, else as far
+    as the attention output. What heads add is linear, so one call of the host's `contribution` says all of it.
+    """
+
+    def __init__(self, call: SiteCall, heads: int, size: int) -> None:
+        self.heads, self.stream, self.maps = heads, None, None
+        if call.contribution is not None and call.residual is not None:
+            one = torch.eye(size, dtype=call.residual.dtype, device=call.residual.device)
+            added = call.contribution(one.expand(call.residual.shape[0], heads, size, size))[0]
+            self.maps = added.float()  # [H, D, channels]
+            self.gram = self.maps @ self.maps.transpose(1, 2)  # [H, D, D]
+            self.stream = call.residual[0]
+
+    def compare(
+        self, error: Tensor, dense: Tensor, rows: Tensor, heads: tuple[int, int]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """For errors [C, h, R, D] of the outputs `dense` [h, R, D] of heads `first` to `last` - 1: residual and output
+        error of each head [C, h, R], and what adds up over groups of heads (`together`).
+        """
+        base = dense.norm(dim=-1)  # [h, R]
+        local = error.norm(dim=-1) / base.clamp(min=1e-12)
+        if self.maps is None or self.stream is None:
+            added, single, scale = error.sum(1), local, base.square().sum(0) / self.heads
+        else:
+            added = torch.einsum("chrd,hdk->crk", error, self.maps[slice(*heads)])  # [C, R, channels]
+            scale = self.stream[rows].float().square().sum(-1)  # [R]
+            squared = ((error @ self.gram[slice(*heads)]) * error).sum(-1).clamp(min=0)
+            single = squared.sqrt() / scale.sqrt().clamp(min=1e-12)
+            scale = scale * (heads[1] - heads[0]) / self.heads  # so that it adds up to itself over all heads
+        return single, local, [added, error.square().sum((1, -1)), base.square().sum(0), scale]
+
+    @staticmethod
+    def together(summed: Sequence[Tensor]) -> Tensor:
+        """Residual error, output error and mass of all heads together, [C, 3, R]."""
+        added, error, base, scale, mass = summed
+        stream = added.norm(dim=-1) / scale.sqrt().clamp(min=1e-12)
+        whole = error.sqrt() / base.sqrt().clamp(min=1e-12)
+        return torch.stack([stream, whole, mass], 1)
 
 
 def spread(blocks: int, count: int) -> list[int]:
@@ -171,86 +306,3 @@ def spread(blocks: int, count: int) -> list[int]:
     if blocks <= count:
         return list(range(blocks))
     return sorted({round(i * (blocks - 1) / (count - 1)) for i in range(count)}) if count > 1 else [blocks // 2]
-
-
-@dataclass(frozen=True, eq=False)
-class PartialSums:
-    """Of some query rows against every key block: mass [H, R, blocks] (dense row maximum taken out) and value
-    [H, R, blocks, D]; top [H, R]: that maximum; scale: of the logits.
-    """
-
-    mass: Tensor
-    value: Tensor
-    top: Tensor
-    scale: float
-
-
-def partial_sums(q: Tensor, k: Tensor, v: Tensor, plan: BlockPlan, scale: float | None) -> PartialSums:
-    """q [H, R, D] rows; k, v [Hkv, N, D] all keys, in the key blocks of `plan` (one order for all heads)."""
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    order = plan.kv_order[0, 0].long()
-    groups = q.shape[0] // k.shape[0]
-    keys = k[:, order.clamp(min=0)].float().repeat_interleave(groups, 0)
-    values = v[:, order.clamp(min=0)].float().repeat_interleave(groups, 0)
-    s = q.float() @ keys.transpose(-1, -2) * factor
-    s = s.masked_fill(order < 0, -torch.inf)  # [H, R, ordered keys]
-    top = s.amax(-1)
-    p = torch.exp(s - top[..., None]).unflatten(-1, (-1, plan.kv_block))  # [H, R, blocks, kv_block]
-    value = torch.einsum("hrbk,hbkd->hrbd", p, values.unflatten(1, (-1, plan.kv_block)))
-    return PartialSums(p.sum(-1), value, top, factor)
-
-
-def candidates_at(
-    part: PartialSums, plans: Sequence[BlockPlan], block: int, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
-
-    Whole blocks of all plans are one product of [plans, key blocks] with the partial sums; partial blocks are added.
-    """
-    heads = q.shape[0]
-    picked = torch.stack([_full(plan, block, heads) for plan in plans], 1)  # [H, C, blocks]
-    mass = (picked @ part.mass.transpose(1, 2)).transpose(0, 1).contiguous()  # [C, H, R]
-    value = picked @ part.value.transpose(1, 2).flatten(2)  # [H, C, R * D]
-    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
-    for number, plan in enumerate(plans):
-        _add_partial(mass[number], value[number], part, plan, block, (q, k, v))
-    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(-1)
-
-
-def _lists(plan: BlockPlan, heads: int) -> Tensor:
-    """The list of every query head, [H]."""
-    owner = plan.owner[0].long()
-    return owner.repeat_interleave(heads // owner.numel())
-
-
-def _full(plan: BlockPlan, block: int, heads: int) -> Tensor:
-    """How often each head visits each key block in full, float [H, blocks]."""
-    lists = _lists(plan, heads)
-    index = plan.full.index[lists, block].long()  # [H, most]
-    live = torch.arange(index.shape[1], device=index.device) < plan.full.count[lists, block][:, None]
-    out = torch.zeros(heads, plan.kv_blocks, device=index.device)
-    return out.scatter_add_(1, index, live.float())
-
-
-def _add_partial(
-    mass: Tensor, value: Tensor, part: PartialSums, plan: BlockPlan, block: int, qkv: tuple[Tensor, Tensor, Tensor]
-) -> None:
-    """Add the partly visible key blocks of one plan to mass [H, R] and value [H, R, D]."""
-    q, k, v = qkv
-    heads, lists = q.shape[0], _lists(plan, q.shape[0])
-    counts = plan.partial.count[lists, block]
-    if int(counts.max()) == 0:
-        return
-    assert plan.partial.mask is not None
-    rows = plan.q_order[0, 0].reshape(-1, plan.q_block)[block] >= 0
-    order = plan.kv_order[0, 0].reshape(-1, plan.kv_block).long()
-    for head in range(heads):
-        count, at = int(counts[head]), lists[head]
-        keys = order[plan.partial.index[at, block, :count].long()].flatten()  # [count * kv_block]
-        bits = unpack(plan.masks[plan.partial.mask[at, block, :count].long()], plan.kv_block)[:, rows]  # [count, R, kv]
-        seen = bits.transpose(0, 1).flatten(1)
-        group = head // (heads // k.shape[0])
-        s = q[head].float() @ k[group, keys.clamp(min=0)].float().T * part.scale
-        p = torch.where(seen, torch.exp(s - part.top[head][:, None]), 0)
-        mass[head] += p.sum(-1)
-        value[head] += p @ v[group, keys.clamp(min=0)].float()

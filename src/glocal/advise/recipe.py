@@ -278,8 +278,9 @@ class Recipe:
         branch: str,
         sigma: float | None,
         progress: float | None,
+        tokens: int | None = None,
     ) -> str:
-        """Method id for one head of one call, "dense" where no rule holds."""
+        """Method id for one head of one call, "dense" where no rule holds. tokens: keys of a prefill."""
         for rule in self.rules:
             if (
                 rule.component == component
@@ -287,7 +288,7 @@ class Recipe:
                 and rule.covers(layer)
                 and (rule.heads == "all" or head in rule.heads)
                 and (rule.branch == "both" or rule.branch == branch)
-                and rule.phase.holds(sigma=sigma, progress=progress)
+                and rule.phase.holds(sigma=sigma, progress=progress, tokens=tokens)
             ):
                 return rule.use
         return "dense"

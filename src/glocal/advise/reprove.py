@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from glocal._progress import NoProgress, Progress
-from glocal.advise.effort import AdviseOptions, Effort, Target
-from glocal.advise.objective import Latents, main_error
+from glocal.advise.effort import Effort, Target
+from glocal.advise.inside import times_inside
+from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, preflight
+from glocal.advise.proof import proven_on, with_origin
 from glocal.advise.recipe import Recipe
-from glocal.advise.run import Advice, Run, needed, times_inside, with_canvas, with_origin
+from glocal.advise.run import Advice
 from glocal.advise.search import Rung
 from glocal.advise.validation import judged, validate_pairs
 from glocal.advise.workload import Workload
@@ -23,7 +26,7 @@ def validate(
     recipe: Recipe,
     workload: Workload,
     *,
-    objective: Latents,
+    objective: Objective,
     target: Target | None = None,
     pairs: int | None = None,
     progress: Progress | None = None,
@@ -40,33 +43,32 @@ def validate(
     fresh = _unseen(recipe, workload, pairs)
     effort = Effort("validate", pairs=len(fresh))
     asked = Target() if target is None else target
-    run = Run(model, objective, effort, asked, AdviseOptions(), NoProgress() if progress is None else progress)
+    bar = NoProgress() if progress is None else progress
     sample = fresh.samples[0]
+    stages: dict[str, float] = {}
     with torch.no_grad():
-        run.stage("preflight")
+        began = _stage(bar, stages, None, "preflight", 0.0)
         before = preflight(model, sample, objective)
-        proven = replace(with_canvas(recipe, before), host={})  # other weights are what it is proven on
-        run.stage("time model", len(recipe.methods))
-        times = times_inside(run, before, sample, recipe.methods)
-        if run.dropped.why:
-            name, why = next(iter(run.dropped.why.items()))
+        unproven = replace(recipe, workload={}, host={})  # other weights are what it is proven on
+        began = _stage(bar, stages, "preflight", "time model", began)
+        site = before.sites[len(before.sites) // 2].name
+        timed = times_inside(model, objective, sample, site, recipe.methods, effort.rounds)
+        if timed.dropped.why:
+            name, why = next(iter(timed.dropped.why.items()))
             raise AdviceError(f"Method {name} of the recipe does not run on this model: {why}")
-        run.stage("validation", len(fresh))
-        found = validate_pairs(
-            model,
-            proven,
-            fresh.samples,
-            objective,
-            limit=asked.limits.get("drift", 0.10),
-            target=needed(asked),
-            advance=run.progress.step,
-        )
-        ceiling = main_error(objective.distance(found.outputs[sample.id][0], objective.ceiling(model, sample)))
-    run.stage(None)
+        began = _stage(bar, stages, "time model", "validation", began)
+        found = validate_pairs(model, unproven, fresh.samples, objective, target=asked, advance=bar.step)
+    _stage(bar, stages, "validation", None, began)
+    proven = proven_on(unproven, found.places)
     status, reason = judged(found)
     judged_recipe = replace(proven, status=status) if status != "dense" else Recipe("dense", fallback=recipe.fallback)
-    final = with_origin(judged_recipe, run)
+    final = with_origin(judged_recipe, model, (before.levels, objective.guidance), (objective.name, asked))
     seen = {**recipe.evidence.get("splits", {}), "validate": fresh.records()}
+    pairs_run = found.pairs
+    anchors = (
+        sum(p.floor for p in pairs_run) / len(pairs_run),
+        sum(p.ceiling for p in pairs_run) / len(pairs_run),
+    )
     return Advice(
         recipe=replace(final, evidence={"splits": seen, "proven_again": recipe.id}),
         status=status,
@@ -74,15 +76,27 @@ def validate(
         effort=effort,
         target=asked,
         preflight=before,
-        times=times,
+        times=timed.times,
         records=(),
         dropped={},
         methods=recipe.methods,
         chosen=Rung("the given recipe", "allocation", proven, None, None, None),
-        anchors=(0.0, ceiling),
+        anchors=anchors,
         validation=found,
-        stages=run.stages,
+        stages=stages,
     )
+
+
+def _stage(bar: Progress, stages: dict[str, float], ended: str | None, begun: str | None, since: float) -> float:
+    """Note the seconds of one stage and begin the next; the time it begins."""
+    now = time.monotonic()
+    if ended is not None:
+        stages[ended] = now - since
+    if begun is None:
+        bar.close()
+    else:
+        bar.stage(begun)
+    return now
 
 
 def _unseen(recipe: Recipe, workload: Workload, pairs: int | None) -> Workload:

@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from glocal.advise.allocate import Allocation, Items
+from glocal.advise.allocate import APART, Allocation, Items
 from glocal.advise.methods import MethodSpec, default_tile
 from glocal.advise.recipe import Expected, Phase, Rule
 
@@ -23,9 +23,7 @@ class Span(Protocol):
     def high(self) -> float: ...
 
 
-def allocation_rules(
-    items: Items, allocation: Allocation, buckets: Sequence[Span], *, component: str = "transformer"
-) -> tuple[Rule, ...]:
+def allocation_rules(items: Items, allocation: Allocation, buckets: Sequence[Span]) -> tuple[Rule, ...]:
     """Disjoint rules that say an allocation: equal neighbours in noise level, heads and layers are one rule.
 
     buckets: the noise levels of each bucket, noisiest first, each beginning where the one before ends; together they
@@ -44,7 +42,7 @@ def allocation_rules(
     }
     ways = [_runs(chosen, len(buckets)), _common_runs(chosen, len(buckets))]
     found = min((_collect(spans, heads_of) for spans in ways), key=len)
-    return tuple(_rule(items, choice, block, buckets, heads_of, component) for block in found)
+    return tuple(_rule(items, choice, block, buckets, heads_of) for block in found)
 
 
 @dataclass(frozen=True)
@@ -157,12 +155,13 @@ def _collect(spans: dict[tuple[int, int], list[Run]], heads_of: dict[int, list[i
     for (layer, head), own in sorted(spans.items()):
         for span in own:
             heads.setdefault((span, layer), []).append(head)
-    layers: dict[tuple[Run, tuple[int, ...], bool], list[int]] = {}
+    layers: dict[tuple[Run, tuple[int, ...], bool, int], list[int]] = {}
     for (span, layer), members in sorted(heads.items()):
         every = members == heads_of[layer]
-        layers.setdefault((span, tuple(members), every), []).append(layer)
+        layers.setdefault((span, tuple(members), every, layer // APART), []).append(layer)
     blocks = [
-        _Block(method, tuple(own), members, first, last) for ((method, first, last), members, _), own in layers.items()
+        _Block(method, tuple(own), members, first, last)
+        for ((method, first, last), members, _, _), own in layers.items()
     ]
     return sorted(blocks, key=lambda b: (b.first, b.layers, b.heads, b.method))
 
@@ -173,7 +172,6 @@ def _rule(
     block: _Block,
     buckets: Sequence[Span],
     heads_of: dict[int, list[int]],
-    component: str,
 ) -> Rule:
     rows = torch.isin(items.layer, torch.tensor(block.layers)) & torch.isin(items.head, torch.tensor(block.heads))
     rows &= (items.bucket >= block.first) & (items.bucket <= block.last) & (choice == block.method)
@@ -190,9 +188,15 @@ def _rule(
     )
     every = all(list(block.heads) == heads_of[layer] for layer in block.layers)
     whole = block.first == 0 and block.last == len(buckets) - 1
+    coordinate = getattr(buckets[0], "coordinate", "sigma")
     phase = Phase() if whole else Phase("sigma", buckets[block.last].low, buckets[block.first].high)
+    if whole and coordinate == "prefill":
+        phase = buckets[0].phase  # type: ignore[attr-defined]
     heads: tuple[int, ...] | Literal["all"] = "all" if every else block.heads
-    return Rule(items.methods[block.method], layer_ranges(block.layers), heads, phase, component, expected=expected)
+    component, kind = items.groups[block.layers[0] // APART]
+    layers = layer_ranges([layer % APART for layer in block.layers])
+    site: Literal["self", "joint"] = "joint" if kind == "joint" else "self"
+    return Rule(items.methods[block.method], layers, heads, phase, component, site, expected=expected)
 
 
 def layer_ranges(numbers: Sequence[int]) -> tuple[tuple[int, int], ...]:

@@ -3,41 +3,54 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
-from glocal.adapt.attach import attach as attach_method
-from glocal.advise.dropped import Dropped, broken, broken_records
+from glocal.advise.dropped import Dropped, broken_records
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
-from glocal.advise.forecast import check_budget, measured_forecast
-from glocal.advise.identity import host_record
+from glocal.advise.farm import Farm, Task
+from glocal.advise.forecast import check_budget, check_memory, measured_forecast
+from glocal.advise.identity import components
+from glocal.advise.inside import times_inside
+from glocal.advise.ladder import (
+    build_ladder,
+    corrected,
+    measure_anchors,
+    nearest,
+    needed,
+    refused,
+    winners,
+)
 from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Latents, Output, main_error
-from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight
-from glocal.advise.probe import Probe, ProbeRecord, ProbeSpec
+from glocal.advise.objective import Objective, Output
+from glocal.advise.preflight import AdviceError, Preflight, preflight
+from glocal.advise.probe import ProbeRecord, Shrunk
+from glocal.advise.proof import Attempt, proven_on, with_origin
 from glocal.advise.recipe import Fallback, Recipe
-from glocal.advise.rules import layer_ranges
-from glocal.advise.search import Found, Rung, allocated, measure_rung, published, single
-from glocal.advise.timing import Times, time_methods
-from glocal.advise.validation import Validation, judged, timed, validate_pairs
-from glocal.advise.weights import Bucket, Weights, make_buckets, step_weights
+from glocal.advise.search import Found, Rung, base_rules, measure_rung
+from glocal.advise.state import State
+from glocal.advise.tasks import Looks, Probed, probe_sample
+from glocal.advise.timing import Times
+from glocal.advise.validation import Validation, judged, run_pair, verdict_over
+from glocal.advise.weights import (
+    Bucket,
+    StepWeight,
+    Weights,
+    fit_weights,
+    make_buckets,
+    one_bucket,
+    residual_total,
+    weight_run,
+)
 from glocal.advise.workload import Sample, Split, Workload
-from glocal.measure.stats import drift
-from glocal.models.generation import SampleStep
 
-
-@dataclass(frozen=True, eq=False)
-class Attempt:
-    """One recipe and its pairs."""
-
-    rung: Rung
-    validation: Validation
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +59,7 @@ class Advice:
 
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
     rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
+    shrunk: where the probe had to do with less memory.
     """
 
     recipe: Recipe
@@ -65,6 +79,7 @@ class Advice:
     validation: Validation | None = None
     rejected: tuple[Attempt, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
+    shrunk: tuple[Shrunk, ...] = ()
 
     @property
     def accepted(self) -> bool:
@@ -77,11 +92,13 @@ class Run:
     """What the stages share."""
 
     model: Any
-    objective: Latents
+    objective: Objective
     effort: Effort
     target: Target
     options: AdviseOptions
     progress: Progress
+    state: State
+    farm: Farm
     stages: dict[str, float] = field(default_factory=dict)
     began: float = 0.0
     name: str | None = None
@@ -98,12 +115,16 @@ class Run:
         else:
             self.progress.stage(name, steps)
 
+    def once(self, name: str, function: Callable[..., T], *args: Any) -> T:
+        """One part that runs here, whatever the number of processes: ``function(model, objective, *args)``."""
+        return self.state.once(name, lambda: function(self.model, self.objective, *args))
+
 
 def advise(
     model: Any,
     workload: Workload,
     *,
-    objective: Latents,
+    objective: Objective,
     target: Target | None = None,
     effort: str | Effort = "standard",
     options: AdviseOptions | None = None,
@@ -113,38 +134,71 @@ def advise(
 
     model: anything with a host adapter (`glocal.adapt.register_host`). workload: samples; probe, step-weight and
     validation samples are disjoint in arguments and seed. objective: how a sample runs and how outputs differ.
+    With `options.state` finished samples are kept there, and `options.resume` goes on from them.
     Raises AdviceError where no advice is possible (the model does not reproduce itself, say), ValueError for arguments.
     """
     level = effort_of(effort)
-    run = Run(
-        model,
-        objective,
-        level,
-        Target() if target is None else target,
-        AdviseOptions() if options is None else options,
-        NoProgress() if progress is None else progress,
-    )
-    split = workload.split(probe=1, weights=1, validate=level.pairs, validations=level.rungs)
-    with torch.no_grad():
-        found = _advise(run, split)
+    asked = AdviseOptions() if options is None else options
+    wanted = Target() if target is None else target
+    split = workload.split(probe=level.probes, weights=level.samples, validate=level.pairs, validations=level.rungs)
+    split = split.sized(asked.canvases)
+    state = State(asked.state, _job(model, workload, objective, level, wanted, asked), resume=asked.resume)
+    bar = NoProgress() if progress is None else progress
+    farm = Farm(model, objective, state, jobs=asked.jobs, loader=asked.loader, progress=bar)
+    run = Run(model, objective, level, wanted, asked, bar, state, farm)
+    try:
+        with torch.no_grad(), farm:
+            found = _advise(run, split)
+    except (AdviceError, ValueError):  # going on would stop at the same place
+        state.discard()
+        raise
     splits = split.records(1 + len(found.rejected))
-    return replace(found, recipe=with_origin(found.recipe, run).with_evidence(splits=splits))
+    levels, guidance = found.preflight.levels, objective.guidance
+    origin = with_origin(found.recipe, model, (levels, guidance), (objective.name, wanted))
+    return replace(found, recipe=origin.with_evidence(splits=splits))
+
+
+def _job(
+    model: Any, workload: Workload, objective: Objective, effort: Effort, target: Target, options: AdviseOptions
+) -> dict[str, Any]:
+    """What tells this run from others, for `State`."""
+    known = [f"{c['name']} {c['weights_sha256']}" for c in components(model)]
+    methods = [m.id for m in options.candidates] if options.candidates else list(options.methods)
+    return {
+        "model": f"{type(model).__module__}.{type(model).__qualname__}",
+        "weights": known,
+        "workload": workload.hash(),
+        "objective": repr(objective) if hasattr(objective, "__dataclass_fields__") else objective.name,
+        "effort": repr(effort),
+        "target": repr(target),
+        "methods": methods,
+        "keep_dense": list(options.keep_dense),
+        "min_tokens": options.min_tokens,
+        "sensitivity": options.sensitivity,
+        "canvases": [dict(c) for c in options.canvases],
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
 
 def _advise(run: Run, split: Split) -> Advice:
-    probe_sample, weight_sample = split.probe.samples[0], split.weights.samples[0]
+    probe_sample_, objective, options = split.probe.samples[0], run.objective, run.options
     run.stage("preflight")
-    before = preflight(run.model, probe_sample, run.objective)
-    buckets = make_buckets(run.objective.levels, run.effort.buckets)
-    methods = {m.id: m for m in listed(run.options, before.shape)}
-    if run.options.budget is not None:
-        stages = measured_forecast(
-            run.model, probe_sample, run.objective, (before, run.effort, methods), len(split.validations)
-        )
-        check_budget(stages, run.options.budget)
+    before = run.once("preflight", lambda model, objective: preflight(model, probe_sample_, objective))
+    _check_limits(run.target, before, objective)
+    buckets = make_buckets(before.levels, run.effort.buckets, objective.coordinate)
+    methods = {m.id: m for m in listed(options, before.shape, causal=before.causal)}
+    if options.budget is not None and not options.resume:
+        known = (before, run.effort, methods)
+        stages = measured_forecast(run.model, probe_sample_, objective, known, len(split.validations), options.jobs)
+        check_budget(stages, options.budget)
+        check_memory(stages, run.model)
 
     run.stage("time model", len(methods))
-    times = times_inside(run, before, probe_sample, methods)
+    site = before.sites[len(before.sites) // 2].name
+    timed = run.once("times", times_inside, probe_sample_, site, methods, run.effort.rounds)
+    times = timed.times
+    run.dropped.take(timed.dropped)
     methods = {n: m for n, m in methods.items() if n in times.methods}
     base = Advice(
         Recipe("dense"),
@@ -165,71 +219,129 @@ def _advise(run: Run, split: Split) -> Advice:
         return replace(base, reason=refusal)
 
     plain = _plain(times, methods, run.effort.plain)
-    run.stage("probe", 2 * (len(run.objective.levels) - 1))
-    probed = _probe(run, probe_sample, methods, buckets)
-    other = _probe(run, weight_sample, plain, buckets)
+    probed, others = _probes(run, split, methods, plain, buckets)
     methods = {n: m for n, m in methods.items() if n not in run.dropped.why}
     plain = {n: m for n, m in plain.items() if n in methods}
     if not plain:
         raise AdviceError("Every method that was to give the step weights failed; see the errors of the candidates.")
-    records = [r for r in (*probed.records, *other.records) if r.method in methods]
-    base = replace(base, records=tuple(records))
+    records = [r for p in (*probed, *others) for r in _kept(run, p.records) if r.method in methods]
+    if not records:
+        raise ValueError(f"keep_dense={list(options.keep_dense)!r} leaves no site to advise on.")
+    shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
+    base = replace(base, records=tuple(records), shrunk=shrunk)
 
-    run.stage("step weights", len(buckets) * len(plain))
-    layers = tuple(sorted({r.layer for r in records}))
-    fallback = Fallback(min_tokens=run.options.min_tokens)
-    weights = step_weights(
-        run.model,
-        weight_sample,
-        run.objective,
-        buckets,
-        plain,
-        other.records,
-        (other.output, other.latents),
-        layers=layer_ranges(layers),
-        fallback=fallback,
-        advance=run.progress.step,
-    )
+    fallback = Fallback(min_tokens=options.min_tokens)
+    run.stage("step weights", len(buckets) * len(plain) * len(others))
+    weights = _step_weights(run, split.weights, others, (buckets, plain, records, fallback))
+    found = Found(records, times, weights, methods, base_rules(records), fallback)
+    return _climbed(run, replace(base, weights=weights), found, split, probed)
 
-    ladder = _ladder(run, Found(records, times, weights, methods, layers, fallback), before.shape)
-    run.stage("ladder", len(ladder))
-    dense, seconds = timed(lambda: run.objective.run(run.model, probe_sample))
-    if not torch.equal(dense.tensor, probed.output.tensor):
+
+def _probes(
+    run: Run,
+    split: Split,
+    methods: Mapping[str, MethodSpec],
+    plain: Mapping[str, MethodSpec],
+    buckets: Sequence[Bucket],
+) -> tuple[list[Probed], list[Probed]]:
+    """Probe samples with every candidate, step-weight samples with the plain ones."""
+    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
+    first = [Task(f"probe/{s.id}", probe_sample, (s, methods, looks)) for s in split.probe.samples]
+    second = [Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in split.weights.samples]
+    run.stage("probe", len(first) + len(second))
+    found: list[Probed] = run.farm.map([*first, *second])
+    for probed in found:
+        for name, why in probed.errors.items():
+            run.dropped.unfit(name, why)
+    for name in sorted(broken_records([r for p in found for r in p.records])):
+        run.dropped.fail(name, "the probe found NaN or infinity in its output")
+    return found[: len(first)], found[len(first) :]
+
+
+def _kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
+    """Records of the sites that may be touched."""
+    return [r for r in records if not any(fnmatch(r.site, glob) for glob in run.options.keep_dense)]
+
+
+def _step_weights(
+    run: Run,
+    samples: Workload,
+    probed: Sequence[Probed],
+    known: tuple[Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
+) -> Weights:
+    """One bucket sparse at a time, on every step-weight sample."""
+    buckets, plain, records, fallback = known
+    rules = base_rules(records)
+    tasks, places = [], []
+    for sample, dense in zip(samples.samples, probed, strict=True):
+        for bucket in buckets:
+            for name, method in plain.items():
+                recipe = one_bucket(bucket, name, method, rules, fallback)
+                reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
+                task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
+                tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
+                places.append((sample, bucket, name))
+    ends = run.farm.map(tasks)
+    runs = []
+    for (sample, bucket, name), (end, one) in zip(places, ends, strict=True):
+        mine = [r for r in records if r.sample == sample.id]
+        runs.append(StepWeight(bucket.number, name, end, one, residual_total(mine, name, bucket.number)))
+    return fit_weights(buckets, runs)
+
+
+def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:
+    """The latent before a bucket, for a model that can go on from it."""
+    return dense.latents[bucket.first - 1] if run.objective.restart and bucket.first else None
+
+
+def _climbed(run: Run, base: Advice, found: Found, split: Split, probed: Sequence[Probed]) -> Advice:
+    """Measure the ladder on the first probe sample, and prove the winner."""
+    sample, before = split.probe.samples[0], base.preflight
+    ladder = build_ladder(found, run.effort, before.shape, before.levels)
+    run.stage("ladder", len(ladder) + 1)
+    anchors = run.once("anchors", measure_anchors, sample)
+    run.progress.step()
+    if not torch.equal(anchors.dense.tensor, probed[0].output.tensor):
         raise AdviceError("The probe changed the model's own output; the host adapter or the probe is at fault.")
-    ceiling = main_error(run.objective.distance(dense, run.objective.ceiling(run.model, probe_sample)))
-    measured = []
-    for rung in ladder:
-        try:
-            measured.append(measure_rung(run.model, rung, probe_sample, run.objective, (dense, seconds)))
-        except Exception as error:  # a kernel may fail in any way; the report names it, and three such stop
-            run.dropped.fail(rung.name, str(error))
-        run.progress.step()
-    base = replace(base, weights=weights, ladder=tuple(measured), anchors=(0.0, ceiling))
-    steps, why = _winners(run, measured, ceiling)
+    base = replace(base, anchors=(anchors.floor, anchors.ceiling))
+    why = refused(anchors, run.target)
+    if why is not None:
+        run.stage(None)
+        return replace(base, reason=why)
+    measured = _measure(run, ladder, sample, (anchors.dense, anchors.seconds))
+    if run.effort.correct:
+        more = corrected(found, measured, anchors, run.target)
+        if more is not None:
+            measured += _measure(run, [more], sample, (anchors.dense, anchors.seconds))
+    base = replace(base, ladder=tuple(measured))
+    steps, why = winners(measured, anchors, run.target)
     if not steps and run.effort.show:
-        steps = _nearest(measured)
+        steps = nearest(measured)
     if not steps:
         run.stage(None)
         return replace(base, reason=why)
     return _validated(run, base, steps, split)
 
 
+def _measure(run: Run, rungs: Sequence[Rung], sample: Sample, dense: tuple[Output, float]) -> list[Rung]:
+    """The rungs that ran; a kernel may fail in any way, the report names it, and three such stop."""
+    tasks = [Task(f"rung/{r.recipe.id[:16]}", measure_rung, (r, sample, dense)) for r in rungs]
+    names = {task.name: rung.name for task, rung in zip(tasks, rungs, strict=True)}
+    done = run.farm.map(tasks, fail=lambda task, error: run.dropped.fail(names[task.name], str(error)))
+    return [rung for rung in done if rung is not None]
+
+
 def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> Advice:
     """The first of `steps` that is accepted, each on samples of its own; dense if none is."""
     attempts: list[Attempt] = []
-    for rung, fresh in zip(steps, split.validations, strict=False):
-        chosen = replace(rung, recipe=with_canvas(rung.recipe, base.preflight))
-        run.stage("validation" if not attempts else f"validation {len(attempts) + 1}", len(fresh))
-        found = validate_pairs(
-            run.model,
-            chosen.recipe,
-            fresh.samples,
-            run.objective,
-            limit=run.target.limits.get("drift", 0.10),
-            target=needed(run.target),
-            advance=run.progress.step,
-        )
-        attempts.append(Attempt(chosen, found))
+    for number, (rung, fresh) in enumerate(zip(steps, split.validations, strict=False)):
+        run.stage("validation" if not number else f"validation {number + 1}", len(fresh))
+        pairs = [
+            Task(f"pair/{rung.recipe.id[:16]}-{s.id}", run_pair, (i, s, rung.recipe))
+            for i, s in enumerate(fresh.samples)
+        ]
+        found = verdict_over(run.farm.map(pairs), run.target)
+        attempts.append(Attempt(replace(rung, recipe=proven_on(rung.recipe, found.places)), found))
         if found.verdict.accepted:
             break
     run.stage(None)
@@ -251,44 +363,16 @@ def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> A
     )
 
 
-def needed(target: Target) -> float:
-    """The end-to-end speed-up that is asked for; at least not slower."""
-    return target.speedup if target.speedup is not None and target.of == "end_to_end" else 1.0
-
-
-def times_inside(run: Run, before: Preflight, sample: Sample, methods: Mapping[str, MethodSpec]) -> Times:
-    """Timed inside the first call of the middle site at the last step; candidates that do not run go to `dropped`."""
-    found: list[Times] = []
-    site = before.sites[len(before.sites) // 2].name
-    last = len(run.objective.levels) - 2
-
-    def look(q: Tensor, k: Tensor, v: Tensor, call: Any) -> None:
-        working = {name: m for name, m in methods.items() if _works(run.dropped, name, m, (q, k, v, call))}
-        found.append(time_methods(q, k, v, call, working, rounds=run.effort.rounds))
-
-    with attach_method(run.model, Inside(site, 0, look)):
-        latent = run.objective.first_latent(run.model, sample) if last else None
-        run.objective.run(run.model, sample, start=last, latent=latent)
-    if not found:
-        raise AdviceError(f"Site {site!r} was never called; the host adapter reports sites that do not run.")
-    return found[0]
-
-
-def _works(dropped: Dropped, name: str, method: MethodSpec, qkv: tuple[Tensor, Tensor, Tensor, Any]) -> bool:
-    """Whether a candidate runs on a real call and gives numbers."""
-    q, k, v, call = qkv
-    try:
-        method.plan(call.layout, q, k)
-    except ValueError as error:  # does not fit this canvas
-        dropped.unfit(name, str(error))
-        return False
-    try:
-        wrong = broken(method.run(q, k, v, call.layout, call.site.scale)[0])
-    except Exception as error:  # a kernel may fail in any way; the report names it, and three such stop
-        wrong = f"{type(error).__name__}: {error}"
-    if wrong is not None:
-        dropped.fail(name, wrong)
-    return wrong is None
+def _check_limits(target: Target, before: Preflight, objective: Objective) -> None:
+    """ValueError for a limit on what this objective does not measure, or measures the other way round."""
+    legal = ["drift", *(name for name in before.measures if name not in objective.higher)]
+    for name in target.limits:
+        if name in objective.higher:
+            raise ValueError(
+                f"limits: {name!r} is better when higher, and a limit bounds from above; legal: {', '.join(legal)}."
+            )
+        if name not in legal:
+            raise ValueError(f"limits: {objective.name} has no measure {name!r}; legal: {', '.join(legal)}.")
 
 
 def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
@@ -305,44 +389,6 @@ def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
-class _Probed:
-    """What a dense run with the probe in it gave. latents: before every step, and the last one."""
-
-    records: list[ProbeRecord]
-    output: Output
-    latents: list[Tensor]
-
-
-def _probe(run: Run, sample: Sample, methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]) -> _Probed:
-    bucket_of = {step: b.number for b in buckets for step in range(b.first, b.last + 1)}
-    steps = frozenset(s for b in buckets for s in _pick(b, run.effort.steps_a_bucket))
-    keep = run.options.keep_dense
-    probe = Probe(ProbeSpec(methods, bucket_of.__getitem__, steps, run.effort.blocks, sample.id))
-    latents = [run.objective.first_latent(run.model, sample)]
-
-    def on_step(step: SampleStep) -> None:
-        latents.append(step.latent.clone())
-        run.progress.step()
-
-    with attach_method(run.model, probe):
-        output = run.objective.run(run.model, sample, on_step=on_step)
-    for name, why in probe.errors.items():
-        run.dropped.unfit(name, why)
-    for name in sorted(broken_records(probe.records)):
-        run.dropped.fail(name, "the probe found NaN or infinity in its output")
-    records = [r for r in probe.records if not any(fnmatch(r.site, glob) for glob in keep)]
-    if not records:
-        raise ValueError(f"keep_dense={list(keep)!r} leaves no site to advise on.")
-    return _Probed(records, output, latents)
-
-
-def _pick(bucket: Bucket, count: int) -> list[int]:
-    if count >= bucket.steps:
-        return list(range(bucket.first, bucket.last + 1))
-    return sorted({bucket.first + round(i * (bucket.steps - 1) / max(count - 1, 1)) for i in range(count)})
-
-
 def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[str, MethodSpec]:
     """Position methods of middling density, spread over what they keep."""
     ranked = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
@@ -352,66 +398,3 @@ def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[
         raise AdviceError("No position method fits this canvas, so step weights cannot be measured.")
     places = sorted({round((i + 0.5) * len(pool) / count - 0.5) for i in range(count)})
     return {pool[p]: methods[pool[p]] for p in places}
-
-
-def _ladder(run: Run, found: Found, shape: Sequence[int]) -> list[Rung]:
-    out: list[Rung] = []
-    for budget in run.effort.budgets:
-        out += [rung for rung in (allocated(found, budget), single(found, budget)) if rung is not None]
-    out += published(found, shape, run.objective.levels)[: run.effort.published]
-    seen: set[str] = set()
-    return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
-
-
-def _winners(run: Run, measured: Sequence[Rung], ceiling: float) -> tuple[list[Rung], str]:
-    """The measured winner, never the predicted one: the fastest rung within the drift limit that meets the target.
-    Behind it the steps down from it: slower rungs, each of less error than the one before. Or none, and why.
-    """
-    limit = run.target.limits.get("drift", 0.10)
-    within = [r for r in measured if r.error is not None and drift(r.error, 0.0, ceiling) <= limit]
-    fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(run.target), 1.0)]
-    steps: list[Rung] = []
-    for rung in sorted(fast, key=lambda r: r.speedup or 0.0, reverse=True):
-        if not steps or (rung.error or 0.0) < (steps[-1].error or 0.0):
-            steps.append(rung)
-    if steps:
-        return steps, ""
-    if not within:
-        best = min(measured, key=lambda r: r.error if r.error is not None else float("inf"), default=None)
-        if best is None or best.error is None:
-            return [], "No recipe could be made within the budgets."
-        return [], (
-            f"The least drift of all recipes tried is {drift(best.error, 0.0, ceiling):.3f} ({best.name}); "
-            f"the limit is {limit:.3f}."
-        )
-    top = max(within, key=lambda r: r.speedup or 0.0)
-    return [], (
-        f"Within the drift limit the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
-        f"{max(needed(run.target), 1.0):.2f}x is needed."
-    )
-
-
-def _nearest(measured: Sequence[Rung]) -> list[Rung]:
-    """The rung of least error among those faster than dense, if there is one."""
-    faster = [r for r in measured if r.error is not None and (r.speedup or 0.0) > 1]
-    return sorted(faster, key=lambda r: r.error or 0.0)[:1]
-
-
-def with_canvas(recipe: Recipe, before: Preflight) -> Recipe:
-    """The recipe, proven on the canvas of this preflight and no other."""
-    shape = list(before.shape)
-    return replace(
-        recipe,
-        workload={
-            "canvases": [{"shape": shape, "before": 0, "after": before.tokens - int(torch.tensor(shape).prod())}],
-            "batch": [1, 1],
-            "tokens": [before.tokens, before.tokens],
-        },
-    )
-
-
-def with_origin(recipe: Recipe, run: Run) -> Recipe:
-    """The recipe with the model it was proven on and what it was judged by."""
-    objective = {"name": run.objective.name, "version": 1, "limits": dict(run.target.limits)}
-    spec = run.objective.spec
-    return replace(recipe, host=host_record(run.model, run.objective.levels, spec.guidance), objective=objective)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -11,14 +11,14 @@ import torch
 from glocal.advise.allocate import Items, allocate
 from glocal.advise.apply import attach
 from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Latents, Output, main_error
+from glocal.advise.objective import Objective, Output, main_error, on_cpu
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback, Phase, Recipe, Rule
 from glocal.advise.rules import allocation_rules, layer_ranges, published_defaults
 from glocal.advise.structure import simplify
 from glocal.advise.timing import Times
 from glocal.advise.validation import timed
-from glocal.advise.weights import Bucket, Weights, residual_total
+from glocal.advise.weights import Bucket, Weights, phase_of, residual_total
 from glocal.advise.workload import Sample
 from glocal.canvas import Canvas, Layout
 
@@ -42,6 +42,7 @@ class Rung:
     seconds: float | None = None
     dense_seconds: float | None = None
     error: float | None = None
+    measures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def speedup(self) -> float | None:
@@ -51,13 +52,15 @@ class Rung:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What the search works on. layers: those it may touch, in order. fallback: of every recipe it makes."""
+    """What the search works on. base: one rule for each component and kind of site, with the layers it may touch.
+    fallback: of every recipe it makes.
+    """
 
     records: Sequence[ProbeRecord]
     times: Times
     weights: Weights
     methods: Mapping[str, MethodSpec]
-    layers: tuple[int, ...]
+    base: tuple[Rule, ...]
     fallback: Fallback
 
     @property
@@ -84,8 +87,8 @@ class Found:
 
     def uniform(self, method: str, sparse: Sequence[Bucket]) -> Recipe:
         """One method at all layers and heads, in the step ranges `sparse` (the last ones of the run)."""
-        rule = Rule(method, layer_ranges(self.layers), "all", Phase("sigma", 0.0, sparse[0].high))
-        return self.recipe([method], [rule])
+        phase = phase_of(sparse[0].coordinate, 0.0, sparse[0].high)
+        return self.recipe([method], [replace(rule, use=method, phase=phase) for rule in self.base])
 
     def uniform_error(self, method: str, sparse: Sequence[Bucket]) -> float:
         """Its predicted end-to-end error."""
@@ -131,10 +134,16 @@ def single(found: Found, budget: float) -> Rung | None:
 def published(found: Found, shape: Sequence[int], levels: Sequence[float]) -> list[Rung]:
     """What papers run on their models, carried over to this canvas and this run; measured, not predicted."""
     out = []
-    layers = 1 + max(found.layers)
-    for plain in published_defaults(shape, layers):
-        rules = [replace(r, phase=_as_sigma(r.phase, levels), layers=_within(r, found.layers)) for r in plain.rules]
-        rules = [r for r in rules if r.layers]
+    most = 1 + max(last for rule in found.base for _, last in rule.layers)
+    for plain in published_defaults(shape, most):
+        rules = []
+        for rule in plain.rules:
+            for base in found.base:
+                layers = layer_ranges([n for n in range(most) if rule.covers(n) and base.covers(n)])
+                if layers:
+                    rules.append(replace(base, use=rule.use, phase=_as_sigma(rule.phase, levels), layers=layers))
+        if not rules:
+            continue
         recipe = Recipe("candidate", {plain.method.id: plain.method}, tuple(rules), fallback=found.fallback)
         try:
             plain.method.plan(Layout.of(Canvas(tuple(shape))))
@@ -142,11 +151,6 @@ def published(found: Found, shape: Sequence[int], levels: Sequence[float]) -> li
             continue
         out.append(Rung(plain.name, "published", recipe, None, None, None))
     return out
-
-
-def _within(rule: Rule, layers: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """The layers of a rule among those that may be touched."""
-    return layer_ranges([layer for layer in layers if rule.covers(layer)])
 
 
 def _as_sigma(phase: Phase, levels: Sequence[float]) -> Phase:
@@ -158,9 +162,21 @@ def _as_sigma(phase: Phase, levels: Sequence[float]) -> Phase:
     return Phase("sigma", levels[last], levels[first])
 
 
-def measure_rung(model: Any, rung: Rung, sample: Sample, objective: Latents, dense: tuple[Output, float]) -> Rung:
-    """Run the rung on a sample whose dense result and seconds are known."""
-    with attach(model, rung.recipe):
+def base_rules(records: Sequence[ProbeRecord]) -> tuple[Rule, ...]:
+    """One rule, dense as yet, for each component and kind of site among the records, over its layers."""
+    layers: dict[tuple[str, str], set[int]] = {}
+    for r in records:
+        layers.setdefault((r.component, r.kind), set()).add(r.layer)
+    found = []
+    for (component, kind), own in sorted(layers.items()):
+        site: Literal["self", "joint"] = "joint" if kind == "joint" else "self"
+        found.append(Rule("dense", layer_ranges(sorted(own)), component=component, site=site))
+    return tuple(found)
+
+
+def measure_rung(model: Any, objective: Objective, rung: Rung, sample: Sample, dense: tuple[Output, float]) -> Rung:
+    """Run the rung on a sample whose dense result (on the CPU) and seconds are known."""
+    with attach(model, rung.recipe, on_unseen="run"):
         out, seconds = timed(lambda: objective.run(model, sample))
-    error = main_error(objective.distance(dense[0], out))
-    return replace(rung, seconds=seconds, dense_seconds=dense[1], error=error)
+    measures = dict(objective.distance(dense[0], on_cpu(out)))
+    return replace(rung, seconds=seconds, dense_seconds=dense[1], error=main_error(measures), measures=measures)

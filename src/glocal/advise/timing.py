@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from glocal.adapt.records import SiteCall
+from glocal.adapt.records import Core, SiteCall
 from glocal.advise.methods import MethodSpec
 from glocal.measure.timers import compare_paired
 from glocal.ops import Score, attend
+from glocal.patterns import Causal
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.time_model import TimeModel, TimeSample, fit_time_model
+
+
+@dataclass(frozen=True, eq=False)
+class Ready:
+    """A method that ran on the call once: its plan there, and the kernel that was picked."""
+
+    method: MethodSpec
+    plan: BlockPlan
+    kernel: str
 
 
 @dataclass(frozen=True)
@@ -59,26 +69,46 @@ def blocks_of(plan: BlockPlan, heads: int) -> tuple[float, float]:
     return full, partial
 
 
+def exact(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, backend: str = "auto") -> tuple[Tensor, str]:
+    """Dense attention of a call, without the host's own code: q [B, H, N, D], k, v [B, Hkv, N, D]; and its kernel."""
+    score = Score(scale=call.site.scale, softcap=call.site.softcap)
+    done = attend(q, k, v, Causal() if call.site.causal else None, canvas=call.layout, score=score, backend=backend)
+    return done.out, done.picked.name
+
+
 @torch.no_grad()
 def time_methods(
-    q: Tensor, k: Tensor, v: Tensor, call: SiteCall, methods: Mapping[str, MethodSpec], *, rounds: int = 5
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: SiteCall,
+    methods: Mapping[str, Ready],
+    *,
+    rounds: int = 5,
+    inner: Core | None = None,
 ) -> Times:
     """Time dense and every method on the real q, k, v [B, H, N, D] of a call, in one interleaved comparison.
 
-    Planning of patterns is outside (plans are cached); routing of routers is inside, as it will be.
+    methods: those that ran once already. inner: the host's own attention, which competes with our dense kernel; the
+    faster one is "dense". Planning of patterns is outside (plans are cached); routing of routers is inside, as it will
+    be.
     """
-    scale = Score(scale=call.site.scale)
-    plans = {name: m.plan(call.layout, q, k) for name, m in methods.items()}
-    kernels = {}
-    contenders: dict[str, Callable[[], object]] = {"dense": lambda: attend(q, k, v, canvas=call.layout, score=scale)}
-    kernels["dense"] = attend(q, k, v, canvas=call.layout, score=scale).picked.name
-    for name, method in methods.items():
-        kernels[name] = method.run(q, k, v, call.layout, call.site.scale)[2]
-        contenders[name] = lambda method=method: method.run(q, k, v, call.layout, call.site.scale)
-    found = compare_paired(contenders, rounds=rounds, device=q.device, generator=torch.Generator().manual_seed(0))
+    contenders: dict[str, Callable[[], object]] = {}
+    kernels = {name: ready.kernel for name, ready in methods.items()}
+    if inner is not None:
+        contenders["dense: host"], kernels["dense: host"] = lambda: inner(q, k, v, call), "the host's own"
+    if inner is None or not call.site.causal or call.site.softcap is not None:
+        contenders["dense: ours"], kernels["dense: ours"] = lambda: exact(q, k, v, call), exact(q, k, v, call)[1]
+    for name, ready in methods.items():
+        contenders[name] = lambda method=ready.method: method.run(q, k, v, call)
+    if len(contenders) < 2:
+        contenders["dense: again"] = next(iter(contenders.values()))
+        kernels["dense: again"] = next(iter(kernels.values()))
+    generator = torch.Generator().manual_seed(0)
+    found = compare_paired(contenders, rounds=max(rounds, 2), device=q.device, generator=generator, warmup=1)
     times = {}
     for name, timing in found.times.items():
-        plan = plans.get(name)
+        plan = methods[name].plan if name in methods else None
         full, partial = (0.0, 0.0) if plan is None else blocks_of(plan, q.shape[1])
         times[name] = MethodTime(
             name,
@@ -92,8 +122,9 @@ def time_methods(
             1.0 if plan is None else plan.visited,
             kernels[name],
         )
-    dense = times.pop("dense")
-    samples = [TimeSample(t.full, t.partial, 0.0, t.median) for n, t in times.items() if methods[n].kind == "pattern"]
+    dense = min((times.pop(name) for name in list(times) if name.startswith("dense: ")), key=lambda t: t.median)
+    kinds = {name: ready.method.kind for name, ready in methods.items()}
+    samples = [TimeSample(t.full, t.partial, 0.0, t.median) for n, t in times.items() if kinds[n] == "pattern"]
     fitted, held = samples[::2], samples[1::2]
     model = fit_time_model(fitted, held) if len(fitted) >= 4 else None
-    return Times(dense, times, model)
+    return Times(replace(dense, method="dense"), times, model)

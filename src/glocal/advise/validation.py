@@ -8,23 +8,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glocal.adapt.attach import Method
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.apply import attach
-from glocal.advise.objective import Latents, Output, main_error
-from glocal.advise.preflight import Stopwatch
+from glocal.advise.effort import Target
+from glocal.advise.objective import Objective, Output, main_error, on_cpu
+from glocal.advise.preflight import Place, Stopwatch
+from glocal.advise.probe import MediaMethod
 from glocal.advise.recipe import Recipe, Status
 from glocal.advise.workload import Sample
-from glocal.measure.stats import Acceptance, Interval, accept, drift, log_ratio
+from glocal.measure.stats import Acceptance, Interval, accept, drift, log_ratio, paired
 from glocal.ops import Score, attend
-from glocal.patterns import Dense
+from glocal.patterns import Causal, Dense
 from glocal.plan.build import PlanSpec, plan
 
 
@@ -59,6 +60,7 @@ class Pair:
 class Validation:
     """pairs: one for each sample. verdict: the acceptance rule over them. outputs: (dense, sparse, floor) by sample.
     operator, step: speed-ups of the attention and of the forwards, over the same pairs; verdict.speedup is end to end.
+    places: the canvases these samples were on.
     """
 
     pairs: tuple[Pair, ...]
@@ -66,6 +68,7 @@ class Validation:
     operator: Interval
     step: Interval
     outputs: Mapping[str, tuple[Output, Output, Output]]
+    places: tuple[Place, ...] = ()
 
 
 def judged(found: Validation) -> tuple[Status, str]:
@@ -77,14 +80,15 @@ def judged(found: Validation) -> tuple[Status, str]:
     return "validated" if n >= 8 else "candidate", reason
 
 
-class OtherKernel(Method):
-    """Exact attention through the block-list kernel instead of the dense one: what changing a kernel does anyway."""
+class OtherKernel(MediaMethod):
+    """Exact attention through another kernel than the host's: what changing a kernel does anyway."""
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
-        """Dense attention as a plan of full blocks."""
-        whole = plan(Dense(), call.layout, PlanSpec(64, 64), device=q.device)
+        """Dense attention as a plan of full blocks, where a kernel for that is here."""
+        whole = plan(Causal() if call.site.causal else Dense(), call.layout, PlanSpec(64, 64), device=q.device)
+        score = Score(scale=call.site.scale, softcap=call.site.softcap)
         backend = "cpu" if q.device.type == "cpu" else "flex"
-        return attend(q, k, v, whole, score=Score(scale=call.site.scale), backend=backend).out
+        return attend(q, k, v, whole, canvas=call.layout, score=score, backend=backend).out
 
 
 def timed(run: Any) -> tuple[Output, float]:
@@ -96,48 +100,91 @@ def timed(run: Any) -> tuple[Output, float]:
     return out, time.perf_counter() - began
 
 
+@dataclass(frozen=True, eq=False)
+class PairRun:
+    """One sample's runs. outputs: dense, sparse, dense through another kernel, on the CPU. places: where the tokens of
+    its attention calls lay.
+    """
+
+    pair: Pair
+    outputs: tuple[Output, Output, Output]
+    place: Place | None
+
+
+def run_pair(model: Any, objective: Objective, number: int, sample: Sample, recipe: Recipe) -> PairRun:
+    """Dense and sparse (sparse first where `number` is odd), and the two anchors."""
+    runs: dict[str, tuple[Output, Spent]] = {}
+    place = None
+    for name in ("dense", "sparse") if number % 2 == 0 else ("sparse", "dense"):
+        out, spent, place = spent_on(model, recipe if name == "sparse" else None, sample, objective)
+        runs[name] = out, spent
+    (dense, dense_spent), (sparse, sparse_spent) = runs["dense"], runs["sparse"]
+    with attach_method(model, OtherKernel()):
+        other = objective.run(model, sample)
+    measures = dict(objective.distance(dense, sparse))
+    floor = main_error(objective.distance(dense, other))
+    ceiling = main_error(objective.distance(dense, objective.ceiling(model, sample)))
+    pair = Pair(sample.id, dense_spent, sparse_spent, main_error(measures), floor, ceiling, measures)
+    return PairRun(pair, (on_cpu(dense), on_cpu(sparse), on_cpu(other)), place)
+
+
+def verdict_over(runs: Sequence[PairRun], target: Target) -> Validation:
+    """The acceptance rule over at least two pairs."""
+    pairs = [run.pair for run in runs]
+    limits = dict(target.limits)
+    drift_limit = limits.pop("drift", 0.10)
+    scope = {"operator": "attention", "step": "steps"}.get(target.of, "whole")
+    needed = 1.0 if target.speedup is None else target.speedup
+    found = accept(
+        [p.drift for p in pairs],
+        [getattr(p.dense, scope) for p in pairs],
+        [getattr(p.sparse, scope) for p in pairs],
+        limit=drift_limit,
+        target=needed,
+    )
+    failures = list(found.failures)
+    whole = log_ratio([p.dense.whole for p in pairs], [p.sparse.whole for p in pairs])
+    if scope != "whole" and whole.low < 1:
+        failures.append(f"lower 90% bound of the end-to-end speed-up {whole.low:.2f}x is below 1.00x")
+    for name, limit in sorted(limits.items()):
+        values = [p.measures[name] for p in pairs]
+        mean = paired(values)
+        if mean.high > limit:
+            failures.append(f"upper 90% bound of mean {name} {mean.high:.3g} exceeds the limit {limit:.3g}")
+        if max(values) > 2 * limit:
+            failures.append(f"worst {name} {max(values):.3g} exceeds twice the limit {2 * limit:.3g}")
+    verdict = replace(found, accepted=not failures, failures=tuple(failures), speedup=whole)
+    operator = log_ratio([p.dense.attention for p in pairs], [p.sparse.attention for p in pairs])
+    step = log_ratio([p.dense.steps for p in pairs], [p.sparse.steps for p in pairs])
+    outputs = {run.pair.sample: run.outputs for run in runs}
+    places = tuple(dict.fromkeys(run.place for run in runs if run.place is not None))
+    return Validation(tuple(pairs), verdict, operator, step, outputs, places)
+
+
 def validate_pairs(
     model: Any,
     recipe: Recipe,
     samples: Sequence[Sample],
-    objective: Latents,
+    objective: Objective,
     *,
-    limit: float = 0.10,
-    target: float = 1.0,
+    target: Target | None = None,
     advance: Any = None,
 ) -> Validation:
     """Pairs over `samples` (at least two), order of dense and sparse alternated, and the verdict over them."""
-    pairs, outputs = [], {}
+    runs = []
     for number, sample in enumerate(samples):
-        runs: dict[str, tuple[Output, Spent]] = {}
-        for name in ("dense", "sparse") if number % 2 == 0 else ("sparse", "dense"):
-            runs[name] = spent_on(model, recipe if name == "sparse" else None, sample, objective)
-        (dense, dense_spent), (sparse, sparse_spent) = runs["dense"], runs["sparse"]
-        with attach_method(model, OtherKernel()):
-            other = objective.run(model, sample)
-        measures = dict(objective.distance(dense, sparse))
-        floor = main_error(objective.distance(dense, other))
-        ceiling = main_error(objective.distance(dense, objective.ceiling(model, sample)))
-        pairs.append(Pair(sample.id, dense_spent, sparse_spent, main_error(measures), floor, ceiling, measures))
-        outputs[sample.id] = (dense, sparse, other)
+        runs.append(run_pair(model, objective, number, sample, recipe))
         if advance is not None:
             advance()
-    verdict = accept(
-        [p.drift for p in pairs],
-        [p.dense.whole for p in pairs],
-        [p.sparse.whole for p in pairs],
-        limit=limit,
-        target=target,
-    )
-    operator = log_ratio([p.dense.attention for p in pairs], [p.sparse.attention for p in pairs])
-    step = log_ratio([p.dense.steps for p in pairs], [p.sparse.steps for p in pairs])
-    return Validation(tuple(pairs), verdict, operator, step, outputs)
+    return verdict_over(runs, Target() if target is None else target)
 
 
-def spent_on(model: Any, recipe: Recipe | None, sample: Sample, objective: Latents) -> tuple[Output, Spent]:
+def spent_on(
+    model: Any, recipe: Recipe | None, sample: Sample, objective: Objective
+) -> tuple[Output, Spent, Place | None]:
     """Run a sample, dense or with a recipe, with a watch on its steps and its attention."""
     watch, marks = Stopwatch(), [0.0]
-    handles = [] if recipe is None else [attach(model, recipe)]
+    handles = [] if recipe is None else [attach(model, recipe, on_unseen="run")]
     handles.append(attach_method(model, watch))
     try:
         marks[0] = time.perf_counter()
@@ -145,4 +192,4 @@ def spent_on(model: Any, recipe: Recipe | None, sample: Sample, objective: Laten
     finally:
         for handle in reversed(handles):
             handle.undo()
-    return out, Spent(whole, marks[-1] - marks[0], watch.seconds)
+    return out, Spent(whole, marks[-1] - marks[0], watch.seconds), watch.place

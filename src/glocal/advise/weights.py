@@ -7,8 +7,8 @@ that the dense run had there. The end-to-end error over the one-step error is th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -16,11 +16,10 @@ from torch import Tensor
 
 from glocal.advise.apply import attach
 from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Latents, Output, main_error
+from glocal.advise.objective import Coordinate, Objective, Output, main_error, on_cpu
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback, Phase, Recipe, Rule
 from glocal.advise.workload import Sample
-from glocal.models.generation import SampleStep
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,7 @@ class Bucket:
     last: int
     low: float
     high: float
+    coordinate: Coordinate = "sigma"
 
     @property
     def steps(self) -> int:
@@ -41,7 +41,7 @@ class Bucket:
     @property
     def phase(self) -> Phase:
         """The bucket as a phase of a rule."""
-        return Phase("sigma", self.low, self.high)
+        return phase_of(self.coordinate, self.low, self.high)
 
 
 @dataclass(frozen=True)
@@ -79,12 +79,22 @@ class Weights:
         return factors[min(len(factors) - 1, math.ceil(0.9 * len(factors)) - 1)]
 
 
-def make_buckets(levels: Sequence[float], count: int) -> tuple[Bucket, ...]:
+LONGEST = float(1 << 40)  # tokens of a prefill; which lengths were proven is said by the canvases of a recipe
+
+
+def phase_of(coordinate: Coordinate, low: float, high: float) -> Phase:
+    """Noise levels low < sigma <= high; all prefills; or always."""
+    if coordinate == "sigma":
+        return Phase("sigma", low, high)
+    return Phase("prefill", 0.0, LONGEST) if coordinate == "prefill" else Phase()
+
+
+def make_buckets(levels: Sequence[float], count: int, coordinate: Coordinate = "sigma") -> tuple[Bucket, ...]:
     """Cut the steps of a run (noise levels, one more than steps) into `count` buckets of nearly equal step numbers."""
     steps = len(levels) - 1
     count = min(count, steps)
     edges = [round(i * steps / count) for i in range(count + 1)]
-    return tuple(Bucket(i, a, b - 1, levels[b], levels[a]) for i, (a, b) in enumerate(pairwise(edges)))
+    return tuple(Bucket(i, a, b - 1, levels[b], levels[a], coordinate) for i, (a, b) in enumerate(pairwise(edges)))
 
 
 def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int) -> float:
@@ -97,48 +107,39 @@ def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int) -> 
     return math.sqrt(sum(by_step.values()) / len(by_step)) if by_step else 0.0
 
 
-def step_weights(
+def weight_run(
     model: Any,
+    objective: Objective,
     sample: Sample,
-    objective: Latents,
-    buckets: Sequence[Bucket],
-    methods: Mapping[str, MethodSpec],
-    records: Sequence[ProbeRecord],
-    dense: tuple[Output, Sequence[Tensor]],
-    *,
-    layers: tuple[tuple[int, int], ...],
-    fallback: Fallback,
-    advance: Any = None,
-) -> Weights:
-    """Measure the weights. dense: the dense output and the latents before every step of the same sample; layers: which
-    ones are made sparse, as inclusive ranges.
+    bucket: Bucket,
+    recipe: Recipe,
+    dense: tuple[Output, Tensor | None, Tensor],
+) -> tuple[float, float]:
+    """End-to-end error and one-step error where `bucket` alone is sparse (`recipe`).
+
+    dense: the dense output, the latent before the bucket (None: the run begins at its start) and the one behind the
+    bucket's first step.
     """
-    output, latents = dense
-    scale = float(output.tensor.float().norm())
-    runs = []
-    for bucket in buckets:
-        for name, method in methods.items():
-            rule = Rule(name, layers, "all", bucket.phase)
-            recipe = Recipe("candidate", {name: method}, (rule,), fallback=fallback)
-            after: list[SampleStep] = []
-            with attach(model, recipe):
-                sparse = objective.run(
-                    model,
-                    sample,
-                    start=bucket.first,
-                    latent=latents[bucket.first] if bucket.first else None,
-                    on_step=after.append,
-                )
-            end = main_error(objective.distance(output, sparse))
-            reference = latents[bucket.first + 1]
-            one = float((after[0].latent.float() - reference.float()).norm()) / scale
-            runs.append(StepWeight(bucket.number, name, end, one, residual_total(records, name, bucket.number)))
-            if advance is not None:
-                advance()
-    return _fit(tuple(buckets), runs)
+    output, latent, reference = dense
+    after: list[Tensor] = []
+    start = bucket.first if latent is not None else 0
+    with attach(model, recipe, on_unseen="run"):
+        sparse = objective.run(
+            model, sample, start=start, latent=latent, on_step=lambda step: after.append(step.latent.detach().clone())
+        )
+    one = after[bucket.first - start].float().cpu() - reference.float().cpu()
+    end = main_error(objective.distance(output, on_cpu(sparse)))
+    return end, float(one.norm()) / float(output.tensor.float().norm())
 
 
-def _fit(buckets: tuple[Bucket, ...], runs: Sequence[StepWeight]) -> Weights:
+def one_bucket(bucket: Bucket, name: str, method: MethodSpec, rules: Sequence[Rule], fallback: Fallback) -> Recipe:
+    """One method at all sites (a rule for each kind of site, its phase is replaced) in one bucket."""
+    mine = tuple(replace(rule, use=name, phase=bucket.phase) for rule in rules)
+    return Recipe("candidate", {name: method}, mine, fallback=fallback)
+
+
+def fit_weights(buckets: Sequence[Bucket], runs: Sequence[StepWeight]) -> Weights:
+    """Weights from one-bucket runs; ValueError where those of a bucket changed nothing."""
     weight, step, gain, left_out = [], [], [], []
     for bucket in buckets:
         mine = [r for r in runs if r.bucket == bucket.number and r.residual > 0 and r.one_step > 0]
@@ -152,4 +153,4 @@ def _fit(buckets: tuple[Bucket, ...], runs: Sequence[StepWeight]) -> Weights:
             rest = ratios[:i] + ratios[i + 1 :]
             if rest:
                 left_out.append(math.exp(sum(rest) / len(rest) - own))
-    return Weights(buckets, tuple(weight), tuple(step), tuple(gain), tuple(runs), tuple(left_out))
+    return Weights(tuple(buckets), tuple(weight), tuple(step), tuple(gain), tuple(runs), tuple(left_out))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
@@ -55,6 +55,23 @@ class Split:
     def validations(self) -> tuple[Workload, ...]:
         """The parts to validate on, in the order they are used."""
         return (self.validate, *self.further)
+
+    def sized(self, canvases: Sequence[Mapping[str, Any]]) -> Split:
+        """The same parts on these canvases (arguments of a call): the first to probe, all in turn to validate on.
+
+        Raises ValueError where a part to validate on has fewer than two samples for each.
+        """
+        if not canvases:
+            return self
+        for part in self.validations:
+            if len(part) < 2 * len(canvases):
+                raise ValueError(
+                    f"{len(canvases)} canvases need {2 * len(canvases)} samples to validate on, two each; there are "
+                    f"{len(part)}. Ask for fewer canvases or a larger effort."
+                )
+        probe, weights = (_with(part, canvases[:1]) for part in (self.probe, self.weights))
+        validate, *further = (_with(part, canvases) for part in self.validations)
+        return Split(probe, weights, validate, tuple(further))
 
     def records(self, validations: int = 1) -> dict[str, dict[str, Any]]:
         """Of each part the number of samples, its hash and what tells its samples, for `evidence.splits`; of the parts
@@ -194,6 +211,11 @@ class Workload:
         """SHA-256 over seeds and arguments; order and ids do not matter."""
         lines = sorted(f"{s.seed} {s.key}" for s in self.samples)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _with(part: Workload, canvases: Sequence[Mapping[str, Any]]) -> Workload:
+    made = [replace(s, args={**s.args, **canvases[i % len(canvases)]}) for i, s in enumerate(part.samples)]
+    return Workload(tuple(made))
 
 
 def demo_workload(n: int = 12, *, first_seed: int = 0, fields: Sequence[Field] | None = None) -> Workload:

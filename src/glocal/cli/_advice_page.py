@@ -30,8 +30,11 @@ from glocal.report import (
 )
 
 if TYPE_CHECKING:
+    from glocal.adapt.records import Site
     from glocal.advise.recipe import Recipe
     from glocal.advise.run import Advice
+    from glocal.advise.weights import Bucket
+    from glocal.canvas import Layout
     from glocal.measure.stats import Interval
 
 
@@ -69,7 +72,7 @@ def advice_page(
 def rows(advice: Advice) -> list[dict[str, Any]]:
     """Every measured row as plain values: the lines of `evidence.jsonl`."""
     out: list[dict[str, Any]] = []
-    out += [{"kind": "probe", **asdict(r)} for r in advice.records]
+    out += [{**asdict(r), "kind": "probe", "site_kind": r.kind} for r in advice.records]
     out += [{"kind": "time", **asdict(t)} for t in (advice.times.dense, *advice.times.methods.values())]
     if advice.weights is not None:
         out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
@@ -93,6 +96,7 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
         for pair in attempt.validation.pairs:
             row = {"kind": "rejected pair", "rung": attempt.rung.name, **asdict(pair), "drift": pair.drift}
             out.append(row)
+    out += [{"kind": "less memory", **asdict(s)} for s in advice.shrunk]
     out += [{"kind": "dropped", "name": name, "why": why} for name, why in advice.dropped.items()]
     out += [{"kind": "stage", "name": name, "seconds": seconds} for name, seconds in advice.stages.items()]
     return out
@@ -228,33 +232,52 @@ def _kept(advice: Advice) -> KeptMap | None:
     recipe = _chosen_rules(advice)
     if recipe is None or advice.weights is None:
         return None
-    buckets = advice.weights.buckets
-    layers = sorted({s.layer for s in advice.preflight.sites})
-    heads = advice.preflight.sites[0].heads
+    buckets, sites = advice.weights.buckets, advice.preflight.sites
+    several = len({s.component for s in sites}) > 1
     values = []
-    for layer in layers:
+    for site in sites:
         row: list[float | None] = []
         for bucket in buckets:
-            shares, sparse = [], False
-            for head in range(heads):
-                name = recipe.method_at(
-                    layer, head, component="transformer", kind="self", branch="cond", sigma=bucket.high, progress=None
-                )
-                sparse |= name != "dense"
-                shares.append(1.0 if name == "dense" else _kept_share(advice, recipe, name))
-            row.append(_mean(shares) if sparse else None)
+            used = [_method_of(recipe, site, head, bucket) for head in range(site.heads)]
+            shares = [1.0 if name == "dense" else _kept_share(advice, recipe, name) for name in used]
+            row.append(_mean(shares) if set(used) != {"dense"} else None)
         values.append(tuple(row))
-    names = tuple(f"{b.high:.2f}–{b.low:.2f}" for b in buckets)
-    return KeptMap(tuple(str(n) for n in layers), names, tuple(values))
+    rows = tuple(f"{s.component} {s.layer}" if several else str(s.layer) for s in sites)
+    return KeptMap(rows, tuple(_range(b) for b in buckets), tuple(values))
+
+
+def _method_of(recipe: Recipe, site: Site, head: int, bucket: Bucket) -> str:
+    """What one head runs in a step range."""
+    return recipe.method_at(
+        site.layer,
+        head,
+        component=site.component,
+        kind=site.kind,
+        branch="cond",
+        sigma=bucket.high if bucket.coordinate == "sigma" else None,
+        progress=None,
+        tokens=1,
+    )
+
+
+def _range(bucket: Bucket) -> str:
+    return f"{bucket.high:.2f}–{bucket.low:.2f}" if bucket.coordinate == "sigma" else "whole run"
 
 
 def _kept_share(advice: Advice, recipe: Recipe, name: str) -> float:
     """Share of pairs a method keeps on this canvas; published settings were not timed one by one."""
     if name in advice.times.methods:
         return advice.times.methods[name].kept
+    return recipe.methods[name].plan(_layout(advice)).kept
+
+
+def _layout(advice: Advice) -> Layout:
+    """The canvas of the probe sample, with its other tokens."""
     from glocal.canvas import Canvas, Layout
 
-    return recipe.methods[name].plan(Layout.of(Canvas(advice.preflight.shape))).kept
+    place = advice.preflight.place
+    before, after = (0, 0) if place is None else (place.before, place.after)
+    return Layout.of(Canvas(advice.preflight.shape, before=before, after=after))
 
 
 def _bars(advice: Advice) -> tuple[TimeBar, ...]:
@@ -314,22 +337,18 @@ def _why_dense(advice: Advice) -> tuple[str, ...]:
     recipe = advice.recipe
     if advice.weights is None:
         return ("An existing recipe was proven again; why it leaves parts dense stands on the page it came from.",)
-    layers = sorted({s.layer for s in advice.preflight.sites})
-    heads = advice.preflight.sites[0].heads
     cells, dense = 0, 0
     by_bucket: dict[str, int] = {}
     for bucket in advice.weights.buckets:
-        for layer in layers:
-            for head in range(heads):
+        for site in advice.preflight.sites:
+            for head in range(site.heads):
                 cells += 1
-                name = recipe.method_at(
-                    layer, head, component="transformer", kind="self", branch="cond", sigma=bucket.high, progress=None
-                )
-                if name == "dense":
+                if _method_of(recipe, site, head, bucket) == "dense":
                     dense += 1
-                    key = f"{bucket.high:.2f}–{bucket.low:.2f}"
-                    by_bucket[key] = by_bucket.get(key, 0) + 1
+                    by_bucket[_range(bucket)] = by_bucket.get(_range(bucket), 0) + 1
     lines = [f"{dense} of {cells} (layer, head, step range) cells stay dense: their error outweighs their time."]
+    if len(advice.weights.buckets) == 1:
+        return tuple(lines)
     if by_bucket:
         most = max(by_bucket, key=lambda k: by_bucket[k])
         lines.append(f"Most of them at noise levels {most}: {by_bucket[most]} cells.")
@@ -344,8 +363,10 @@ def _why_dense(advice: Advice) -> tuple[str, ...]:
 
 def _valid_for(advice: Advice, facts: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     levels = advice.weights.buckets if advice.weights else ()
+    shapes = [c["shape"] for c in advice.recipe.workload.get("canvases", [])] or [list(advice.preflight.shape)]
+    words = ", ".join("x".join(map(str, shape)) for shape in shapes)
     out = [
-        ("canvas", "x".join(map(str, advice.preflight.shape)) + f" ({advice.preflight.tokens:,} tokens)"),
+        ("canvas" if len(shapes) == 1 else "canvases", f"{words} ({advice.preflight.tokens:,} tokens probed)"),
         ("steps", str(sum(b.steps for b in levels)) if levels else "-"),
         ("adapters", "none"),
         ("device", facts.get("device", "-")),
@@ -366,26 +387,18 @@ def _sites(advice: Advice) -> Table | None:
     recipe = _chosen_rules(advice)
     if recipe is None or advice.weights is None:
         return None
-    by_cell: dict[tuple[int, int, int, str], list[Any]] = {}
+    by_cell: dict[tuple[str, int, int, str], list[Any]] = {}
     for r in advice.records:
-        by_cell.setdefault((r.layer, r.head, r.bucket, r.method), []).append(r)
+        by_cell.setdefault((f"{r.component}.{r.site}", r.head, r.bucket, r.method), []).append(r)
     rows_out, total = [], 0.0
     for bucket in advice.weights.buckets:
         for site in advice.preflight.sites:
             for head in range(site.heads):
-                name = recipe.method_at(
-                    site.layer,
-                    head,
-                    component="transformer",
-                    kind="self",
-                    branch="cond",
-                    sigma=bucket.high,
-                    progress=None,
-                )
-                found = by_cell.get((site.layer, head, bucket.number, name))
+                name = _method_of(recipe, site, head, bucket)
+                found = by_cell.get((f"{site.component}.{site.name}", head, bucket.number, name))
                 share = 0.0 if found is None else (advice.weights.weight[bucket.number] * found[0].residual) ** 2
                 total += share
-                rows_out.append((site.layer, head, f"{bucket.high:.2f}–{bucket.low:.2f}", name, found, share))
+                rows_out.append((site.layer, head, _range(bucket), name, found, share))
     columns = (
         Column("layer", digits=0),
         Column("head", digits=0),
@@ -405,12 +418,10 @@ def _sites(advice: Advice) -> Table | None:
 
 
 def _pictures(advice: Advice) -> tuple[Picture, ...]:
-    from glocal.canvas import Canvas, Layout
-
     recipe = _chosen_rules(advice)
     if recipe is None:
         return ()
-    layout, out = Layout.of(Canvas(advice.preflight.shape)), []
+    layout, out = _layout(advice), []
     for method in recipe.methods.values():
         pattern = method.pattern(layout)
         if pattern is None or method.kind == "route":

@@ -1,19 +1,24 @@
-"""What `glocal advise` does with its options: load, run, and write the four outputs, whole or not at all."""
+"""What `glocal advise` does with its options: load, run, and write the outputs, whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from glocal._files import atomic_dir
-from glocal.cli._common import plain, print_fields, print_json, print_table, progress
+from glocal.cli._common import extents, plain, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts
-from glocal.cli._models import load_model
+from glocal.cli._models import load_subject
+
+if TYPE_CHECKING:
+    from glocal.advise import AdviseOptions, Workload
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,12 @@ class Job:
     methods: tuple[str, ...] = ()
     keep_dense: tuple[str, ...] = ()
     steps: int = 8
-    canvas: str | None = None
+    canvas: tuple[str, ...] = ()
     budget: float | None = None
+    sensitivity: str = "forward"
+    jobs: int = 1
+    resume: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -43,39 +52,93 @@ class Loaded:
     effort: str
 
 
+BUILT_IN = ("demo", "demo-language")
+
+
 def load(job: Job) -> Loaded:
     """Model, workload and objective of a job; ValueError in the words of the user."""
-    from glocal.advise import Frames, Workload, demo_workload
-    from glocal.models.generation import SampleSpec
+    effort = ("demonstration" if job.model in BUILT_IN else "standard") if job.effort is None else job.effort
+    subject = load_subject(job.model, job.device, steps=job.steps)
+    workload = _workload(job, subject.model, subject.objective)
+    subject.objective.check(subject.model, workload)
+    return Loaded(subject.model, workload, subject.objective, effort)
 
-    effort = ("demonstration" if job.model == "demo" else "standard") if job.effort is None else job.effort
-    model = load_model(job.model)
-    objective = Frames(SampleSpec(steps=job.steps))
+
+def load_again(job: Job) -> tuple[Any, Any]:
+    """Model and objective, for another process."""
+    subject = load_subject(job.model, job.device, steps=job.steps)
+    return subject.model, subject.objective
+
+
+def _workload(job: Job, model: Any, objective: Any) -> Workload:
+    from glocal.advise import Workload, demo_workload
+
     if job.workload is not None:
-        workload = Workload.from_jsonl(job.workload, objective.fields(model))
-    elif job.model == "demo":
-        workload = demo_workload(16, fields=model.config.fields)
-    else:
-        raise ValueError(f"--workload is needed for the model {job.model!r}; only demo brings its own.")
-    objective.check(model, workload)
-    return Loaded(model, workload, objective, effort)
+        fields = objective.fields(model) if hasattr(objective, "fields") else None
+        return Workload.from_jsonl(job.workload, fields)
+    if job.model == "demo":
+        return demo_workload(16, fields=model.config.fields)
+    if job.model == "demo-language":
+        from glocal.data import make_text
+
+        return Workload.from_calls([{"text": make_text(objective.tokens, 1000 + n)} for n in range(16)], range(16))
+    raise ValueError(
+        f"--workload is needed for the model {job.model!r}; only {' and '.join(BUILT_IN)} bring their own."
+    )
+
+
+def canvases(job: Job, objective: Any) -> tuple[dict[str, int], ...]:
+    """`--canvas` as arguments of a call: frames, height and width, or height and width of pictures."""
+    if not job.canvas:
+        return ()
+    names = {"frames": "frames", "latents": "frames"}.get(objective.name)
+    if names is None:
+        raise ValueError(f"--canvas: the objective {objective.name} has lengths in its samples; leave --canvas out")
+    frames = "num_frames" if hasattr(objective, "pipe") else "frames"
+    found = []
+    for text in job.canvas:
+        sizes = extents(text, "--canvas")
+        if len(sizes) not in (2, 3):
+            raise ValueError(
+                f"--canvas {text!r} has {len(sizes)} axes; legal: frames x height x width, or height x width"
+            )
+        found.append(dict(zip(((frames,) if len(sizes) == 3 else ()) + ("height", "width"), sizes, strict=True)))
+    return tuple(found)
+
+
+def options_of(job: Job, objective: Any, *, state: bool = True) -> AdviseOptions:
+    """The options of an advice."""
+    from glocal.advise import AdviseOptions
+
+    if job.sensitivity not in ("forward", "gradient"):
+        raise ValueError(f"--sensitivity {job.sensitivity!r}; legal: forward, gradient")
+    return AdviseOptions(
+        methods=job.methods,
+        keep_dense=job.keep_dense,
+        budget=job.budget,
+        sensitivity=job.sensitivity,  # type: ignore[arg-type]
+        canvases=canvases(job, objective),
+        state=job.out / "state" if state else None,
+        resume=job.resume and state,
+        jobs=job.jobs,
+        loader=partial(load_again, job) if job.jobs > 1 else None,
+    )
 
 
 def run_dry(job: Job, *, as_json: bool, quiet: bool) -> None:
     """Print what every stage of the job would cost; with a budget below it, AdviceError after that."""
-    from glocal.advise import AdviseOptions, forecast_advice
+    from glocal.advise import forecast_advice
     from glocal.advise.forecast import check_budget, duration, total_seconds
 
     if job.model.endswith(".safetensors"):
         raise ValueError("--dry-run forecasts runs of a model; captured calls are judged without any. Leave it out.")
     on = load(job)
-    options = AdviseOptions(methods=job.methods, keep_dense=job.keep_dense)
     stages = forecast_advice(
         on.model,
         on.workload,
         objective=on.objective,
         effort=on.effort,
-        options=options,
+        options=options_of(job, on.objective, state=False),
         progress=progress(quiet or as_json),
     )
     if as_json:
@@ -100,8 +163,13 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         from glocal.cli._advise_operator import run_operator
 
         return run_operator(job, as_json=as_json, quiet=quiet)
-    from glocal.advise import AdviseOptions, Target, advise
+    from glocal.advise import Target, advise
 
+    if job.out.exists() and not job.out.is_dir():
+        raise ValueError(f"-o {str(job.out)!r} is a file; give a folder")
+    if job.resume:  # a run that was killed while it wrote its outputs left them beside their place
+        for stale in job.out.parent.glob(f".{job.out.name}.*"):
+            shutil.rmtree(stale, ignore_errors=True)
     on = load(job)
     advice = advise(
         on.model,
@@ -109,10 +177,10 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         objective=on.objective,
         target=Target(job.target_speedup, limits=job.limits),
         effort=on.effort,
-        options=AdviseOptions(methods=job.methods, keep_dense=job.keep_dense, budget=job.budget),
+        options=options_of(job, on.objective),
         progress=progress(quiet or as_json),
     )
-    known = facts("cpu")
+    known = facts(job.device)
     words = PageWords(job.model, _workload_words(on, job.steps), command_line(job))
     write(job.out, advice, known, words)
     _print(_summary(advice, job.out), as_json)
@@ -135,7 +203,7 @@ def run_validation(recipe: Path, job: Job, pairs: int | None, *, as_json: bool, 
         progress=progress(quiet or as_json),
     )
     words = PageWords(job.model, _workload_words(on, job.steps), validate_line(recipe, job, pairs))
-    write(job.out, advice, facts("cpu"), words)
+    write(job.out, advice, facts(job.device), words)
     _print(_summary(advice, job.out), as_json)
     return advice.accepted
 
@@ -148,7 +216,8 @@ def _print(summary: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _workload_words(on: Loaded, steps: int) -> str:
-    return f"{len(on.workload)} samples, {steps} steps, objective {on.objective.name}"
+    shown = f", {steps} steps" if on.objective.restart else ""
+    return f"{len(on.workload)} samples{shown}, objective {on.objective.name}"
 
 
 @dataclass(frozen=True)
@@ -161,9 +230,10 @@ class PageWords:
 
 
 def write(out: Path, advice: Any, known: Mapping[str, str], words: PageWords) -> None:
-    """recipe.json, report.html and evidence.jsonl, in a folder that appears at once."""
+    """recipe.json, report.html and evidence.jsonl, in a folder that appears at once; `state` stays in it."""
     from dataclasses import replace
 
+    from glocal.advise.state import link_into
     from glocal.cli._advice_page import advice_page, rows
     from glocal.report import render_advice
 
@@ -178,11 +248,16 @@ def write(out: Path, advice: Any, known: Mapping[str, str], words: PageWords) ->
         (folder / "report.html").write_text(render_advice(page), encoding="utf-8")
         lines = [json.dumps(plain(row), sort_keys=True) for row in rows(advice)]
         (folder / "evidence.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        if (out / "state" / "job.json").is_file():
+            link_into(out / "state", folder / "state")
+            (folder / "state" / "finished").touch()
 
 
 def evidence(advice: Any) -> dict[str, Any]:
     """`evidence` of the recipe: what was measured, in the schema's words."""
     out: dict[str, Any] = {"versions": {}, "stages": dict(advice.stages)}
+    if advice.shrunk:
+        out["less_memory"] = [{"site": s.site, "heads": s.heads, "blocks": s.blocks} for s in advice.shrunk]
     if advice.validation is not None:
         verdict = advice.validation.verdict
         pairs = advice.validation.pairs
@@ -213,6 +288,10 @@ def command_line(job: Job) -> str:
         words += ["--keep-dense", glob]
     if job.budget is not None:
         words += ["--budget", f"{job.budget:g}s"]
+    if job.sensitivity != "forward":
+        words += ["--sensitivity", job.sensitivity]
+    if job.jobs != 1:
+        words += ["--jobs", str(job.jobs)]
     return shlex.join(words)
 
 
@@ -228,10 +307,12 @@ def _options(job: Job) -> list[str]:
         ("--workload", job.workload),
         ("--effort", job.effort),
         ("--target-speedup", job.target_speedup),
-        ("--canvas", job.canvas),
+        ("--device", None if job.device == "cpu" else job.device),
     ):
         if value is not None:
             words += [name, str(value)]
+    for canvas in job.canvas:
+        words += ["--canvas", canvas]
     if job.limits != {"drift": 0.10}:
         words += [w for name, value in job.limits.items() for w in ("--max", f"{name}={value:g}")]
     if job.steps != 8:

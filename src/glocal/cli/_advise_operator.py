@@ -23,7 +23,9 @@ def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
     from glocal.advise.operator import advise_operator
     from glocal.report import TableReport, render_table, table_csv
 
-    canvas = None if job.canvas is None else extents(job.canvas, "--canvas")
+    if len(job.canvas) > 1:
+        raise ValueError(f"--canvas: captured calls lie on one canvas, {len(job.canvas)} are given")
+    canvas = extents(job.canvas[0], "--canvas") if job.canvas else None
     if not Path(job.model).is_file():
         raise FileNotFoundError(f"MODEL {job.model!r} does not exist.")
     workload = Workload.from_tensors(job.model, canvas)

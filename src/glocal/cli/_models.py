@@ -1,20 +1,99 @@
-"""MODEL of the verbs that generate: the built-in model, or what a factory of the user's returns."""
+"""MODEL of the verbs: a built-in model, a folder or hub id of diffusers or transformers, or what a factory returns."""
 
 from __future__ import annotations
 
 import importlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+LEGAL = "demo, demo-language, package.module:factory, or a folder or hub id of diffusers or transformers"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that advice is asked for, and how it runs. model: what methods are attached to."""
+
+    model: Any
+    objective: Any
 
 
 def load_model(name: str, device: str = "cpu") -> Any:
-    """`demo`, or ``package.module:factory`` called without arguments. Raises ValueError in the words of the user."""
+    """The model alone, for verbs that generate. Raises ValueError in the words of the user."""
     if name == "demo":
         from glocal.models.generation import load_demo
 
         return load_demo(device)
-    module, colon, attribute = name.partition(":")
-    if not colon or not module or not attribute:
-        raise ValueError(f"MODEL {name!r}; legal: demo, or package.module:factory (a function without arguments)")
+    if name == "demo-language":
+        from glocal.models.language import load_decoder
+
+        return load_decoder(device=device)
+    if ":" in name:
+        return _made(name)
+    folder = Path(name)
+    if (folder / "model_index.json").is_file():
+        return _diffusers(name)
+    if (folder / "config.json").is_file():
+        return _transformers(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
+        return _from_hub(name)
+    raise ValueError(f"MODEL {name!r}; legal: {LEGAL}")
+
+
+def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
+    """The model and its objective. steps: of the built-in video model. A factory may return (model, objective)."""
+    from glocal.adapt.pipelines import is_pipeline
+    from glocal.advise.objective import Frames
+    from glocal.models.generation import SampleSpec, VideoDiT
+    from glocal.models.language import Decoder
+
+    made = load_model(name, device)
+    if isinstance(made, tuple) and len(made) == 2:
+        return Subject(*made)
+    if isinstance(made, VideoDiT):
+        return Subject(made, Frames(SampleSpec(steps=steps)))
+    if isinstance(made, Decoder):
+        from glocal.advise.next_token import NextToken
+        from glocal.models.language import encode
+
+        return Subject(made, NextToken(encode, window=256))
+    if is_pipeline(made):
+        from glocal.advise.pipeline import Pipeline
+
+        return Subject(made, Pipeline(made))
+    tokenizer = getattr(made, "glocal_tokenizer", None)
+    if tokenizer is not None:
+        from glocal.advise.next_token import NextToken
+
+        return Subject(made, NextToken(_Encode(tokenizer), _begin(tokenizer)))
+    raise ValueError(
+        f"MODEL {name!r} is a {type(made).__name__}: it is not known how to run it; legal: a pipeline of diffusers, a "
+        "folder of transformers, or a factory that returns (model, objective), see glocal.advise.Objective"
+    )
+
+
+class _Encode:
+    """A tokenizer without marks for begin and end."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _begin(tokenizer: Any) -> tuple[int, ...]:
+    begin = getattr(tokenizer, "bos_token_id", None)
+    return () if begin is None else (int(begin),)
+
+
+def _made(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    if not module or not attribute:
+        raise ValueError(f"MODEL {name!r}; legal: package.module:factory (a function without arguments)")
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
@@ -22,3 +101,34 @@ def load_model(name: str, device: str = "cpu") -> Any:
     if not callable(factory):
         raise ValueError(f"MODEL {name!r} is a {type(factory).__name__}; legal: a function that returns the model")
     return factory()
+
+
+def _diffusers(name: str) -> Any:
+    pipe = _needed("diffusers", name).DiffusionPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _transformers(name: str) -> Any:
+    library = _needed("transformers", name)
+    found = json.loads((Path(name) / "config.json").read_text()) if Path(name).is_dir() else {}
+    architectures = found.get("architectures") or ["CausalLM"]
+    if not any(str(a).endswith("CausalLM") for a in architectures):
+        raise ValueError(f"MODEL {name!r} holds {architectures}; legal: a ...ForCausalLM, or a factory for others")
+    model = library.AutoModelForCausalLM.from_pretrained(name).eval()
+    model.glocal_tokenizer = library.AutoTokenizer.from_pretrained(name)
+    return model
+
+
+def _from_hub(name: str) -> Any:
+    """A hub id: a pipeline if it says so, else a language model."""
+    hub = _needed("huggingface_hub", name)
+    wanted: Callable[[str], Any] = _diffusers if hub.file_exists(name, "model_index.json") else _transformers
+    return wanted(name)
+
+
+def _needed(library: str, name: str) -> Any:
+    try:
+        return importlib.import_module(library)
+    except ImportError as error:
+        raise ValueError(f"MODEL {name!r} needs {library}: pip install 'glocal[diffusers,transformers]'") from error

@@ -12,7 +12,11 @@ from glocal.cli._common import Json, Quiet
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="demo, package.module:factory, or a .safetensors of captured q, k, v.")
+        str,
+        typer.Argument(
+            help="demo, demo-language, package.module:factory, a folder or hub id of diffusers or transformers, or a "
+            ".safetensors of captured q, k, v."
+        ),
     ] = "demo",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for recipe, page and evidence.")] = Path(
         "out/advise"
@@ -30,7 +34,19 @@ def command(
     methods: Annotated[str | None, typer.Option(help="Systems to consider, joined by commas.")] = None,
     keep_dense: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch.")] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = 8,
-    canvas: Annotated[str | None, typer.Option(help="Canvas of captured tensors, such as 16x16x16.")] = None,
+    canvas: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FxHxW", help="Size of the samples, several times to prove several; of captured tensors in tokens."
+        ),
+    ] = None,
+    sensitivity: Annotated[
+        str,
+        typer.Option(help="What an error counts for: forward (in the residual stream) or gradient (of the output)."),
+    ] = "forward",
+    jobs: Annotated[int, typer.Option(help="Processes that share the samples, one a GPU.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the built-in models.")] = "cpu",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what OUT/state holds.")] = False,
     budget: Annotated[
         str | None, typer.Option(metavar="TIME", help="Stop if the forecast is above it: 6h, 30m or 90s.")
     ] = None,
@@ -44,6 +60,7 @@ def command(
     """
     from glocal.advise.forecast import parse_duration
     from glocal.cli._advise_job import Job, run_dry, run_job
+    from glocal.cli._machine import torch_device
 
     job = Job(
         model=model,
@@ -55,7 +72,11 @@ def command(
         methods=() if methods is None else tuple(methods.split(",")),
         keep_dense=() if keep_dense is None else tuple(keep_dense),
         steps=steps,
-        canvas=canvas,
+        canvas=() if canvas is None else tuple(canvas),
+        sensitivity=sensitivity,
+        jobs=jobs,
+        resume=resume,
+        device=torch_device(device),
         budget=None if budget is None else parse_duration(budget, "--budget"),
     )
     if dry_run:

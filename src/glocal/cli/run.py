@@ -1,9 +1,10 @@
-"""glocal run: generate with a recipe, say what ran at every site, and show it beside dense attention if asked."""
+"""glocal run: generate with a recipe or method, say what ran at every site, show it beside dense attention if asked."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,13 +17,20 @@ from glocal.cli._common import Json, Quiet, print_fields, print_json, print_tabl
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from glocal.adapt.attach import Method
+    from glocal.adapt.sparse import Ran
     from glocal.advise.apply import SiteStats
-    from glocal.advise.recipe import Recipe
 
 
 def command(
     model: Annotated[str, typer.Argument(help="demo, or package.module:factory")],
-    recipe: Annotated[Path, typer.Option(help="recipe.json of `glocal advise`")],
+    recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="a system instead: gna, radial, rectified_spaattn, tile_windows")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="K=V", help="a setting of the method, several times")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the first noise", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="steps of the run", min=1)] = 8,
     guidance: Annotated[float | None, typer.Option(help="guidance scale: two calls a step")] = None,
@@ -35,21 +43,20 @@ def command(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Generate with a recipe; counts what ran at every site."""
-    from glocal.advise.recipe import Recipe
+    """Generate with a recipe or a method; counts what ran at every site."""
     from glocal.cli._machine import torch_device
 
     if out is not None and out.exists() and not out.is_dir():
         raise ValueError(f"-o {str(out)!r} is a file; give a folder")
     wanted = _conditions([] if condition is None else condition)
-    loaded = Recipe.load(recipe)
+    used = _used(recipe, method, [] if settings is None else settings)
     generator = _generator(model, torch_device(device), _Settings(seed, steps, guidance, wanted))
     bar = progress(quiet or json)
     try:
-        found = _run(generator, loaded, compare, bar)
+        found = _run(generator, used, compare, bar)
     finally:
         bar.close()
-    record = _record(found, model, loaded, generator.settings)
+    record = _record(found, model, used, generator.settings)
     if out is not None:
         _write(found, record, out)
     if json:
@@ -70,7 +77,7 @@ class _Settings:
 
 @dataclass(frozen=True, eq=False)
 class _Run:
-    """One clip of each kind (dense None unless asked for), its seconds, and what the recipe did."""
+    """One clip of each kind (dense None unless asked for), its seconds, and what the recipe or method did."""
 
     sparse: Tensor
     seconds: float
@@ -142,23 +149,80 @@ def _generator(name: str, device: str, settings: _Settings) -> _Demo | _Foreign:
     return _Foreign(made, settings)
 
 
-def _run(generator: _Demo | _Foreign, recipe: Recipe, compare: bool, bar: Any) -> _Run:
-    from glocal.adapt import attach
-    from glocal.advise.apply import RecipeMethod
+@dataclass(frozen=True, eq=False)
+class _Used:
+    """What is put into the model. says: of it, in the record. stats: what ran, once it has."""
 
-    method = RecipeMethod(recipe)
-    with attach(generator.model, method) as handle:
+    method: Method
+    says: Mapping[str, Any]
+    stats: Callable[[], Mapping[str, SiteStats]]
+
+
+def _used(recipe: Path | None, name: str | None, words: list[str]) -> _Used:
+    from glocal.adapt.published import made
+    from glocal.adapt.sparse import SparseMethod
+    from glocal.advise.apply import RecipeMethod
+    from glocal.advise.recipe import Recipe
+
+    if (recipe is None) == (name is None):
+        raise ValueError("give one of --recipe FILE (of `glocal advise`) and --method NAME (a system with --set K=V)")
+    if recipe is not None:
+        if words:
+            raise ValueError(f"--set {words[0]}: goes with --method; a recipe says its settings itself")
+        loaded = Recipe.load(recipe)
+        runs = RecipeMethod(loaded)
+        return _Used(runs, {"recipe": {"id": loaded.id, "status": loaded.status}}, lambda: runs.stats)
+    assert name is not None
+    values = _values(words)
+    method = made(name, values)
+    assert isinstance(method, SparseMethod)
+    return _Used(method, {"method": {"system": name, "settings": values}}, lambda: _stats(name, method.ran))
+
+
+def _values(words: list[str]) -> dict[str, Any]:
+    """Settings of --set, read as JSON where they are JSON: 0.2, true, [4,8,8]; else as words."""
+    import json
+
+    found: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not key or not equals or not value:
+            raise ValueError(f"--set {word!r}: expected K=V, such as decay=0.2 or window=[3,3,3]")
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    return found
+
+
+def _stats(name: str, ran: Mapping[tuple[str, str], Ran]) -> dict[str, SiteStats]:
+    """What a method counted, in the form of a recipe's counts."""
+    from glocal.advise.apply import SiteStats
+
+    found = {}
+    for (_, site), r in ran.items():
+        sparse = r.sparse * r.heads
+        dense = Counter({why: n * r.heads for why, n in r.dense.items()})
+        methods = Counter({name: sparse}) if sparse else Counter()
+        found[site] = SiteStats(r.calls, methods, r.kernels, dense, r.kept * sparse, r.visited * sparse)
+    return found
+
+
+def _run(generator: _Demo | _Foreign, used: _Used, compare: bool, bar: Any) -> _Run:
+    from glocal.adapt import attach
+
+    with attach(generator.model, used.method) as handle:
         handle.state.total = generator.settings.steps
-        bar.stage("generate with the recipe")
+        bar.stage(f"generate with the {next(iter(used.says))}")
         begin = time.perf_counter()
         sparse = generator.generate()
         seconds = time.perf_counter() - begin
     if not compare:
-        return _Run(sparse, seconds, method.stats)
+        return _Run(sparse, seconds, used.stats())
     bar.stage("generate dense")
     begin = time.perf_counter()
     dense = generator.generate()
-    return _Run(sparse, seconds, method.stats, dense, time.perf_counter() - begin)
+    return _Run(sparse, seconds, used.stats(), dense, time.perf_counter() - begin)
 
 
 def _conditions(words: list[str]) -> dict[str, str]:
@@ -171,10 +235,10 @@ def _conditions(words: list[str]) -> dict[str, str]:
     return found
 
 
-def _record(found: _Run, name: str, recipe: Recipe, settings: _Settings) -> dict[str, Any]:
+def _record(found: _Run, name: str, used: _Used, settings: _Settings) -> dict[str, Any]:
     record: dict[str, Any] = {
         "model": name,
-        "recipe": {"id": recipe.id, "status": recipe.status},
+        **used.says,
         "settings": settings,
         "shape": list(found.sparse.shape),
         "seconds": found.seconds,
@@ -206,7 +270,7 @@ def _record(found: _Run, name: str, recipe: Recipe, settings: _Settings) -> dict
 def _print(record: dict[str, Any]) -> None:
     print_fields(
         {
-            "recipe": f"{record['recipe']['id'][:12]} ({record['recipe']['status']})",
+            **_named(record),
             "output": "x".join(map(str, record["shape"])),
             "seconds": f"{record['seconds']:.3g}, planning included",
         }
@@ -230,6 +294,15 @@ def _print(record: dict[str, Any]) -> None:
     print_table(("site", "calls", "sparse head-calls", "kept %", "visited %", "kernels", "dense head-calls, why"), rows)
 
 
+def _named(record: Mapping[str, Any], whole: bool = False) -> dict[str, str]:
+    """What ran, for people; `whole`: for files."""
+    if "recipe" in record:
+        recipe = record["recipe"]
+        return {"recipe": recipe["id"] if whole else f"{recipe['id'][:12]} ({recipe['status']})"}
+    settings = ", ".join(f"{k}={v}" for k, v in record["method"]["settings"].items())
+    return {"method": f"{record['method']['system']}({settings})"}
+
+
 def _write(found: _Run, record: dict[str, Any], out: Path) -> None:
     import json
 
@@ -244,7 +317,7 @@ def _write(found: _Run, record: dict[str, Any], out: Path) -> None:
     sheet = _sheet(tensors)
     text = json.dumps(plain(record), indent=1, allow_nan=False) + "\n"
     with atomic_dir(out) as folder:
-        (folder / "clip.safetensors").write_bytes(save(tensors, metadata={"recipe": record["recipe"]["id"]}))
+        (folder / "clip.safetensors").write_bytes(save(tensors, metadata=_named(record, whole=True)))
         (folder / "run.json").write_text(text, encoding="utf-8")
         if sheet is not None:
             (folder / "frames.png").write_bytes(sheet)

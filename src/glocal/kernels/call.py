@@ -14,6 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
+from glocal.kernels.quant import Quant
+
 
 @dataclass(frozen=True, eq=False)
 class PlanTensors:
@@ -62,6 +64,8 @@ class Call:
     counts: int32 [B|1, H|1, Nq, Nk] for the reference backend, else None.
     segments: int32 [B, Nq] and [B, Nk] document numbers, -1 for padding; None if all tokens see each other.
     dropout: probability of dropping a weight; seed: int64 [1] for its generator.
+    quant: how to round, None for exact attention.
+    lse_grad, bias_grad: whether backward has a gradient of the LSE to carry through, and owes gradients of biases.
     """
 
     backend: str
@@ -75,6 +79,9 @@ class Call:
     segments: tuple[Tensor, Tensor] | None = None
     dropout: float = 0.0
     seed: Tensor | None = None
+    quant: Quant | None = None
+    lse_grad: bool = True
+    bias_grad: bool = True
 
     def encode(self) -> tuple[list[Tensor], str]:
         """Tensors and the constant string that says what each of them is."""
@@ -91,6 +98,8 @@ class Call:
             f"blocks={self.q_block},{self.kv_block}",
             f"dropout={self.dropout}",
         ]
+        if self.quant is not None:
+            words.append(f"quant={self.quant.word}")
         if self.plan is not None:
             p = self.plan
             lists = (p.full_count, p.full_index, p.part_count, p.part_index, p.part_mask)
@@ -125,6 +134,9 @@ class Call:
             segments=(tensors[s.segments[0]], tensors[s.segments[1]]) if s.segments else None,
             dropout=s.dropout,
             seed=take(s.seed)[0] if s.seed else None,
+            quant=s.quant,
+            lse_grad=s.lse_grad,
+            bias_grad=s.bias_grad,
         )
 
 
@@ -141,7 +153,10 @@ class Spec:
     counts: tuple[int, ...] = ()
     segments: tuple[int, ...] = ()
     seed: tuple[int, ...] = ()
+    quant: Quant | None = None
     bias: tuple[tuple[int, ...], ...] = ()
+    lse_grad: bool = True
+    bias_grad: bool = True
 
 
 @lru_cache(maxsize=4096)
@@ -156,6 +171,10 @@ def parse(spec: str) -> Spec:
             words[name] = None if value == "None" else float(value)
         elif name == "backend":
             words[name] = value
+        elif name == "quant":
+            words[name] = Quant.of_word(value)
+        elif name == "without":  # said by the caller of backward alone
+            words |= {f"{kind}_grad": False for kind in value.split(",")}
         else:
             places = tuple(int(i) for i in value.split(","))
             words[name] = (*words["bias"], places) if name == "bias" else places
@@ -163,8 +182,15 @@ def parse(spec: str) -> Spec:
 
 
 def bias_places(spec: str) -> list[int]:
-    """Positions of the tensors that bias gradients belong to, one for each bias."""
-    return [at[0] for at in parse(spec).bias]
+    """Positions of the tensors that bias gradients belong to, one for each bias; none if backward owes none."""
+    found = parse(spec)
+    return [at[0] for at in found.bias] if found.bias_grad else []
+
+
+def without(spec: str, *, lse: bool, bias: bool) -> str:
+    """The constant string for a backward that has no gradient of the LSE, or owes none of biases."""
+    words = [name for name, absent in (("lse", lse), ("bias", bias)) if absent]
+    return spec + ("|without=" + ",".join(words) if words else "")
 
 
 @dataclass(frozen=True, eq=False)

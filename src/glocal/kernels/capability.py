@@ -21,8 +21,8 @@ class Request:
     """What a call asks for.
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
-    lse_grad: the LSE is returned, so that its gradient may be wanted too.
-    keys: most keys that a tile of 16 queries sees together, None where the pattern has no plan of windows.
+    lse_grad: the LSE is returned, so that its gradient may be wanted too. quant: word of a Quant that is asked for.
+    keys: most keys that a tile of queries sees together, None where the pattern has no plan of windows.
     """
 
     device: str
@@ -41,6 +41,7 @@ class Request:
     dropout: bool = False
     sparse: bool = True
     lse_grad: bool = False
+    quant: str | None = None
     keys: int | None = None
 
 
@@ -75,9 +76,11 @@ class Capability:
         it never holds them.
     most_keys: keys of a tile that it may hold where it needs windows.
     deterministic: two calls give equal bits. note: how it computes, for people.
-    by_name_only: why "auto" passes over it; None where "auto" may take it.
+    by_name_only: why "auto" passes over it unless it was measured on the device; None where "auto" may take it.
+    graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
     equal_blocks: query and key blocks must have one size. packages: what it needs, (distribution, least version).
     training: the record that counts where gradients are wanted, None for this one.
+    quant: it rounds as a Quant says, and runs where one is asked for alone.
     """
 
     name: str
@@ -106,9 +109,11 @@ class Capability:
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
     by_name_only: str | None = None
+    graphs: bool = False
     equal_blocks: bool = False
     packages: tuple[tuple[str, str], ...] = ()
     training: Capability | None = None
+    quant: bool = False
 
 
 def refusals(
@@ -152,6 +157,8 @@ def refusals(
         ("a gradient of the LSE", r.grad and r.lse_grad, c.lse_grad),
         ("a pattern", r.sparse, c.sparse),
         ("dense attention", not r.sparse, c.dense),
+        ("quantisation", r.quant is not None, c.quant),
+        ("exact attention", r.quant is None, not c.quant),
         ("an empty axis", 0 in (r.batch, r.q_heads, r.nq, r.nk), c.empty),
     ):
         if wanted and not can:

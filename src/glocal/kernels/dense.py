@@ -1,19 +1,20 @@
 """Dense attention by the best kernel of the installed torch that also gives the LSE.
 
-CPU: torch's flash attention for CPUs, low precision computed in float32. CUDA: FlashAttention in float16 and bfloat16.
-What those do not take - biases, soft-cap, documents, other head sizes, a gradient of the LSE - is computed in pieces of
-queries against all keys, never holding all pairs.
+CPU: torch's flash attention for CPUs, low precision computed in float32. CUDA: cuDNN, FlashAttention or our own tiles
+(`_dense_cuda.py`). What none of them takes is computed in pieces of queries against all keys, never holding all pairs.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from glocal.kernels import _blockwise
+from glocal.kernels import _blockwise, _dense_cuda
 from glocal.kernels._jobs import Limits
-from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.call import Call, DenseBias, Grads, PlanTensors
 from glocal.kernels.capability import ALL_DTYPES, Capability
 
 CAPABILITY = Capability(
@@ -21,23 +22,25 @@ CAPABILITY = Capability(
     needs="nothing",
     devices=("cpu", "cuda"),
     dtypes=ALL_DTYPES,
-    note="torch's own fused dense attention with LSE; in pieces of queries where that does not fit",
+    note="fastest fused dense attention of torch with LSE (cuDNN, FlashAttention, CPU flash), own tiles for the rest",
     sparse=False,
+    graphs=True,
 )
 
 _PIECES = Limits(keys=1 << 14, scores=1 << 22)
-_ATEN = torch.ops.aten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    call = _masked(q, call)
+    if q.device.type == "cuda":
+        chosen = _dense_cuda.engine(q, k, v, call)
+        if chosen is not None:
+            return _dense_cuda.forward(q, k, v, call, chosen)
     if not _plain(q, k, v, call):
         return _blockwise.forward(q, k, v, _in_pieces(q, k, call), _PIECES)
-    if q.device.type == "cuda":
-        found = _ATEN._scaled_dot_product_flash_attention(q, k, v, scale=call.scale)
-        return found[0], found[1]
     groups = q.shape[1] // k.shape[1]
-    out, lse = _ATEN._scaled_dot_product_flash_attention_for_cpu(*_folded(q, k, v, groups), scale=call.scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_folded(q, k, v, groups), scale=call.scale)
     return _unfold(out, groups)[..., : v.shape[3]].to(q.dtype), _unfold(lse[..., None], groups)[..., 0]
 
 
@@ -45,31 +48,47 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Grads:
     """Gradients through out and LSE."""
-    if not _plain(q, k, v, call) or bool((grad_lse != 0).any()):
-        return _blockwise.backward(grad_out, grad_lse, q, k, v, out, lse, _in_pieces(q, k, call), _PIECES)
+    biases, call = len(call.bias), _masked(q, call)
+    grads = _backward(grad_out, grad_lse, q, k, v, out, lse, call)
+    return replace(grads, bias=grads.bias[:biases])
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
+) -> Grads:
     if q.device.type == "cuda":
-        return _flash_backward(grad_out, q, k, v, out, lse, call)
+        grads = _dense_cuda.backward(grad_out, grad_lse, q, k, v, out, lse, call)
+        if grads is not None:
+            return grads
+    if not _plain(q, k, v, call) or (call.lse_grad and bool((grad_lse != 0).any())):
+        return _blockwise.backward(grad_out, grad_lse, q, k, v, out, lse, _in_pieces(q, k, call), _PIECES)
     groups = q.shape[1] // k.shape[1]
     ready = _folded(q, k, v, groups)
     size = ready[2].shape[3]
     grad, result = (_fold(pad(t, (0, size - t.shape[3])), groups).to(ready[0].dtype) for t in (grad_out, out))
-    found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad, *ready, result, _fold(lse[..., None], groups)[..., 0], 0.0, False, scale=call.scale
     )
     grad_q = _unfold(found[0], groups)[..., : q.shape[3]]
     return Grads(grad_q.to(q.dtype), found[1][..., : k.shape[3]].to(k.dtype), found[2][..., : v.shape[3]].to(v.dtype))
 
 
+def _masked(q: Tensor, call: Call) -> Call:
+    """Counts of a pattern as a bias, log of how often a pair counts; the last bias of the call."""
+    if call.counts is None:
+        return call
+    counts = call.counts
+    if counts.shape[1] not in (1, q.shape[1]):
+        counts = counts.repeat_interleave(q.shape[1] // counts.shape[1], 1)
+    mask = DenseBias(counts.to(torch.float64 if q.dtype == torch.float64 else torch.float32).log())
+    return replace(call, counts=None, bias=(*call.bias, mask), bias_grad=call.bias_grad and bool(call.bias))
+
+
 def _plain(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
-    """Whether the fused kernel takes the call."""
-    if call.bias or call.segments is not None or call.softcap is not None:
+    """Whether the fused kernel of CPUs takes the call."""
+    if call.bias or call.segments is not None or call.softcap is not None or q.device.type != "cpu":
         return False
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        return False
-    if q.device.type == "cuda":
-        half = q.dtype in (torch.float16, torch.bfloat16)
-        return half and q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256
-    return q.device.type == "cpu"
+    return 0 not in (*q.shape, *k.shape, *v.shape)
 
 
 def _fold(t: Tensor, groups: int) -> Tensor:
@@ -88,15 +107,6 @@ def _folded(q: Tensor, k: Tensor, v: Tensor, groups: int) -> tuple[Tensor, Tenso
     q, k, v = (pad(t, (0, size - t.shape[3])) if t.shape[3] < size else t for t in (q, k, v))
     q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
     return _fold(q, groups).to(high), k.to(high), v.to(high)
-
-
-def _flash_backward(grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call) -> Grads:
-    seed = torch.zeros(2, dtype=torch.uint64, device=q.device)  # no dropout: never read
-    found = _ATEN._scaled_dot_product_flash_attention_backward(
-        grad_out.contiguous(), q, k, v, out, lse, None, None, q.shape[2], k.shape[2], 0.0, False,
-        seed, seed[:0], scale=call.scale,
-    )  # fmt: skip
-    return Grads(found[0], found[1], found[2])
 
 
 def _in_pieces(q: Tensor, k: Tensor, call: Call) -> Call:

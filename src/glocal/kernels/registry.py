@@ -5,16 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Protocol, cast
 
 from torch import Tensor
 
+from glocal.kernels import timing
 from glocal.kernels.call import Call, Grads
 from glocal.kernels.capability import Capability, Needs, Request, refusals
+from glocal.kernels.timing import Visits
+from glocal.plan.devices.table import DeviceTable
 
-__all__ = ["Backend", "Picked", "Request", "backends", "explain", "implementation", "names", "pick"]
+__all__ = ["Backend", "Picked", "Request", "Visits", "backends", "explain", "implementation", "names", "pick"]
 
 
 class Implementation(Protocol):
@@ -54,12 +57,13 @@ class Backend:
         return self.capability.name
 
 
-Kept = float | Callable[[tuple[int, int]], float]
+Share = float | Visits
+Kept = Share | Callable[[tuple[int, int]], Share]
 
 _GUESTS = ("fa4_dense", "fa4", "cudnn_sparse")
 
 # In the order in which "auto" asks. Patterns: block lists on the device's own kernel first, the definition last.
-_ORDER = ("dense", "cpu", "windows", "flex", "triton", *_GUESTS, "reference")
+_ORDER = ("dense", "cpu", "windows", "gluon", "triton", "flex", *_GUESTS, "quantised", "reference")
 
 # Time of a visited pair relative to blocks of 128 x 128, measured by bench/cpu_backend.py at 4,096 tokens.
 _BLOCK_COST = {(128, 128): 1.0, (64, 64): 1.08}
@@ -80,11 +84,20 @@ def implementation(name: str) -> Implementation:
     return cast(Implementation, _module(name))
 
 
-def pick(request: Request, backend: str, *, blocks: tuple[int, int] | None, kept: Kept) -> Picked:
+def pick(
+    request: Request,
+    backend: str,
+    *,
+    blocks: tuple[int, int] | None,
+    kept: Kept,
+    table: DeviceTable | None = None,
+) -> Picked:
     """The backend for `request`.
 
     backend: "auto", or a name, which runs or raises ValueError.
     blocks: block sizes if the plan exists already. kept: visited share of all pairs, or a function of block sizes.
+    table: measured calls of the device. With it, "auto" takes the backend with the least estimated time, guests and a
+        dense kernel with the pattern as a mask among them; without it, or where it says nothing, the first that can.
     """
     if backend != "auto":
         chosen = _named(backend)
@@ -94,6 +107,10 @@ def pick(request: Request, backend: str, *, blocks: tuple[int, int] | None, kept
             legal = f"backends that can: {', '.join(others)}" if others else "no backend can"
             raise ValueError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}. For it, {legal}.")
         return _picked(chosen.capability, "asked for by name", request, blocks, kept)
+    if table is not None:
+        timed = _timed(table, request, blocks, kept)
+        if timed:
+            return timed[0][1]
     refused = []
     for candidate in backends():
         reasons = _reasons(candidate, request, blocks)
@@ -109,17 +126,62 @@ def pick(request: Request, backend: str, *, blocks: tuple[int, int] | None, kept
     raise ValueError(f"backend='auto' finds no backend for this call. {every}.")
 
 
-def explain(request: Request, backend: str, *, blocks: tuple[int, int] | None, kept: Kept) -> str:
+def _timed(
+    table: DeviceTable, request: Request, blocks: tuple[int, int] | None, kept: Kept
+) -> list[tuple[float, Picked]]:
+    """Backends that can run the call and were measured, fastest first, with their estimated seconds."""
+    found: list[tuple[float, Picked]] = []
+    for candidate in backends():
+        if _reasons(candidate, request, blocks):
+            continue
+        c = candidate.capability
+        sizes = [None] if c.needs != "plan" else [blocks] if blocks is not None else _fitting(c, request)
+        if not callable(kept) or max(request.nq, request.nk) > _COMPARE:
+            sizes = sizes[:1]
+        for size in sizes:
+            visits = _visits(kept, size)
+            told = None if c.needs == "counts" else timing.seconds(table, c.name, request, size, visits)
+            if told is not None:
+                found.append((told, Picked(c.name, "", c.needs, size)))
+    masked = replace(request, bias=tuple(sorted({*request.bias, "dense"})), sparse=False)
+    small = request.sparse and request.nq * request.nk <= timing.MASKED_DENSE and blocks is None
+    if small and not _reasons(_backend("dense"), masked, None):
+        told = timing.seconds(table, "dense", request, None, Visits(1.0))
+        if told is not None:
+            found.append((told, Picked("dense", "", "counts")))
+    found.sort(key=lambda entry: entry[0])
+    words = ", ".join(f"{p.name} {told * 1e3:.3g} ms" for told, p in found)
+    why = f"fastest by the table of {table.name}; estimated: {words}"
+    return [(told, replace(p, why=why)) for told, p in found]
+
+
+def _visits(kept: Kept, size: tuple[int, int] | None) -> Visits:
+    if size is None:
+        return Visits(1.0)
+    share = kept(size) if callable(kept) else kept
+    return share if isinstance(share, Visits) else Visits(share)
+
+
+def explain(
+    request: Request,
+    backend: str,
+    *,
+    blocks: tuple[int, int] | None,
+    kept: Kept,
+    table: DeviceTable | None = None,
+) -> str:
     """Which backend runs, why, and why the others do not, a line each. An impossible call is explained, not raised."""
     lines = []
     try:
-        picked = pick(request, backend, blocks=blocks, kept=kept)
+        picked = pick(request, backend, blocks=blocks, kept=kept, table=table)
         lines.append(f"runs: {picked.name} ({picked.why.split(';')[0]}), reads {picked.needs}")
         if picked.blocks is not None:
-            share = kept(picked.blocks) if callable(kept) else kept
+            share = _visits(kept, picked.blocks).total
             lines.append(
                 f"blocks: {picked.blocks[0]} queries x {picked.blocks[1]} keys, visits {share:.2%} of all pairs"
             )
+        if "; estimated: " in picked.why:
+            lines.append("estimated: " + picked.why.split("; estimated: ")[1])
         chosen = picked.name
     except ValueError as error:
         lines.append(f"does not run: {error}")
@@ -147,12 +209,16 @@ def _picked(capability: Capability, why: str, request: Request, blocks: tuple[in
 
 def _blocks(capability: Capability, request: Request, kept: Kept) -> tuple[int, int]:
     """The block sizes whose visited share costs least; short sequences take blocks of their own length."""
-    fitting = [b for b in capability.blocks if b[0] <= max(1, request.nq) and b[1] <= max(1, request.nk)]
-    if not fitting:
-        return capability.blocks[-1]
+    fitting = _fitting(capability, request)
     if len(fitting) == 1 or not callable(kept) or max(request.nq, request.nk) > _COMPARE:
         return fitting[0]
-    return min(fitting, key=lambda b: kept(b) * _BLOCK_COST.get(b, 1.0))
+    return min(fitting, key=lambda b: _visits(kept, b).total * _BLOCK_COST.get(b, 1.0))
+
+
+def _fitting(capability: Capability, request: Request) -> list[tuple[int, int]]:
+    """Block sizes that the sequence fills, best first; the smallest where it fills none."""
+    fitting = [b for b in capability.blocks if b[0] <= max(1, request.nq) and b[1] <= max(1, request.nk)]
+    return fitting if fitting else [capability.blocks[-1]]
 
 
 _COMPARE = 1 << 14  # beyond so many tokens planning twice costs more than the better size saves

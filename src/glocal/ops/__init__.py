@@ -1,7 +1,9 @@
 """The differentiable operators people call."""
 
 from glocal.kernels import planning as _planning
+from glocal.kernels.quant import Quant
 from glocal.ops import cells, merge
+from glocal.ops._approximation import Approximation
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
 from glocal.ops.depthwise import depthwise_conv
@@ -16,6 +18,7 @@ from glocal.ops.reorder import Finish, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
 
 __all__ = [
+    "Approximation",
     "Attended",
     "BlockStats",
     "Capture",
@@ -29,6 +32,7 @@ __all__ = [
     "PerKey",
     "PerPart",
     "Pooled",
+    "Quant",
     "Ratio",
     "Relative",
     "ResizePool",

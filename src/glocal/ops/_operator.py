@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from glocal.kernels import registry
-from glocal.kernels.call import Call, bias_places, parse
+from glocal.kernels.call import Call, bias_places, parse, without
 
 
 @torch.library.custom_op("glocal::attend", mutates_args=())
@@ -30,10 +30,11 @@ def _(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str) -> tuple[T
 def attend_backward(
     grads: list[Tensor], q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, data: list[Tensor], spec: str
 ) -> list[Tensor]:
-    """Gradients of q, k, v and of every bias, given those of (out, lse)."""
+    """Gradients of q, k, v and of every bias, given those of (out, lse), or of out alone if `spec` says so."""
     call = Call.decode(data, spec)
-    found = registry.implementation(call.backend).backward(grads[0], grads[1], q, k, v, out, lse, call)
-    return [g.contiguous() for g in (found.q, found.k, found.v, *found.bias)]
+    grad_lse = grads[1] if call.lse_grad else torch.zeros_like(lse)
+    found = registry.implementation(call.backend).backward(grads[0], grad_lse, q, k, v, out, lse, call)
+    return [g.contiguous() for g in (found.q, found.k, found.v, *(found.bias if call.bias_grad else ()))]
 
 
 @attend_backward.register_fake
@@ -49,14 +50,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     q, k, v, data, spec = inputs
     ctx.save_for_backward(q, k, v, *output, *data)
     ctx.spec = spec
-    ctx.set_materialize_grads(True)
+    ctx.set_materialize_grads(False)  # a kernel that need not carry a gradient of the LSE may be a faster one
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     q, k, v, out, lse, *data = ctx.saved_tensors
-    grads = attend_backward([grad_out, grad_lse], q, k, v, out, lse, data, ctx.spec)
+    wanted = any(data[place].requires_grad for place in bias_places(ctx.spec))
+    spec = without(ctx.spec, lse=grad_lse is None, bias=not wanted)
+    given = [torch.zeros_like(out) if grad_out is None else grad_out] + ([] if grad_lse is None else [grad_lse])
+    grads = attend_backward(given, q, k, v, out, lse, data, spec)
     to_data: list[Tensor | None] = [None] * len(data)
-    for place, grad in zip(bias_places(ctx.spec), grads[3:], strict=True):
+    for place, grad in zip(bias_places(spec), grads[3:], strict=True):
         to_data[place] = grad
     return grads[0], grads[1], grads[2], to_data, None
 

@@ -14,12 +14,14 @@ from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import registry
 from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors
 from glocal.kernels.capability import bias_kind
-from glocal.kernels.registry import Picked, Request
+from glocal.kernels.registry import Picked, Request, Visits
 from glocal.ops import _operator
+from glocal.ops._approximation import Approximation, measured
 from glocal.ops.score import Score
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
+from glocal.plan.devices.table import DeviceTable, table_for
 from glocal.plan.selection import plan_selection
 from glocal.plan.slots import PlanSlots
 from glocal.plan.windows import window_keys, window_plan
@@ -30,6 +32,7 @@ from glocal.routing.selection import Selection
 class Attended:
     """out: [..., Hq, Nq, Dv]. lse: natural-log normaliser [..., Hq, Nq], float32 (float64 for float64), differentiable.
     picked: which backend ran and why. plan: the plan it ran on, None for a dense or reference call.
+    approximation: what was rounded (`Score(quant=...)`) and the error of it; None for exact attention.
     """
 
     out: Tensor
@@ -37,6 +40,7 @@ class Attended:
     picked: Picked
     plan: BlockPlan | None
     counts: Tensor | None
+    approximation: Approximation | None = None
 
     @property
     def kept(self) -> float:
@@ -85,7 +89,8 @@ def attend(
 ) -> Attended:
     """`attention` that also returns the log-sum-exp of the logits, the backend picked and the share of pairs kept."""
     out, lse, (picked, plan_, data) = _run(q, k, v, pattern, canvas, score, backend, lse=True)
-    return Attended(out, lse, picked, plan_, data[0] if picked.needs == "counts" else None)
+    rounded = None if score is None or score.quant is None else _measured(q, k, v, score, out, (picked, plan_, data))
+    return Attended(out, lse, picked, plan_, data[0] if picked.needs == "counts" else None, rounded)
 
 
 # The backend, its plan, and what it reads: the tensors of the plan, or counts, or nothing. A compiled graph can read
@@ -108,15 +113,14 @@ def _run(
     if isinstance(pattern, PlanSlots):
         pattern = pattern.plan
     score = Score() if score is None else score
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
+    lead, (q4, k4, v4) = _flat(q, k, v)
     segments, bias = None, ()
     if pattern is not None or canvas is not None or score.bias:  # plain dense attention needs no layout
         layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
         layout_size_check(layout, q4.shape[2], k4.shape[2])
         segments = layout.segments(q4.shape[0], q.device)
         bias = _lower(score, layout, q4.shape[1])
-    facts = (*_facts(q4, k4, v4, pattern, bias, segments, score), lse)
+    facts = (*_facts(q4, k4, v4, pattern, bias, segments, score), lse, _word(score))
     if isinstance(pattern, BlockPlan):
         pattern.check(q4.shape[2], k4.shape[2])
         picked, compiled, data = _ready(pattern, facts, backend)
@@ -138,10 +142,29 @@ def _run(
         segments=segments,
         dropout=score.dropout,
         seed=_seed(score),
+        quant=score.quant,
     )
     tensors, spec = call.encode()
     out, ends = _operator.attend(q4, k4, v4, tensors, spec)
     return out.reshape(*lead, *out.shape[1:]), ends.reshape(*lead, *ends.shape[1:]), (picked, compiled, data)
+
+
+def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
+    """Leading dimensions, and q, k, v as [B, H, N, D]."""
+    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
+    flat = [t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v)]
+    return lead, (flat[0], flat[1], flat[2])
+
+
+def _measured(q: Tensor, k: Tensor, v: Tensor, score: Score, out: Tensor, ran: Prepared) -> Approximation:
+    """The error of a rounded call on a sample of its rows."""
+    picked, _, data = ran
+    _, (q4, k4, v4) = _flat(q, k, v)
+    q4, scale = _scaled(q4, score)
+    assert picked.blocks is not None
+    plan_ = PlanTensors(*data)
+    call = Call(picked.name, scale, q_block=picked.blocks[0], kv_block=picked.blocks[1], plan=plan_, quant=score.quant)
+    return measured((q4, k4, v4), out.reshape(-1, *out.shape[-3:]), call)
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -228,13 +251,17 @@ def _facts(
     )
 
 
+def _word(score: Score) -> str | None:
+    return None if score.quant is None else score.quant.word
+
+
 @torch.compiler.assume_constant_result
 def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tuple[Any, ...], backend: str) -> Prepared:
     """Pick a backend and build what it reads; a constant for a compiled graph."""
     request = Request(*facts)
     layout = _layout(request.nq, request.nk, pattern, canvas)
     if pattern is None:
-        picked = registry.pick(request, backend, blocks=None, kept=1.0)
+        picked = registry.pick(request, backend, blocks=None, kept=1.0, table=_table(request.device))
         return picked, None, (_ones(layout, request),) if picked.needs == "counts" else ()
     pattern.check(layout)
     _heads_fit(pattern, request)
@@ -244,7 +271,10 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     def compiled(blocks: tuple[int, int]) -> BlockPlan:
         return plan(pattern, layout, PlanSpec(*blocks), device=request.device)
 
-    picked = registry.pick(request, backend, blocks=None, kept=lambda blocks: compiled(blocks).visited)
+    table = _table(request.device)
+    picked = registry.pick(
+        request, backend, blocks=None, kept=lambda blocks: Visits(*compiled(blocks).visits), table=table
+    )
     if picked.needs == "counts":
         return picked, None, (pattern.mask(layout, request.device).int()[None],)
     if picked.needs == "windows":
@@ -254,6 +284,10 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     if picked.blocks is None:
         raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
     made = compiled(picked.blocks)
+    if backend == "auto" and made.kept == 1.0:  # nothing is hidden: a dense kernel gives the same, and faster
+        whole = registry.pick(replace(request, sparse=False), backend, blocks=None, kept=1.0, table=table)
+        if whole.needs == "nothing":
+            return replace(whole, why=f"the pattern hides nothing; {whole.why}"), None, ()
     return picked, made, tuple(made.tensors().values())
 
 
@@ -265,15 +299,24 @@ def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepare
             f"attention: the plan has {compiled.heads} heads; legal: 1, {kv_heads} (key heads) or "
             f"{q_heads} (query heads)."
         )
-    picked = _pick_for(compiled.q_block, compiled.kv_block, facts, backend)
+    masked = compiled.partial.index.shape[-1] > 0
+    picked = _pick_for(compiled.q_block, compiled.kv_block, masked, facts, backend)
     if picked.needs == "counts":
         return picked, None, (compiled.dense_counts(),)
     return picked, compiled, tuple(compiled.tensors().values())
 
 
 @torch.compiler.assume_constant_result
-def _pick_for(q_block: int, kv_block: int, facts: tuple[Any, ...], backend: str) -> Picked:
-    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=0.0)
+def _pick_for(q_block: int, kv_block: int, masked: bool, facts: tuple[Any, ...], backend: str) -> Picked:
+    """For a plan whose contents may change: what it holds is not looked at, only whether it has partial blocks."""
+    visits = Visits(0.05, 0.05) if masked else Visits(0.1)
+    table = _table(facts[0])
+    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=visits, table=table)
+
+
+def _table(device: str) -> DeviceTable | None:
+    """Measured calls of the current device of this kind, if there are any."""
+    return table_for(torch.cuda.get_device_name()) if device == "cuda" and torch.cuda.is_available() else None
 
 
 def _heads_fit(pattern: Pattern, request: Request) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from glocal.canvas import Canvas, Layout
 from glocal.kernels import registry
-from glocal.kernels.registry import Picked, Request
-from glocal.ops.attention import _check, _facts, _layout, _lower, layout_size_check
+from glocal.kernels.registry import Picked, Request, Visits
+from glocal.ops.attention import _check, _facts, _layout, _lower, _table, _word, layout_size_check
 from glocal.ops.score import Score
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
@@ -46,20 +46,22 @@ def explain(
     layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
     layout_size_check(layout, q4.shape[2], k4.shape[2])
     bias = _lower(score, layout, q4.shape[1])
-    request = Request(*_facts(q4, k4, v4, pattern, bias, layout.segments(q4.shape[0], q.device), score))
+    facts = _facts(q4, k4, v4, pattern, bias, layout.segments(q4.shape[0], q.device), score)
+    request = Request(*facts, quant=_word(score))
     if isinstance(pattern, Pattern):
         request = replace(request, keys=window_keys(pattern, layout))
     compiled = _compiler(pattern, layout, q.device)
     ready = compiled(None) if isinstance(pattern, (BlockPlan, Selection)) else None
     blocks = None if ready is None else (ready.q_block, ready.kv_block)
-    kept = 1.0 if compiled is _none else (lambda size: compiled(size).visited)
+    kept = 1.0 if compiled is _none else (lambda size: Visits(*compiled(size).visits))
+    table = _table(request.device)
     lines = [
         f"{request.nq:,} queries x {request.nk:,} keys, {request.q_heads} heads on {request.kv_heads}, head size "
         f"{request.head_dim}, {str(request.dtype).removeprefix('torch.')} on {request.device}",
-        registry.explain(request, backend, blocks=blocks, kept=kept),
+        registry.explain(request, backend, blocks=blocks, kept=kept, table=table),
     ]
     try:
-        picked = registry.pick(request, backend, blocks=blocks, kept=kept)
+        picked = registry.pick(request, backend, blocks=blocks, kept=kept, table=table)
     except ValueError:
         return "\n".join(lines)
     if picked.needs == "windows" and isinstance(pattern, Pattern):

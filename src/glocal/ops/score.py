@@ -15,6 +15,7 @@ from torch import Tensor
 
 from glocal.canvas import Canvas, Layout
 from glocal.kernels.call import Bias, DenseBias, TableBias
+from glocal.kernels.quant import Quant
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,7 @@ class Score:
     softcap: logits become ``softcap * tanh(logits / softcap)``.
     bias: terms added afterwards; all are differentiable.
     dropout: probability of dropping a weight in training, drawn from `generator`.
+    quant: round q, k, weights and values as it says (forward only); None computes exactly. Nothing rounds unasked.
     """
 
     scale: float | Tensor | None = None
@@ -182,6 +184,7 @@ class Score:
     bias: tuple[Term, ...] = ()
     dropout: float = 0.0
     generator: torch.Generator | None = None
+    quant: Quant | None = None
 
     def __post_init__(self) -> None:
         if self.softcap is not None and self.softcap <= 0:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from glocal.canvas import Layout
-from glocal.plan.facts import copy_facts, declare_sound, declared_sound
+from glocal.plan.facts import copy_facts, copy_sound
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +153,8 @@ class BlockPlan:
         moved = replace(self, **{f.name: move(getattr(self, f.name)) for f in fields(self)})
         for name in ("q_order", "kv_order"):
             copy_facts(getattr(self, name), getattr(moved, name))
-        if declared_sound(self.full.index):
-            declare_sound(moved.full.index)
+        copy_sound(self.full, moved.full)
+        copy_sound(self.partial, moved.partial)
         return moved
 
     def check(self, nq: int, nk: int) -> None:
@@ -170,6 +170,14 @@ class BlockPlan:
         """Query-key pairs a kernel touches, mean over samples and heads (padding included)."""
         blocks = (self.full.count.sum(-1) + self.partial.count.sum(-1)).double()  # [U]
         return float(blocks[self.owner.long()].mean()) * self.q_block * self.kv_block
+
+    @cached_property
+    def visits(self) -> tuple[float, float]:
+        """Shares of all pairs that lie in full and in partial blocks, mean over samples and heads."""
+        block = self.q_block * self.kv_block / max(1, self.layout.nq * self.layout.nk)
+        counts = torch.stack([lists.count.sum(-1)[self.owner.long()] for lists in (self.full, self.partial)])
+        full, partial = (counts.double().mean((-1, -2)) * block).tolist()
+        return full, partial
 
     @cached_property
     def visible_pairs(self) -> float:

@@ -124,8 +124,8 @@ def _build(
             rows.append(row)
         owner.append(unique[name])
     state, row = torch.stack(states), torch.stack(rows)  # [U, q blocks, kv blocks]
-    full = BlockLists.from_dense(state == FULL)
-    declare_sound(full.index)
+    full, partial = BlockLists.from_dense(state == FULL), BlockLists.from_dense(state == PART, row)
+    declare_sound(full, partial)
     return BlockPlan(
         layout=layout,
         q_block=spec.q_block,
@@ -133,7 +133,7 @@ def _build(
         q_order=_present(q, layout.q_start, layout.nq),
         kv_order=_present(k, layout.kv_start, layout.nk),
         full=full,
-        partial=BlockLists.from_dense(state == PART, row),
+        partial=partial,
         masks=table.packed(),
         owner=torch.tensor([owner], dtype=torch.int32, device=device),
         name=f"{type(pattern).__name__} on {orders[0].name}",

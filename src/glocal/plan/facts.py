@@ -7,10 +7,14 @@ tensors whose contents change (plan slots, lists chosen on the device) are decla
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from glocal.plan.blockplan import BlockLists
 
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _SOUND: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -81,15 +85,28 @@ def _look(order: Tensor, tokens: int) -> OrderFacts:
     return OrderFacts(identity, distinct, complete, holes)
 
 
-def declare_sound(*lists: Tensor) -> None:
-    """Remember that the numbers in these lists are legal: whoever made them saw to it."""
-    for t in lists:
-        _SOUND[t] = None
+def declare_sound(*lists: BlockLists, changing: bool = False) -> None:
+    """Remember that the numbers in these lists are legal: whoever made them saw to it.
+
+    changing: what is written into them later is legal too.
+    """
+    for t in _of_lists(lists):
+        _SOUND[t] = None if changing else _mark(t)
 
 
-def declared_sound(lists: Tensor) -> bool:
-    """Whether `declare_sound` was told of this tensor."""
-    return lists in _SOUND
+def declared_sound(*tensors: Tensor) -> bool:
+    """Whether `declare_sound` was told of all these tensors of lists, and they did not change since."""
+    return all(t in _SOUND and _SOUND[t] in (None, _mark(t)) for t in tensors)
+
+
+def copy_sound(lists: BlockLists, same: BlockLists) -> None:
+    """What was declared of `lists` holds of `same`, a copy."""
+    if declared_sound(*_of_lists((lists,))):
+        declare_sound(same)
+
+
+def _of_lists(lists: tuple[BlockLists, ...]) -> list[Tensor]:
+    return [t for group in lists for t in (group.count, group.index, group.mask) if t is not None]
 
 
 def declare_turned(lists: Tensor, by_key: tuple[Tensor, Tensor]) -> None:

@@ -342,7 +342,7 @@ def assemble(selection: Selection, found: _Settled, *, rising_already: bool = Fa
             state, row = (t.gather(-1, place.long()) for t in (state, row))
         full = _list(live & (state == FULL), index, None)
         partial = _list(live & (state == PART), index, row)
-    declare_sound(full.index)
+    declare_sound(full, partial)
     return BlockPlan(
         layout=selection.layout,
         q_block=selection.q_part.most,

@@ -35,7 +35,7 @@ class PlanSlots:
             return BlockLists(torch.zeros_like(given.count), index, torch.zeros_like(index) if mask else None)
 
         full, partial = lists(like.full, width, False), lists(like.partial, partial_width, True)
-        declare_sound(full.index)
+        declare_sound(full, partial, changing=True)
         self.plan = replace(
             like,
             q_order=declare_order(like.q_order.clone(), CHANGING),

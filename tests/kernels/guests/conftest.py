@@ -135,6 +135,8 @@ def _flash_attn_bwd(
 def _cudnn_counts(q: Tensor, k: Tensor, given: dict[str, Any]) -> Tensor:
     block = given["sparse_block_size"]
     index, nums, sizes = given["q2k_block_index"], given["q2k_block_nums"], given["block_sizes"]
+    if nums is None:
+        nums = torch.full(index.shape[:3], given["block_sparse_num"], dtype=torch.int32)
     assert index.shape[:3] == nums.shape == (*q.shape[:2], q.shape[2] // block)
     assert q.shape[2] % block == 0 and index.dtype == nums.dtype == torch.int32
     if sizes is None:
@@ -153,7 +155,7 @@ def _cudnn_forward(
     softmax_scale: float,
     **lists: Any,
 ) -> dict[str, Tensor]:
-    assert allow_empty_block_nums or bool((lists["q2k_block_nums"] > 0).all())
+    assert allow_empty_block_nums or lists["q2k_block_nums"] is None or bool((lists["q2k_block_nums"] > 0).all())
     out, lse = _attend(q_tensor, k_tensor, v_tensor, _cudnn_counts(q_tensor, k_tensor, lists), softmax_scale)
     return {"o_tensor": out, "lse_tensor": lse}
 

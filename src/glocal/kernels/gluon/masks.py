@@ -1,7 +1,7 @@
 """Bit masks as Hopper's accumulators need them: one word holds the columns that one lane owns of one row.
 
 In an accumulator [64, columns] of wgmma, lane c of four owns columns 8 i + 2 c and 8 i + 2 c + 1 for every i. Its word
-holds them in rising order: bit 2 i + j is column 8 i + 2 c + j. Words of up to 128 columns: int32 [masks, rows, 4].
+holds them in rising order: bit 2 i + j is column 8 i + 2 c + j. The words are those of `glocal.kernels.triton.masks`.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -16,38 +16,38 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from glocal.kernels.gluon import layouts
-from glocal.plan.blockplan import pack, unpack
+from glocal.kernels.triton.masks import fragments
+from glocal.plan.blockplan import pack
 
-# Words by mask table, and by whether rows and columns are exchanged, with the version of the table.
+# Words and one more row that lets everything pass, by mask table and by whether rows are keys.
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def owned(seen: Tensor) -> Tensor:
-    """Bool [M, rows, columns], columns 64 or 128, to words int32 [M, rows, 4]."""
-    m, rows, columns = seen.shape
-    by_lane = seen.reshape(m, rows, columns // 8, 4, 2).transpose(2, 3)  # [M, rows, 4, columns / 8, 2]
-    return pack(by_lane.reshape(m, rows * 4, columns // 4)).reshape(m, rows, 4)
-
-
 def by_query(masks: Tensor, kv_block: int) -> Tensor:
-    """Words int32 [M + 1, q_block, 4] of a mask table int32 [M, q_block, words]; row M lets everything pass. Cached."""
-    return _cached(masks, kv_block, turned=False)
+    """Words int32 [M + 1, q_block, 4] of a mask table int32 [M, q_block, words]; row M lets everything pass."""
+    return _open(masks, kv_block, turned=False)
 
 
 def by_key(masks: Tensor, kv_block: int) -> Tensor:
-    """The same with rows and columns exchanged, int32 [M + 1, kv_block, 4]: rows are keys. Cached."""
-    return _cached(masks, kv_block, turned=True)
+    """The same with rows and columns exchanged, int32 [M + 1, kv_block, 4]: rows are keys."""
+    return _open(masks, kv_block, turned=True)
 
 
-def _cached(masks: Tensor, kv_block: int, *, turned: bool) -> Tensor:
-    version = (masks.data_ptr(), 0 if masks.is_inference() else masks._version, kv_block)
-    known = _KNOWN.get(masks)
+def kept(order: Tensor, kv_block: int) -> Tensor:
+    """Words int32 [b, h, key blocks * 4] of the slots of an order [b, h, room] that hold a key."""
+    b, h, room = order.shape
+    live = (order >= 0).reshape(b * h * (room // kv_block), kv_block // 8, 4, 2).transpose(1, 2)  # [., 4, octets, 2]
+    return pack(live.reshape(-1, 4, kv_block // 4)).reshape(b, h, -1)
+
+
+def _open(masks: Tensor, kv_block: int, *, turned: bool) -> Tensor:
+    words = fragments(masks, kv_block, turned=turned)
+    known = _KNOWN.get(words)
     if known is None:
-        known = _KNOWN[masks] = {}
-    if known.get(turned, (None, None))[0] != version:
-        seen = torch.nn.functional.pad(unpack(masks, kv_block), (0, 0, 0, 0, 0, 1), value=True)  # [M + 1, q, k]
-        known[turned] = (version, owned(seen.mT if turned else seen))
-    return known[turned][1]
+        known = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 1), value=-1)
+        if not (words.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _KNOWN[words] = known
+    return known
 
 
 @gluon.jit
@@ -73,3 +73,10 @@ def hidden(s, word, columns: gl.constexpr):
     seen = (bits & place) != 0  # [64, columns / 8, 4, 2]
     seen = gl.convert_layout(gl.reshape(seen, [64, columns]), layouts.products(columns), assert_trivial=True)
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def pad_words(at, columns: gl.constexpr):
+    """The four words at `at`, [1, 4], for `hidden`."""
+    lane = gl.arange(0, 4, layout=gl.SliceLayout(0, layouts.words(columns)))
+    return gl.expand_dims(gl.load(at + lane), 0)

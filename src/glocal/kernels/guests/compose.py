@@ -7,14 +7,15 @@ of the gradient, and the shares add up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from types import ModuleType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from glocal.kernels import cpu
-from glocal.kernels import triton as own
+from glocal.kernels import cpu, gluon, triton
 from glocal.kernels.call import Call, Grads
+from glocal.kernels.capability import Request, refusals
 from glocal.kernels.guests.join import join
 from glocal.kernels.guests.prepare import Prepared, prepare
 
@@ -59,7 +60,7 @@ def forward(guest: Guest, q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[
         side = _for_heads(made, q.shape[1])
         found = side.returned(out), side.returned(lse, -torch.inf)
     if made.rest is not None:
-        left = _ours(q).forward(q, k, v, replace(call, plan=made.rest))
+        left = _ours(q, v, call).forward(q, k, v, replace(call, plan=made.rest))
         found = left if found is None else join(*found, *left)
     if found is None:
         rows = q.shape[:3]
@@ -83,7 +84,7 @@ def backward(guest: Guest, rows: Rows, q: Tensor, k: Tensor, v: Tensor, call: Ca
         to_k, to_v = (_folded(made.k.summed(t), n.shape[1]) for t, n in ((to_k, k), (to_v, v)))
         found = Grads(side.returned(to_q), to_k, to_v)
     if made.rest is not None:
-        left = _ours(q).backward(
+        left = _ours(q, v, call).backward(
             rows.grad_out, rows.grad_lse, q, k, v, rows.out, rows.lse, replace(call, plan=made.rest)
         )
         found = left if found is None else Grads(found.q + left.q, found.k + left.k, found.v + left.v)
@@ -92,9 +93,14 @@ def backward(guest: Guest, rows: Rows, q: Tensor, k: Tensor, v: Tensor, call: Ca
     return found
 
 
-def _ours(t: Tensor):
-    """Our own kernels on the device of `t`."""
-    return cpu if t.device.type == "cpu" else own
+def _ours(q: Tensor, v: Tensor, call: Call) -> ModuleType:
+    """Our own kernels for what is left: the fastest of the device that takes it."""
+    if not q.is_cuda:
+        return cpu
+    b, h, n, d = q.shape
+    request = Request(q.device.type, q.dtype, b, h, v.shape[1], n, v.shape[2], d, v.shape[3])
+    fits = gluon.missing("cuda") is None and not refusals(gluon.CAPABILITY, request, (call.q_block, call.kv_block))
+    return gluon if fits else triton
 
 
 def _ordered(made: Prepared, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -134,9 +134,11 @@ def _lists(plan: Prepared, q: Tensor) -> dict[str, Any]:
         sizes = torch.full((-(-plan.k.slots // plan.blocks[1]),), plan.blocks[1], dtype=torch.int32, device=q.device)
         sizes[-1] -= short
     lead = (q.shape[0], heads)
+    # Lists of one length take a faster kernel, which reads no counts.
     return {
         "q2k_block_index": index.expand(*lead, -1, -1).contiguous(),
-        "q2k_block_nums": count.expand(*lead, -1).contiguous(),
+        "q2k_block_nums": None if plan.equal is not None else count.expand(*lead, -1).contiguous(),
+        "block_sparse_num": plan.equal,
         "block_sizes": sizes,
         "sparse_block_size": plan.blocks[1],
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glocal.kernels.triton.tile import factor, logits, row_of, seen, together
+from glocal.kernels.triton.tile import factor, logits, row_of, seen, span, together
 
 
 @triton.jit
@@ -19,9 +19,9 @@ def _block(
 ):  # fmt: skip
     """Add dS^T q and P^T dO of queries q_start .. q_start + BM to state = (grad of keys, of values, sums of dS)."""
     grad_k, grad_v, column = state
+    q_slot = span(q_start, BM)
     query = q_desc.load([base + q_start, 0])
     grad = grad_desc.load([base + q_start, 0])
-    q_slot = q_start + tl.arange(0, BM)
     end, delta = tl.load(known[0] + q_slot), tl.load(known[1] + q_slot)
     s = tl.dot(keys, tl.trans(query), input_precision=PRECISION)  # [BN, BM]
     s, tanh = logits(s, q_slot, k_slot, at, score, True)

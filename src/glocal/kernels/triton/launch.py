@@ -13,6 +13,7 @@ from glocal.kernels.call import Call, DenseBias, Grads
 from glocal.kernels.triton import defaults
 from glocal.kernels.triton.backward_kv import backward_kv_kernel
 from glocal.kernels.triton.backward_q import backward_q_kernel
+from glocal.kernels.triton.bias import BiasGrads
 from glocal.kernels.triton.forward_q import forward_kernel
 from glocal.kernels.triton.lists import Slots, turned
 from glocal.kernels.triton.masks import fragments
@@ -87,7 +88,7 @@ def _forward(w: Work, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor)
 
 
 def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads:
-    """Gradients through out and LSE. Those of biases come from plain torch, block by block."""
+    """Gradients through out and LSE."""
     w = prepare(q, k, v, call)
     if 0 in (q.numel(), k.numel(), v.numel(), w.q_room, w.room):
         none = [torch.zeros_like(b.values if isinstance(b, DenseBias) else b.table) for b in call.bias]
@@ -95,13 +96,13 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
     with on_device(q):
         rows = _rows(w, q, known)
         keys = w.keys(k, v, 0.0)
-        grad_q = _grad_q(w, q, rows, keys)
-        grad_k, grad_v = _grad_kv(w, k, v, rows, keys)
-    bias = ()
-    if call.bias:
+        bias = BiasGrads.of(w, q, k)
+        grad_q = _grad_q(w, q, rows, keys, bias)
+        grad_k, grad_v = _grad_kv(w, k, v, rows, keys, bias)
+    if bias.elsewhere:
         given = (known.grad_out, known.grad_lse, q, k, v, known.out, known.lse)
-        bias = _blockwise.backward(*given, call, _BIAS).bias
-    return Grads(grad_q, grad_k, grad_v, bias)
+        return Grads(grad_q, grad_k, grad_v, _blockwise.backward(*given, call, _BIAS).bias)
+    return Grads(grad_q, grad_k, grad_v, bias.result(w, k.shape[2]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +132,7 @@ def _rows(w: Work, q: Tensor, known: Known) -> _Rows:
     return _Rows(to_q, to_grad, end, delta)
 
 
-def _grad_q(w: Work, q: Tensor, rows: _Rows, keys: tuple[Tensor, Tensor]) -> Tensor:
+def _grad_q(w: Work, q: Tensor, rows: _Rows, keys: tuple[Tensor, Tensor], bias: BiasGrads) -> Tensor:
     p, (b, h, _, d) = w.plan, q.shape
     tile = w.tile("backward_q", q.element_size())
     direct = w.q_facts.distinct
@@ -151,13 +152,15 @@ def _grad_q(w: Work, q: Tensor, rows: _Rows, keys: tuple[Tensor, Tensor]) -> Ten
         (p.full_count, p.full_index, p.full_index.shape[-1]),
         (p.part_count, p.part_index, p.part_index.shape[-1], p.part_mask),
         fragments(p.masks, w.call.kv_block, turned=False),
-        w.score, h, h // w.key_heads, w.q_blocks, w.q_room, w.room, to.shape[2],
+        w.score, bias.pairs, h, h // w.key_heads, w.q_blocks, w.q_room, w.room, to.shape[2],
         DIRECT=direct, MASKS=w.masked, **constants, **tile,
     )  # fmt: skip
     return to if direct else _folded(w, to, p.q_order, q, 1)
 
 
-def _grad_kv(w: Work, k: Tensor, v: Tensor, rows: _Rows, keys: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _grad_kv(
+    w: Work, k: Tensor, v: Tensor, rows: _Rows, keys: tuple[Tensor, Tensor], bias: BiasGrads
+) -> tuple[Tensor, Tensor]:
     p, tile = w.plan, w.tile("backward_kv", k.element_size())
     units = Units.of(p, w.heads, k.shape[1])
     direct = w.kv_facts.distinct and units.kv_step == 1
@@ -175,12 +178,12 @@ def _grad_kv(w: Work, k: Tensor, v: Tensor, rows: _Rows, keys: tuple[Tensor, Ten
     start(
         backward_kv_kernel, w.batch * units.count * (w.room // tile["BN"]),
         box(rows.q, tile["BM"], wd), box(rows.grad, tile["BM"], wdv),
-        box(keys[0], tile["BN"], wd), box(keys[1], tile["BN"], wdv), rows.end, rows.delta, outs[0], outs[1], outs[0],
-        w.row(p.kv_order), w.row(p.owner),
+        box(keys[0], tile["BN"], wd), box(keys[1], tile["BN"], wdv), rows.end, rows.delta,
+        outs[0], outs[1], bias.columns, w.row(p.kv_order), w.row(p.owner),
         (full.begin, full.count, full.index), (part.begin, part.count, part.index, part.mask),
         fragments(p.masks, w.call.kv_block, turned=True),
         w.score, units.count, units.rows, units.count // w.key_heads, w.kv_blocks, w.q_room, outs[0].shape[2],
-        DIRECT=direct, MASKS=w.masked, COLUMN=False, **w.sizes, **tile,
+        DIRECT=direct, MASKS=w.masked, COLUMN=bias.columns is not None, **w.sizes, **tile,
     )  # fmt: skip
     if direct:
         return outs[0], outs[1]

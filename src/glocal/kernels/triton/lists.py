@@ -51,7 +51,7 @@ def check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
 
     Lists that were made on the device are declared sound by whoever made them and are not looked at: that would wait.
     """
-    if declared_sound(plan.full_index):
+    if declared_sound(plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask):
         return
     mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *_versions(plan))
     known = _CHECKED.get(plan.full_index)

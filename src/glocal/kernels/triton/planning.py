@@ -11,8 +11,8 @@ from glocal.kernels.triton.work import on_device, start
 from glocal.plan.lists import plain_rising
 
 _WIDE = 4096  # columns of a map that one program holds
-_COLUMNS = 32  # columns of a map that one program walks down
-_ROWS = 64
+_COLUMNS = 8  # columns of a map that one program walks down
+_ROWS = 256
 
 
 @triton.jit

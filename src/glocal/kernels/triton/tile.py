@@ -32,6 +32,12 @@ def row_of(t, b, h):
 
 
 @triton.jit
+def span(start, n: tl.constexpr):
+    """Slots start .. start + n."""
+    return start + tl.arange(0, n)
+
+
+@triton.jit
 def rows(t, start, token, SIZE: tl.constexpr, WIDE: tl.constexpr):
     """Rows [n, WIDE] of `token` [n]; pads and columns from SIZE on are 0."""
     column = tl.arange(0, WIDE)
@@ -108,6 +114,25 @@ def _looked_up(table, q_slot, k_slot, at, T: tl.constexpr):
     place = theirs - mine
     inside = (place >= 0) & (place < table[2])
     return tl.load(table[0] + at[1].to(tl.int64) * table[1] + place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def add_dense(grad, bias, ds, q_slot, k_slot, at):
+    """Add dS [q, k] to the gradient of a dense bias. grad: (values, four strides); bias as in `score`."""
+    q_token = tl.load(row_of(bias[5], at[0], at[1]) + q_slot)[:, None]
+    k_token = tl.load(row_of(bias[6], at[0], at[1]) + k_slot)[None, :]
+    place = q_token.to(tl.int64) * grad[3] + k_token.to(tl.int64) * grad[4]
+    tl.atomic_add(head_of(grad, at[0], at[1]) + place, ds, mask=(q_token >= 0) & (k_token >= 0), sem="relaxed")
+
+
+@triton.jit
+def add_table(grad, table, ds, q_slot, k_slot, at):
+    """Add dS [q, k] to the gradient of a table, float32 in its shape."""
+    mine = tl.load(row_of(table[3], at[0], at[1]) + q_slot)[:, None]
+    theirs = tl.load(row_of(table[4], at[0], at[1]) + k_slot)[None, :]
+    place = theirs - mine
+    inside = (place >= 0) & (place < table[2])
+    tl.atomic_add(grad + at[1].to(tl.int64) * table[1] + place, ds, mask=inside, sem="relaxed")
 
 
 @triton.jit

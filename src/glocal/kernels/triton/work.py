@@ -41,7 +41,7 @@ class Work:
     def tile(self, part: defaults.Part, itemsize: int) -> dict[str, int]:
         """Tile, warps and stages of a kernel."""
         width = max(self.sizes["WD"], self.sizes["WDV"])
-        found = defaults.tuning(part, width, itemsize, (self.call.q_block, self.call.kv_block))
+        found = defaults.tuning(part, width, itemsize, (self.call.q_block, self.call.kv_block), masked=self.masked)
         return {"BM": found.queries, "BN": found.keys, "num_warps": found.warps, "num_stages": found.stages}
 
     def row(self, t: Tensor) -> tuple[Any, ...]:
@@ -105,7 +105,9 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     for name, rows in (("queries", q.shape[0] * heads * plan.q_order.shape[-1]),
                        ("keys", q.shape[0] * heads * plan.kv_order.shape[-1])):  # fmt: skip
         if rows >= _MOST_ROWS:
-            raise ValueError(f"backend='triton': {rows:,} rows of {name} in plan order; legal: below {_MOST_ROWS:,}.")
+            raise ValueError(
+                f"backend={call.backend!r}: {rows:,} rows of {name} in plan order; legal: below {_MOST_ROWS:,}."
+            )
     return Work(
         call=call,
         plan=plan,

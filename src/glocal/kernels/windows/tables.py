@@ -56,11 +56,12 @@ class Tables:
 
 
 def tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
-    """Of a checked plan; kept as long as the plan is. Raises ValueError for a plan that is not of this kind."""
+    """Of a checked plan; kept as long as the plan is and stays as it is. ValueError for a plan of another kind."""
+    mark = (blocks, nq, nk, *(0 if t.is_inference() else t._version for t in vars(plan).values()))
     known = _KNOWN.get(plan.part_index)
-    if known is None or known[0] != (blocks, nq, nk):
+    if known is None or known[0] != mark:
         check(plan, blocks)
-        known = _KNOWN[plan.part_index] = ((blocks, nq, nk), _tables(plan, blocks, nq, nk))
+        known = _KNOWN[plan.part_index] = (mark, _tables(plan, blocks, nq, nk))
     return known[1]
 
 

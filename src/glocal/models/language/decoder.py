@@ -120,8 +120,9 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.dim, eps=1e-6)
         nn.init.normal_(self.embed.weight, std=0.02)
         for block in self.blocks:
+            assert isinstance(block, DecoderBlock)
             for linear in (block.attn.proj, block.down):  # small steps at the start, as many layers add up
-                nn.init.normal_(linear.weight, std=0.02 / (2 * config.layers) ** 0.5)  # type: ignore[union-attr, arg-type]
+                nn.init.normal_(linear.weight, std=0.02 / (2 * config.layers) ** 0.5)
 
     def sites(self) -> Iterator[DecoderAttention]:
         """The attention sites in layer order."""

@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from importlib import resources
@@ -46,6 +47,11 @@ class Measurement:
     q_tile: tuple[int, ...] = ()
     kv_tile: tuple[int, ...] = ()
     note: str = ""
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Tokens of a query and a key block; 128 x 128 where the row does not say."""
+        return (math.prod(self.q_tile) if self.q_tile else 128, math.prod(self.kv_tile) if self.kv_tile else 128)
 
     def distance(self, tokens: int) -> float:
         """How far this shape is from `tokens` tokens, as a ratio on a logarithmic scale."""
@@ -85,9 +91,17 @@ class DeviceTable:
     copy_note: str = ""
 
     def rates(
-        self, kind: Kind, direction: Direction, head_dim: int, tokens: int, dtype: str = "bfloat16"
+        self,
+        kind: Kind,
+        direction: Direction,
+        head_dim: int,
+        tokens: int,
+        dtype: str = "bfloat16",
+        block: tuple[int, int] | None = None,
     ) -> tuple[Rate, ...]:
         """Rates of all kernels measured for this use, fastest first, at the nearest head size and token count.
+
+        block: tokens of a query and a key block; None takes rows of 128 x 128, or any where there are none.
 
         "masked" is the rate of the partial blocks alone: their time is what a masked call takes beyond its full
         blocks at the kernel's own full-block rate, and at least what as many full blocks would take.
@@ -99,6 +113,11 @@ class DeviceTable:
                 f"dtype={dtype!r} was not measured on {self.name}; legal: {', '.join(dtypes)}; nearest: {dtypes[0]}"
             )
         rows = [m for m in self.measurements if (m.kind, m.direction, m.dtype) == (kind, direction, dtype)]
+        if block is None:
+            common = [m for m in rows if m.block == (128, 128)]
+            rows = common if common else rows
+        elif kind != "dense":
+            rows = [m for m in rows if m.block == block]
         if not rows:
             return ()
         nearest = min({m.head_dim for m in rows}, key=lambda d: (abs(d - head_dim), -d))
@@ -107,10 +126,10 @@ class DeviceTable:
             best = found.get(row.kernel)
             if row.head_dim == nearest and (best is None or row.distance(tokens) < best.distance(tokens)):
                 found[row.kernel] = row
-        rates = [Rate(kernel, self._rate(row), nearest) for kernel, row in found.items()]
+        rates = [Rate(kernel, self._rate(row, block), nearest) for kernel, row in found.items()]
         return tuple(sorted(rates, key=lambda rate: -rate.flops_per_second))
 
-    def _rate(self, row: Measurement) -> float:
+    def _rate(self, row: Measurement, block_tokens: tuple[int, int] | None) -> float:
         seconds = row.milliseconds / 1e3
         tokens = math.prod(row.canvas)
         if row.kind == "dense":
@@ -120,7 +139,7 @@ class DeviceTable:
         rules = [AxisWindow(k, s) for k, s in zip(row.window, row.stride, strict=True)]
         counts = simulate(row.canvas, rules, row.q_tile, row.kv_tile)
         block = math.prod(row.q_tile) * math.prod(row.kv_tile)
-        full = {r.kernel: r for r in self.rates("full", row.direction, row.head_dim, tokens, row.dtype)}
+        full = {r.kernel: r for r in self.rates("full", row.direction, row.head_dim, tokens, row.dtype, block_tokens)}
         if row.kernel not in full:
             raise ValueError(
                 f"device table {self.name!r}: {row.kernel} has masked rows but no full rows to set them off"
@@ -193,6 +212,25 @@ def device_table(name: str) -> DeviceTable:
             f"nearest: {close[0]}"
         )
     return _shipped(name.lower())
+
+
+def table_for(title: str) -> DeviceTable | None:
+    """The table of the device that calls itself `title`: one measured on this machine, else a shipped one whose title
+    is part of it ("NVIDIA H100" of "NVIDIA H100 80GB HBM3"); None if there is none.
+    """
+    measured = user_tables() / f"{slug(title)}.json"
+    if measured.is_file():
+        return load_table(measured)
+    for name in device_names():
+        found = _shipped(name) if resources.files("glocal.plan.devices").joinpath(f"{name}.json").is_file() else None
+        if found is not None and found.title in title:
+            return found
+    return None
+
+
+def slug(title: str) -> str:
+    """The name of a device as a file name: "NVIDIA H100 80GB HBM3" -> "nvidia-h100-80gb-hbm3"."""
+    return re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-")
 
 
 @lru_cache

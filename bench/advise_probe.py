@@ -1,0 +1,270 @@
+"""What the probe costs inside real video transformers, and how well times of plans are forecast.
+
+    python bench/advise_probe.py --model wan --device cuda        # Wan2.1-14B architecture, 81 frames at 720p
+    python bench/advise_probe.py --model hunyuan --device cuda    # HunyuanVideo architecture, 129 frames at 720p
+    python bench/advise_probe.py --model wan --tiny               # a dry run on a CPU
+
+Weights are random and a few blocks stand for all of them (every block has one attention of the same size): rows say how
+many ran and how many the model has. Before anything is timed, the model with the probe in it must give the bits of the
+model without. Forecasts: the time model is fitted to a third of the plans and checked on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glocal._files import write_atomic
+from glocal.adapt import attach
+from glocal.adapt.records import Core, SiteCall
+from glocal.advise.dropped import Dropped
+from glocal.advise.inside import ready_for
+from glocal.advise.methods import MethodSpec, candidates, default_tile
+from glocal.advise.preflight import Inside
+from glocal.advise.probe import Probe, ProbeSpec
+from glocal.advise.timing import MethodTime, time_methods
+from glocal.plan.time_model import TimeSample, fit_time_model
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = [
+    "model",
+    "kind",
+    "name",
+    "tokens",
+    "heads",
+    "blocks_run",
+    "blocks_model",
+    "forecast_s",
+    "measured_s",
+    "error",
+]
+COLUMNS += ["extra_gib", "visited", "kernel", "device", "torch", "python"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the arguments of one forward."""
+
+    model: Any
+    arguments: dict[str, Any]
+    shape: tuple[int, ...]
+    run: int
+    of: int
+
+
+def wan(device: str, tiny: bool, blocks: int) -> Case:
+    """Wan2.1-14B: 21 x 45 x 80 tokens, 40 blocks of 40 heads."""
+    import diffusers
+
+    small: dict[str, Any] = {}
+    if tiny:
+        small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+    dtype = torch.float32 if tiny else torch.bfloat16
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = diffusers.WanTransformer3DModel(**small, num_layers=blocks).eval()
+        frames, height, width = (4, 16, 16) if tiny else (21, 90, 160)
+        text = 16 if tiny else 4096
+        arguments = {
+            "hidden_states": torch.randn(1, 16, frames, height, width),
+            "timestep": torch.tensor([900]),
+            "encoder_hidden_states": torch.randn(1, 512 if not tiny else 5, text),
+        }
+        torch.set_default_dtype(torch.float32)
+    return Case(model, arguments, (frames, height // 2, width // 2), blocks, 40)
+
+
+def hunyuan(device: str, tiny: bool, blocks: int) -> Case:
+    """HunyuanVideo: 33 x 45 x 80 tokens and 256 of text, 20 double and 40 single blocks of 24 heads."""
+    import diffusers
+
+    small: dict[str, Any] = {}
+    if tiny:
+        small = {"num_attention_heads": 2, "attention_head_dim": 16, "rope_axes_dim": (4, 6, 6), "text_embed_dim": 16}
+        small |= {"pooled_projection_dim": 8, "num_refiner_layers": 1}
+    dtype = torch.float32 if tiny else torch.bfloat16
+    with torch.device(device):
+        torch.set_default_dtype(dtype)
+        model = diffusers.HunyuanVideoTransformer3DModel(**small, num_layers=1, num_single_layers=blocks - 1).eval()
+        frames, height, width = (4, 16, 16) if tiny else (33, 90, 160)
+        words, text, pooled = (5, 16, 8) if tiny else (256, 4096, 768)
+        arguments = {
+            "hidden_states": torch.randn(1, 16, frames, height, width),
+            "timestep": torch.tensor([900]),
+            "encoder_hidden_states": torch.randn(1, words, text),
+            "encoder_attention_mask": torch.ones(1, words, dtype=torch.long),
+            "pooled_projections": torch.randn(1, pooled),
+            "guidance": torch.tensor([6000.0]),
+        }
+        torch.set_default_dtype(torch.float32)
+    return Case(model, arguments, (frames, height // 2, width // 2), blocks, 60)
+
+
+MODELS: dict[str, Callable[[str, bool, int], Case]] = {"wan": wan, "hunyuan": hunyuan}
+
+
+def plans(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[MethodSpec]:
+    """Windows of many densities along every axis: whole blocks (tiles) and partial ones (neighbourhoods)."""
+    order, size = {"tile": list(tile)}, int(torch.tensor(tile).prod())
+    found: list[MethodSpec] = []
+    for fractions in [
+        *[(f, 1.0, 1.0) for f in (0.15, 0.3, 0.5, 0.7)],
+        *[(1.0, f, 1.0) for f in (0.15, 0.3, 0.5, 0.7)],
+        *[(1.0, 1.0, f) for f in (0.15, 0.3, 0.5, 0.7)],
+        *[(f, f, f) for f in (0.3, 0.45, 0.6, 0.75, 0.9)],
+        *[(1.0, f, f) for f in (0.3, 0.5, 0.7, 0.85)],
+    ]:
+        window = [{"fraction": f} for f in fractions]
+        found.append(MethodSpec("tile_windows", {"tile": list(tile), "window": window}, order, (size, size)))
+    for fractions in [(f, f, f) for f in (0.35, 0.5, 0.65, 0.8)] + [(1.0, f, f) for f in (0.3, 0.45, 0.6, 0.75)]:
+        window = [{"fraction": f} for f in fractions]
+        found.append(MethodSpec("gna", {"window": window, "stride": list(tile)}, order, (size, size)))
+        found.append(MethodSpec("gna", {"window": window}, order, (size, size)))
+    return found
+
+
+def seconds(run: Callable[[], object], cuda: bool, repeats: int) -> float:
+    """Median over repeats, after one more."""
+    taken = []
+    for _ in range(repeats + 1):
+        if cuda:
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if cuda:
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken[1:])
+
+
+def peak(run: Callable[[], object], cuda: bool) -> float:
+    """GiB above what is held when it begins; NaN on a CPU."""
+    if not cuda:
+        return float("nan")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+@torch.no_grad()
+def main() -> None:
+    """Parse the command line and measure."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), nargs="+", default=["wan"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--blocks", type=int, default=2, help="transformer blocks that run")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
+    options = parser.parse_args()
+    rows: list[dict[str, object]] = []
+    for name in options.model:
+        torch.manual_seed(0)
+        case = MODELS[name](options.device, options.tiny, options.blocks)
+        rows += measure(name, case, options)
+        del case
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(options.out, table.getvalue())
+    for row in rows:
+        if row["kind"] != "forecast":
+            print({k: v for k, v in row.items() if v != ""}, flush=True)
+
+
+def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, object]]:
+    """Rows of one model."""
+    cuda = options.device.startswith("cuda")
+    device = torch.cuda.get_device_name() if cuda else platform.processor()
+
+    def forward() -> Tensor:
+        return case.model(**case.arguments, return_dict=False)[0]
+
+    listed = {m.id: m for m in candidates(case.shape, tile_shape=(1, 2, 4) if options.tiny else None)}
+    spec = ProbeSpec(listed, lambda step: 0, frozenset({0}), blocks=16)
+    probe = Probe(spec)
+
+    def probed() -> Tensor:
+        with attach(case.model, probe):
+            return forward()
+
+    plain = forward()
+    began = time.perf_counter()
+    if not torch.equal(plain, probed()):
+        raise SystemExit("the probe changed the model's output")
+    planned = time.perf_counter() - began
+    records = len(probe.records)
+    dense_s, dense_gib = seconds(forward, cuda, options.repeats), peak(forward, cuda)
+    probe_s, probe_gib = seconds(probed, cuda, options.repeats), peak(probed, cuda)
+    site = probe.records[0].site
+    tail = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    head: dict[str, object] = {"model": name, "blocks_run": case.run, "blocks_model": case.of, **tail}
+    blank = dict.fromkeys(COLUMNS, "")
+    added = (probe_s - dense_s) / case.run
+    print(
+        f"{name}: forward {dense_s:.3f} s, probed {probe_s:.3f} s ({case.run} blocks), first {planned:.1f} s",
+        flush=True,
+    )
+    found: list[tuple[str, MethodTime, MethodSpec]] = []
+    sizes: dict[str, object] = {}
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
+        sizes.update(tokens=call.layout.nk, heads=q.shape[1])
+        dropped = Dropped()
+        tried = {m.id: m for m in plans(case.shape, (1, 2, 4) if options.tiny else default_tile(case.shape))}
+        ready = {n: ready_for(dropped, n, m, (q, k, v, call)) for n, m in tried.items()}
+        working = {n: r for n, r in ready.items() if r is not None}
+        times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)
+        found.append(("dense", times.dense, MethodSpec("dense")))
+        found.extend((n, t, tried[n]) for n, t in times.methods.items())
+        for n, why in dropped.why.items():
+            print("dropped", tried[n].words(), why[:200], flush=True)
+
+    with attach(case.model, Inside(site, look)):
+        forward()
+    head |= sizes
+    row = {**blank, **head}
+    out: list[dict[str, object]] = [
+        {**row, "kind": "dense forward", "measured_s": f"{dense_s:.4f}", "extra_gib": f"{dense_gib:.3f}"},
+        {**row, "kind": "probed forward", "measured_s": f"{probe_s:.4f}", "extra_gib": f"{probe_gib:.3f}"},
+        {**row, "kind": "probe, one block", "name": f"{len(listed)} candidates", "measured_s": f"{added:.4f}"},
+        {**row, "kind": "probe, whole model", "name": f"{records} records", "measured_s": f"{added * case.of:.3f}"},
+        {**row, "kind": "probe over the dense peak", "extra_gib": f"{probe_gib - dense_gib:.3f}"},
+    ]
+    dense, timed = found[0][1], [f for f in found[1:] if f[1].median > 0]
+    out.append({**row, "kind": "dense call", "measured_s": f"{dense.median:.5f}", "kernel": dense.kernel})
+    samples = [TimeSample(t.full, t.partial, 0.0, t.median) for _, t, _ in timed]
+    model = fit_time_model(samples[::3], [s for i, s in enumerate(samples) if i % 3])
+    errors = []
+    for number, ((_, t, method), sample) in enumerate(zip(timed, samples, strict=True)):
+        forecast = model.seconds(sample.full_blocks, sample.partial_blocks)
+        error = forecast / t.median - 1
+        kind = "forecast" if number % 3 else "fitted"
+        if number % 3:
+            errors.append(abs(error))
+        values = {"forecast_s": f"{forecast:.5f}", "measured_s": f"{t.median:.5f}", "error": f"{error:.4f}"}
+        more = {"visited": f"{t.visited:.4f}", "kernel": t.kernel}
+        out.append({**row, "kind": kind, "name": method.words(), **values, **more})
+    worst = max(errors)
+    out.append({**row, "kind": "worst forecast", "name": f"{len(errors)} plans", "error": f"{worst:.4f}"})
+    return out
+
+
+if __name__ == "__main__":
+    main()

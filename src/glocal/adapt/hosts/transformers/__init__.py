@@ -1,0 +1,1 @@
+"""Host adapters of transformers."""

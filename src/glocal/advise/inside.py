@@ -1,0 +1,67 @@
+"""What is timed inside a real attention call: every candidate and the dense kernels, on the q, k, v that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from glocal.adapt.attach import attach as attach_method
+from glocal.adapt.records import Core, SiteCall
+from glocal.advise.dropped import Dropped, broken
+from glocal.advise.methods import MethodSpec
+from glocal.advise.objective import Objective
+from glocal.advise.preflight import AdviceError, Inside
+from glocal.advise.timing import Ready, Times, time_methods
+from glocal.advise.workload import Sample
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Times of the methods that ran, and which did not and why."""
+
+    times: Times
+    dropped: Dropped
+
+
+def times_inside(
+    model: Any, objective: Objective, sample: Sample, site: str, methods: Mapping[str, MethodSpec], rounds: int
+) -> Timed:
+    """Timed inside the first call of `site` in one step of `sample`."""
+    found: list[Times] = []
+    dropped = Dropped()
+
+    def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
+        tried = {name: ready_for(dropped, name, m, (q, k, v, call)) for name, m in methods.items()}
+        working = {name: ready for name, ready in tried.items() if ready is not None}
+        found.append(time_methods(q, k, v, call, working, rounds=rounds, inner=inner))
+
+    with attach_method(model, Inside(site, look)):
+        objective.brief(model, sample)
+    if not found:
+        raise AdviceError(f"Site {site!r} was never called; the host adapter reports sites that do not run.")
+    return Timed(found[0], dropped)
+
+
+def ready_for(
+    dropped: Dropped, name: str, method: MethodSpec, qkv: tuple[Tensor, Tensor, Tensor, SiteCall]
+) -> Ready | None:
+    """A candidate that runs on a real call and gives numbers; any other goes to `dropped`."""
+    q, k, v, call = qkv
+    try:
+        method.plan(call.layout, q, k)
+    except ValueError as error:  # does not fit this canvas
+        dropped.unfit(name, str(error))
+        return None
+    try:
+        out, plan, kernel = method.run(q, k, v, call)
+        wrong = broken(out)
+    except Exception as error:  # a kernel may fail in any way; the report names it, and three such stop
+        dropped.fail(name, f"{type(error).__name__}: {error}")
+        return None
+    if wrong is not None:
+        dropped.fail(name, wrong)
+        return None
+    return Ready(method, plan, kernel)

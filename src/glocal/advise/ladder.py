@@ -1,0 +1,171 @@
+"""The ladder: recipes of several budgets beside plain ones, measured end to end; the measured winner goes on.
+
+Once it is measured, the step weights may be fitted to it and the best budget allocated again; the new recipe is kept
+only if it is measured to be better.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from glocal.adapt.attach import attach as attach_method
+from glocal.advise.effort import Effort, Target
+from glocal.advise.objective import Objective, Output, main_error, on_cpu
+from glocal.advise.search import Found, Rung, allocated, published, single
+from glocal.advise.validation import OtherKernel, timed
+from glocal.advise.weights import Weights
+from glocal.advise.workload import Sample
+from glocal.measure.stats import drift
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """Of one sample: its dense output and seconds, and the two ends of the scale of drift. measures: of the floor."""
+
+    dense: Output
+    seconds: float
+    floor: float
+    ceiling: float
+    measures: Mapping[str, float]
+
+
+def measure_anchors(model: Any, objective: Objective, sample: Sample) -> Anchors:
+    """Dense, dense through another exact kernel, dense with another seed."""
+    dense, seconds = timed(lambda: objective.run(model, sample))
+    with attach_method(model, OtherKernel()):
+        other = objective.run(model, sample)
+    measures = dict(objective.distance(dense, other))
+    ceiling = main_error(objective.distance(dense, objective.ceiling(model, sample)))
+    return Anchors(on_cpu(dense), seconds, main_error(measures), ceiling, measures)
+
+
+def refused(anchors: Anchors, target: Target) -> str | None:
+    """Why no recipe can be judged here: changing the kernel does already too much."""
+    if anchors.floor > anchors.ceiling / 5:
+        return (
+            f"Changing the dense kernel alone moves the result by {anchors.floor:.3g}, more than a fifth of another "
+            f"seed ({anchors.ceiling:.3g}): no recipe can be judged on this model."
+        )
+    for name, limit in sorted(target.limits.items()):
+        if name != "drift" and anchors.measures[name] > limit:
+            return (
+                f"Changing the dense kernel alone gives {name} {anchors.measures[name]:.3g}, above the limit "
+                f"{limit:.3g} that is asked for."
+            )
+    return None
+
+
+def build_ladder(found: Found, effort: Effort, shape: Sequence[int], levels: Sequence[float]) -> list[Rung]:
+    """Allocation and the best single method at every budget, and published settings; each recipe once."""
+    out: list[Rung] = []
+    for budget in effort.budgets:
+        out += [rung for rung in (allocated(found, budget), single(found, budget)) if rung is not None]
+    if len(levels) > 2:
+        out += published(found, shape, levels)[: effort.published]
+    seen: set[str] = set()
+    return [r for r in out if r.recipe.rules and not (r.recipe.id in seen or seen.add(r.recipe.id))]
+
+
+def needed(target: Target) -> float:
+    """The end-to-end speed-up that is asked for; at least not slower."""
+    whole = target.of in ("end_to_end", "prefill")
+    return target.speedup if target.speedup is not None and whole else 1.0
+
+
+def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple[list[Rung], str]:
+    """The measured winner, never the predicted one: the fastest rung within the limits that meets the target.
+    Behind it the steps down from it: slower rungs, each of less error than the one before. Or none, and why.
+    """
+    limit = target.limits.get("drift", 0.10)
+
+    def drift_of(rung: Rung) -> float:
+        assert rung.error is not None
+        return drift(rung.error, anchors.floor, anchors.ceiling)
+
+    known = [r for r in measured if r.error is not None]
+    others = {name: most for name, most in target.limits.items() if name != "drift"}
+    within = [r for r in known if drift_of(r) <= limit and all(r.measures[n] <= most for n, most in others.items())]
+    fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(target), 1.0)]
+    steps: list[Rung] = []
+    for rung in sorted(fast, key=lambda r: r.speedup or 0.0, reverse=True):
+        if not steps or (rung.error or 0.0) < (steps[-1].error or 0.0):
+            steps.append(rung)
+    if steps:
+        return steps, ""
+    if not within:
+        best = min(known, key=drift_of, default=None)
+        if best is None:
+            return [], "No recipe could be made within the budgets."
+        also = f", and of {', '.join(sorted(others))} as asked" if others else ""
+        least = f"{drift_of(best):.3f} ({best.name})"
+        return [], f"The least drift of all recipes tried is {least}; the limit is {limit:.3f}{also}."
+    top = max(within, key=lambda r: r.speedup or 0.0)
+    return [], (
+        f"Within the limits the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
+        f"{max(needed(target), 1.0):.2f}x is needed."
+    )
+
+
+def nearest(measured: Sequence[Rung]) -> list[Rung]:
+    """The rung of least error among those faster than dense, if there is one."""
+    faster = [r for r in measured if r.error is not None and (r.speedup or 0.0) > 1]
+    return sorted(faster, key=lambda r: r.error or 0.0)[:1]
+
+
+def corrected(found: Found, measured: Sequence[Rung], anchors: Anchors, target: Target) -> Rung | None:
+    """The budget of the best rung allocated once more, with step weights fitted to the measured ladder; None where
+    there is nothing to fit, or the same recipe comes out.
+    """
+    known = [r for r in measured if r.kind != "published" and r.error and r.predicted]
+    best = winners(measured, anchors, target)[0] or nearest(measured)
+    if len(known) < 2 or not best or best[0].budget is None:
+        return None
+    weights = refit(found, known)
+    again = allocated(replace(found, weights=weights), best[0].budget)
+    if again is None or again.recipe.id in {r.recipe.id for r in measured}:
+        return None
+    return replace(again, name=f"{again.name}, weights fitted to the ladder")
+
+
+def refit(found: Found, known: Sequence[Rung], *, stiffness: float = 0.5, rounds: int = 20) -> Weights:
+    """Step weights that predict the measured errors of `known` better: w_b f_b with log f_b small (Gauss-Newton on the
+    logarithms of the errors). stiffness: how many measurements the wish for f = 1 counts as.
+    """
+    parts = torch.tensor([_parts(found, r) for r in known], dtype=torch.float64)  # [rungs, buckets]
+    wanted = torch.tensor([math.log(r.error or 1.0) for r in known], dtype=torch.float64)
+    logs = torch.zeros(parts.shape[1], dtype=torch.float64)
+    for _ in range(rounds):
+        each = parts * logs.exp()
+        total = each.sum(1).clamp(min=1e-30)
+        slope = each / total[:, None]
+        residual = wanted - total.log()
+        normal = slope.T @ slope + stiffness * torch.eye(len(logs), dtype=torch.float64)
+        logs = logs + torch.linalg.solve(normal, slope.T @ residual - stiffness * logs)
+        logs = logs.clamp(-2, 2)
+    factors = logs.exp().tolist()
+    weight = tuple(w * f for w, f in zip(found.weights.weight, factors, strict=True))
+    step = tuple(w * f for w, f in zip(found.weights.step, factors, strict=True))
+    return replace(found.weights, weight=weight, step=step)
+
+
+def _parts(found: Found, rung: Rung) -> list[float]:
+    """What each bucket adds to the predicted error of a recipe: w_b times the root of its squared residual errors."""
+    squares: dict[tuple[str, str, int, int, int, str], list[float]] = {}
+    for r in found.records:
+        if r.head >= 0:
+            key = (r.component, r.kind, r.layer, r.head, r.bucket, r.method)
+            squares.setdefault(key, []).append(r.residual**2)
+    sums = [0.0] * len(found.buckets)
+    for (component, kind, layer, head, bucket, method), values in squares.items():
+        phase = found.buckets[bucket]
+        use = rung.recipe.method_at(
+            layer, head, component=component, kind=kind, branch="cond", sigma=phase.high, progress=None, tokens=1
+        )
+        if use == method:
+            sums[bucket] += sum(values) / len(values)
+    return [w * math.sqrt(s) for w, s in zip(found.weights.weight, sums, strict=True)]

@@ -1,0 +1,215 @@
+"""Partial sums over key blocks: from one pass over the keys, the outputs of every candidate that is made of blocks.
+
+With the dense row maximum m, key block j gives ``l_j = sum exp(s - m)`` and ``o_j = sum exp(s - m) v``; a candidate of
+whole blocks is ``sum(o_j) / sum(l_j)`` over its blocks. Blocks it sees in part are computed again with their bit mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glocal.adapt.records import SiteCall
+from glocal.plan.blockplan import BlockPlan, unpack
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """Keys and values of some heads in the order of a plan's key blocks, float32 [H, blocks * kv_block, D].
+
+    order: their places, -1 pads. factor: of the logits; softcap: as `Site.softcap`. segment: document of each key, or
+    None. first: place of the first key in its sequence.
+    """
+
+    keys: Tensor
+    values: Tensor
+    order: Tensor
+    block: int
+    factor: float
+    softcap: float | None
+    segment: Tensor | None
+    first: int
+
+    def logits(self, q: Tensor, keys: Tensor) -> Tensor:
+        """q [H, R, D], keys [H, K, D] -> [H, R, K]."""
+        s = q @ keys.transpose(-1, -2) * self.factor
+        return s if self.softcap is None else torch.tanh(s / self.softcap) * self.softcap
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Query rows of one block: q float32 [H, R, D], their places [R], their documents or None, place of the first query
+    in its sequence; causal: whether they see no later key.
+    """
+
+    q: Tensor
+    places: Tensor
+    segment: Tensor | None
+    first: int
+    causal: bool
+
+    def sees(self, order: Tensor, keys: Keys) -> Tensor:
+        """Which keys [K] (places, -1 pads) every row may see in dense attention, bool [R, K]."""
+        seen = (order >= 0)[None].expand(len(self.places), -1)
+        if self.causal:
+            seen = seen & (order[None] + keys.first <= self.places[:, None] + self.first)
+        if self.segment is not None and keys.segment is not None:
+            mine, theirs = self.segment[:, None], keys.segment[order.clamp(min=0)][None]
+            seen = seen & (mine == theirs) & (mine >= 0)
+        return seen
+
+
+@dataclass(frozen=True, eq=False)
+class PartialSums:
+    """Of some query rows against every key block: mass [H, R, blocks] (dense row maximum taken out) and value
+    [H, R, blocks, D]; top [H, R]: that maximum.
+    """
+
+    mass: Tensor
+    value: Tensor
+    top: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A query block of one call: places [R] of its rows, which of its places those are, and their documents."""
+
+    number: int
+    places: Tensor
+    kept: Tensor
+    segment: Tensor | None
+
+
+def blocks_of(
+    plan: BlockPlan, numbers: Sequence[int], call: SiteCall, segments: Segments, head: int = 0
+) -> list[Block]:
+    """The rows of some query blocks that are there and no padding, of sample 0."""
+    order = plan.q_order[0, head if plan.q_order.shape[1] > 1 else 0].reshape(-1, plan.q_block)
+    found = []
+    for number in numbers:
+        places = order[number].long()
+        kept = places >= 0
+        if segments is not None:
+            kept = kept & (segments[0][0][places.clamp(min=0)] >= 0)
+        kept = kept.nonzero()[:, 0]
+        if len(kept):
+            places = places[kept]
+            found.append(Block(number, places, kept, None if segments is None else segments[0][0][places]))
+    return found
+
+
+Segments = tuple[Tensor, Tensor] | None
+
+
+def gather_keys(
+    k: Tensor, v: Tensor, plan: BlockPlan, call: SiteCall, segments: Segments, heads: tuple[int, int, int]
+) -> Keys:
+    """Keys of query heads `first` to `last` - 1 of `all` (heads = first, last, all): k, v [B, Hkv, N, D], sample 0."""
+    first, last, every = heads
+    group = every // k.shape[1]
+    order = plan.kv_order[0, first if plan.kv_order.shape[1] > 1 else 0].long()
+    own = [head // group for head in range(first, last)]
+    used = sorted(set(own))
+    places = order.clamp(min=0)
+    keys, values = (t[0, used[0] : used[-1] + 1][:, places].float() for t in (k, v))
+    if len(used) != len(own):
+        back = torch.tensor([head - used[0] for head in own], device=k.device)
+        keys, values = keys[back], values[back]
+    scale = call.site.scale
+    factor = k.shape[-1] ** -0.5 if scale is None else scale
+    segment = None if segments is None else segments[1][0]
+    return Keys(keys, values, order, plan.kv_block, factor, call.site.softcap, segment, call.layout.kv_start)
+
+
+def rows_of(q: Tensor, block: Block, call: SiteCall, heads: tuple[int, int]) -> Rows:
+    """The rows of a query block for query heads `first` to `last` - 1: q [B, H, N, D], sample 0."""
+    mine = q[0, slice(*heads)][:, block.places].float()
+    return Rows(mine, block.places, block.segment, call.layout.q_start, call.site.causal)
+
+
+def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
+    """One pass over all keys."""
+    s = keys.logits(rows.q, keys.keys)
+    s.masked_fill_(~rows.sees(keys.order, keys), -torch.inf)  # [H, R, ordered keys]
+    top = s.amax(-1)
+    p = s.sub_(top.clamp(min=-1e30)[..., None]).exp_().unflatten(-1, (-1, keys.block))  # [H, R, blocks, kv_block]
+    value = torch.einsum("hrbk,hbkd->hrbd", p, keys.values.unflatten(1, (-1, keys.block)))
+    return PartialSums(p.sum(-1), value, top)
+
+
+def candidates_at(
+    part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], rows: Rows, keys: Keys, heads: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
+
+    at: its place among the chosen blocks, and itself. Whole blocks of all plans are one product of [plans, key blocks]
+    with the partial sums; partial blocks are added.
+    """
+    picked = torch.stack([plan.full(at[0], heads) for plan in plans], 1)  # [H, C, blocks]
+    mass = (picked @ part.mass.transpose(1, 2)).transpose(0, 1).contiguous()  # [C, H, R]
+    value = picked @ part.value.transpose(1, 2).flatten(2)  # [H, C, R * D]
+    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
+    for number, plan in enumerate(plans):
+        plan.add_partial(mass[number], value[number], (part, rows, keys), at, heads)
+    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(-1).clamp(min=1e-30)
+
+
+class Lists:
+    """The lists of one plan at some query blocks, of sample 0; heads that share a list are computed together.
+
+    What decides the flow lies on the CPU, so that a device is waited for once a plan.
+    """
+
+    def __init__(self, plan: BlockPlan, numbers: Sequence[int], heads: int) -> None:
+        owner = plan.owner[0].cpu().long()
+        every = owner.repeat_interleave(heads // owner.numel())  # [H]
+        distinct, self.of_head = every.unique(return_inverse=True)  # [U], [H]
+        self.plan = plan
+        device = plan.device
+        pick, chosen = distinct.to(device)[:, None], torch.tensor(list(numbers), device=device)[None]
+        index, count = plan.full.index[pick, chosen].long(), plan.full.count[pick, chosen]  # [U, chosen, most], [U, c]
+        live = torch.arange(index.shape[-1], device=device) < count[..., None]
+        self.fulls = torch.zeros(*count.shape, plan.kv_blocks, device=device).scatter_add_(-1, index, live.float())
+        self.counts = plan.partial.count[pick, chosen].cpu()  # [U, chosen]
+        self.distinct = distinct.tolist()
+        self.of_head_there = self.of_head.to(device)
+
+    def full(self, at: int, heads: tuple[int, int]) -> Tensor:
+        """How often each head visits each key block in full, float [H, blocks]."""
+        if len(self.distinct) == 1:
+            return self.fulls[0, at].expand(heads[1] - heads[0], -1)
+        return self.fulls[self.of_head_there[slice(*heads)], at]
+
+    def add_partial(
+        self,
+        mass: Tensor,
+        value: Tensor,
+        sums: tuple[PartialSums, Rows, Keys],
+        at: tuple[int, Block],
+        heads: tuple[int, int],
+    ) -> None:
+        """Add the partly visible key blocks to mass [H, R] and value [H, R, D]."""
+        part, rows, keys = sums
+        lists, mine = self.plan.partial, self.of_head[slice(*heads)]
+        assert lists.mask is not None
+        for unique in mine.unique().tolist():
+            count = int(self.counts[unique, at[0]])
+            if not count:
+                continue
+            one, block = self.distinct[unique], at[1].number
+            some: slice | Tensor = slice(None)  # the usual pattern: no copies of keys by head
+            if len(self.distinct) > 1:
+                some = (mine == unique).nonzero()[:, 0].to(mass.device)
+            blocks = lists.index[one, block, :count].long()
+            order = keys.order.reshape(-1, keys.block)[blocks].flatten()  # [count * kv_block]
+            masks = self.plan.masks[lists.mask[one, block, :count].long()]
+            bits = unpack(masks, keys.block)[:, at[1].kept]  # [count, R, kv_block]
+            seen = bits.transpose(0, 1).flatten(1) & rows.sees(order, keys)
+            own = keys.keys[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)  # [H, count * kv, D]
+            s = keys.logits(rows.q[some], own) - part.top[some][..., None]
+            p = torch.where(seen, s.exp(), 0)
+            mass[some] += p.sum(-1)
+            value[some] += p @ keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)

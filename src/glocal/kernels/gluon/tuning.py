@@ -1,0 +1,83 @@
+"""Launch numbers of the Hopper forward kernel by block and head size, as data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """keys: tokens of a step, at most those of a key block. stages: steps in flight. queries: query blocks in flight.
+
+    ctas: programs a multiprocessor. persistent: each takes many query blocks in turn.
+    registers: of a thread of the second group. most: of a thread before the groups share them out.
+    held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
+    emulate: of so many exponentials one is left to the multipliers; 0 for none.
+    """
+
+    keys: int = 128
+    stages: int = 2
+    queries: int = 1
+    ctas: int = 1
+    persistent: bool = True
+    registers: int = 240
+    most: int = 168
+    held: bool = False
+    pinned: bool = False
+    emulate: int = 0
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is compiled for.
+
+    rows: of a query block, 64 or 128. block: keys of a key block. d, dv: padded head sizes. real: columns of the
+    result. masked: there are partial blocks. The rest is as in `Tuning`.
+    """
+
+    rows: int
+    block: int
+    keys: int
+    d: int
+    dv: int
+    real: int
+    masked: bool
+    stages: int
+    queries: int
+    registers: int
+    held: bool
+    pinned: bool
+    emulate: int
+
+    @staticmethod
+    def of(blocks: tuple[int, int], dims: tuple[int, int], masked: bool, tuned: Tuning) -> Shape:
+        """For (query, key) block sizes and (key, value) head sizes."""
+        return Shape(
+            rows=blocks[0],
+            block=blocks[1],
+            keys=min(tuned.keys, blocks[1]),
+            d=padded(dims[0]),
+            dv=padded(dims[1]),
+            real=dims[1],
+            masked=masked,
+            stages=tuned.stages,
+            queries=tuned.queries,
+            registers=tuned.registers,
+            held=bool(tuned.held),
+            pinned=bool(tuned.pinned),
+            emulate=tuned.emulate,
+        )
+
+
+def tuning(q_block: int, width: int) -> Tuning:
+    """For query blocks of 64 or 128 and the larger padded head size."""
+    if q_block == 64:
+        return Tuning(keys=64, most=224) if width > 128 else Tuning(ctas=2, most=128)
+    if width > 128:
+        return Tuning(keys=64)
+    return Tuning(stages=3 if width <= 64 else 2)
+
+
+def padded(size: int) -> int:
+    """A head size as TMA and the matrix units take it: a power of two from 16 on."""
+    return max(16, 1 << (size - 1).bit_length())

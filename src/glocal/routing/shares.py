@@ -1,0 +1,113 @@
+"""How the mass of a query block spreads over key blocks and single words, judged by block means; and where a dropped
+block may be replaced by its mean (Rectified SpaAttn, arXiv 2511.19835, sections on IPAR and GAPR).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from glocal.routing.partition import Partition
+
+Tail = Literal["count", "block"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pooled:
+    """Block means and how far tokens lie from them, float32 (float64 for float64).
+
+    mean, spread: [B, H, groups, D]; spread is the mean absolute deviation of each channel. counts: tokens of each
+    block, [groups].
+    """
+
+    mean: Tensor
+    spread: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Shares:
+    """Shares of the mass that a row of block means gives, summing to one.
+
+    blocks: [B, H, query groups, key groups]. words: [B, H, query groups], of all single keys together; 0 without any.
+    """
+
+    blocks: Tensor
+    words: Tensor
+
+
+def pooled(x: Tensor, part: Partition, tail: Tail = "count") -> Pooled:
+    """Means of the groups of x [B, H, N, D] and the spread around them.
+
+    part: groups that all heads and samples share. tail: a group with pads is averaged over its tokens ("count") or, as
+    published, over a whole block whose missing tokens are zero ("block").
+    """
+    if not part.shared:
+        raise ValueError(f"pooled: {part!r} differs by head or sample; legal: groups that all share.")
+    high = torch.float64 if x.dtype == torch.float64 else torch.float32
+    groups = _groups(x, part)  # [B, H, groups, most, D]
+    real = part.counts[0, 0].to(x.device)
+    if tail == "block" or _whole(part):
+        mean = groups.mean(-2, dtype=high)
+        spread = (groups - mean[..., None, :].to(x.dtype)).abs().mean(-2, dtype=high)
+        return Pooled(mean, spread, torch.full_like(real, part.most))
+    live = (part.members[0, 0] >= 0).to(x.device)[..., None]  # [groups, most, 1]
+    count = real.clamp(min=1).to(high)[:, None]  # [groups, 1]
+    mean = groups.sum(-2, dtype=high) / count
+    far = torch.where(live, (groups - mean[..., None, :].to(x.dtype)).abs(), 0)
+    return Pooled(mean, far.sum(-2, dtype=high) / count, real)
+
+
+def _groups(x: Tensor, part: Partition) -> Tensor:
+    """The tokens of each group; a view where the groups are consecutive runs."""
+    if _consecutive(part):
+        members = part.members[0, 0]
+        return x[:, :, : members.numel()].unflatten(2, members.shape)
+    return part.gather(x)
+
+
+@lru_cache(maxsize=64)
+def _whole(part: Partition) -> bool:
+    """Whether no group has pads (one wait for the device)."""
+    return bool((part.members >= 0).all())
+
+
+@lru_cache(maxsize=64)
+def _consecutive(part: Partition) -> bool:
+    """Whether the groups are runs of tokens from the first one on (one wait for the device)."""
+    flat = part.members.flatten()
+    return bool((flat == torch.arange(flat.numel(), device=flat.device)).all())
+
+
+def shares(q: Pooled, k: Pooled, words: Tensor | None = None, scale: float | None = None) -> Shares:
+    """Reallocated shares: a softmax over key means and single words, in which a mean counts once for each of its keys.
+
+    words: keys [B, H, W, D] that are not pooled; hidden ones are marked by NaN in their first channel. scale: of the
+    logits, None for D ** -0.5.
+    """
+    factor = q.mean.shape[-1] ** -0.5 if scale is None else scale
+    logits = (q.mean * factor) @ k.mean.transpose(-1, -2)  # [B, H, query groups, key groups]
+    columns = logits.shape[-1]
+    if words is not None and words.shape[2]:
+        hidden = words[..., 0].isnan()[:, :, None]  # [B, H, 1, W]
+        single = (q.mean * factor) @ words.nan_to_num().to(q.mean.dtype).transpose(-1, -2)
+        logits = torch.cat([logits, single.masked_fill(hidden, -torch.inf)], -1)
+    weight = logits.softmax(-1)
+    blocks = weight[..., :columns] * k.counts.to(weight.dtype)
+    text = weight[..., columns:].sum(-1)
+    total = blocks.sum(-1) + text
+    return Shares(blocks / total[..., None], text / total)
+
+
+def helpful(q: Pooled, k: Pooled) -> Tensor:
+    """Where the mean of a key block stands for it: gain beats error, bool [B, H, query groups, key groups].
+
+    gain: |mean q . mean k|. error: |spread q . mean k| + |mean q . spread k|, a heuristic and no bound.
+    """
+    gain = (q.mean @ k.mean.transpose(-1, -2)).abs()
+    error = (q.spread @ k.mean.transpose(-1, -2)).abs() + (q.mean @ k.spread.transpose(-1, -2)).abs()
+    return gain > error
