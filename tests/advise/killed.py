@@ -89,10 +89,12 @@ def kill_in(stage: str) -> None:
 
 def one(out: Path, jobs: int, *, resume: bool) -> None:
     model, objective = make()
-    pairs = [dict(zip(("shape", "colour"), p, strict=True)) for p in itertools.product(*(v for _, v in FIELDS))]
+    pairs: list[dict[str, Any]] = [
+        dict(zip(("shape", "colour"), p, strict=True)) for p in itertools.product(*(v for _, v in FIELDS))
+    ]
     advice = advise(
         model,
-        Workload.from_calls(pairs, range(len(pairs))),
+        Workload.from_calls(list(pairs), range(len(pairs))),
         objective=objective,
         target=Target(limits={"drift": 1e6}),
         effort=EFFORT,

@@ -26,6 +26,7 @@ def specs(rank: int) -> list[MethodSpec]:
         MethodSpec("radial", {"form": "tokens"}, order, block),
         MethodSpec("radial", {"form": "blocks", "decay": 0.5}, "raster", (16, 16)),
         MethodSpec("pooled_topk", {"keep": 0.4}, order, block, kind="route"),
+        MethodSpec("skip_softmax", {"threshold": 0.2}, order, block, kind="route"),
     ]
 
 

@@ -99,6 +99,10 @@ class Handle:
         """Something `undo` takes back last, because it was put in first."""
         self._undo.insert(0, undo)
 
+    def stats(self) -> Mapping[str, Any]:
+        """What the method counted, by site; empty for a method that counts nothing."""
+        return dict(getattr(self.method, "stats", {}))
+
     def __enter__(self) -> Handle:
         return self
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 import shlex
+import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from statistics import median
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,13 +20,19 @@ from glocal.adapt.attach import Handle, Method
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.host import HostAdapter
 from glocal.adapt.records import Core, Site, SiteCall
+from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import Recipe, RecipeError
+from glocal.plan.blockplan import BlockPlan
+
+LOG = logging.getLogger("glocal.advise")
+WATCHED = 20  # sparse calls watched on another device
+T = TypeVar("T")
 
 
 @dataclass
 class SiteStats:
     """Of one site: calls, head-calls by method, kernels that ran, kept and visited shares summed over sparse
-    head-calls, and head-calls left dense by reason.
+    head-calls, and head-calls left dense by reason. interpolated: calls on a canvas between two proven ones.
     """
 
     calls: int = 0
@@ -32,6 +41,7 @@ class SiteStats:
     dense: Counter[str] = field(default_factory=Counter)
     kept_sum: float = 0.0
     visited_sum: float = 0.0
+    interpolated: int = 0
 
     @property
     def sparse(self) -> int:
@@ -51,6 +61,8 @@ class RecipeMethod(Method):
         self.recipe = recipe
         self.check_canvas = check_canvas
         self.stats: dict[str, SiteStats] = {}
+        self._told: set[tuple[int, ...]] = set()
+        self._elsewhere = Elsewhere(recipe)
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Self and joint attention; cross attention stays dense, layers with a sliding window as they are."""
@@ -76,7 +88,7 @@ class RecipeMethod(Method):
                 stats.dense["by the recipe"] += len(members)
             else:
                 method = self.recipe.methods[name]
-                result, plan, kernel = method.run(*mine, call)
+                result, plan, kernel = self._elsewhere.watched(method, mine, call, inner)
                 stats.methods[name] += len(members)
                 stats.kernels[kernel] += 1
                 stats.kept_sum += plan.kept * len(members)
@@ -118,14 +130,77 @@ class RecipeMethod(Method):
             return f"fewer than {fallback.min_tokens} tokens"
         if len(call.layout.kv.grids) != 1:
             return "a canvas of several grids, or none"
-        if self.check_canvas and self.recipe.workload.get("canvases"):
-            shape = list(call.layout.kv.grid.axes)
-            if not _between(shape, [c["shape"] for c in self.recipe.workload["canvases"]]):
-                if fallback.unseen_canvas == "raise":
-                    raise RuntimeError(f"The recipe was not proven on a canvas of {shape}.")
-                if fallback.unseen_canvas == "dense":
-                    return "canvas not proven"
-        return None
+        return self._unproven(call) if self.check_canvas else None
+
+    def _unproven(self, call: SiteCall) -> str | None:
+        """Why a canvas or a batch that was not proven runs dense, or None."""
+        workload, unseen = self.recipe.workload, self.recipe.fallback.unseen_canvas
+        samples = len({sample for sample, _ in call.state.rows})
+        batch = workload.get("batch")
+        if batch is not None and samples and not batch[0] <= samples <= batch[1]:
+            if unseen == "raise":
+                raise RuntimeError(f"The recipe was proven on {batch[0]} to {batch[1]} samples at once, not {samples}.")
+            if unseen == "dense":
+                return "batch not proven"
+        proven = [c["shape"] for c in workload.get("canvases", [])]
+        shape = list(call.layout.kv.grid.axes)
+        if not proven or shape in proven:
+            return None
+        if _between(shape, proven):
+            self.stats[call.site.name].interpolated += 1
+            return None
+        if unseen == "raise":
+            raise RuntimeError(f"The recipe was not proven on a canvas of {shape}.")
+        if tuple(shape) not in self._told:
+            self._told.add(tuple(shape))
+            words = "runs dense" if unseen == "dense" else "runs all the same"
+            LOG.warning("The recipe was not proven on a canvas of %s, only on %s: it %s.", shape, proven, words)
+        return "canvas not proven" if unseen == "dense" else None
+
+
+class Elsewhere:
+    """Watches a recipe on another GPU than the one its times were taken on: the first calls run dense as well, and a
+    recipe that is slower than dense there is told of once.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.home = recipe.device.get("device")
+        self.sparse: list[float] = []
+        self.dense: list[float] = []
+
+    def watched(
+        self, method: MethodSpec, qkv: tuple[Tensor, Tensor, Tensor], call: SiteCall, inner: Core
+    ) -> tuple[Tensor, BlockPlan, str]:
+        """What `method.run` gives."""
+        here = device_name(qkv[0])
+        if self.home is None or here is None or here == self.home or len(self.sparse) >= WATCHED:
+            return method.run(*qkv, call)
+        done, seconds = _clocked(lambda: method.run(*qkv, call), qkv[0])
+        self.sparse.append(seconds)
+        self.dense.append(_clocked(lambda: inner(*qkv, call), qkv[0])[1])
+        sparse, dense = median(self.sparse), median(self.dense)
+        if len(self.sparse) == WATCHED and sparse > dense:
+            warnings.warn(
+                f"The recipe's times were taken on {self.home}, not measured here: on {here} its attention takes "
+                f"{sparse * 1e3:.2f} ms a call and dense {dense * 1e3:.2f} ms. Make one here: glocal advise.",
+                stacklevel=2,
+            )
+        return done
+
+
+def device_name(tensor: Tensor) -> str | None:
+    """The GPU a tensor lies on; None on a CPU, whose name says little of its speed."""
+    return torch.cuda.get_device_name(tensor.device) if tensor.is_cuda else None
+
+
+def _clocked(run: Callable[[], T], tensor: Tensor) -> tuple[T, float]:
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    began = time.perf_counter()
+    out = run()
+    if tensor.is_cuda:
+        torch.cuda.synchronize(tensor.device)
+    return out, time.perf_counter() - began
 
 
 def _heads(q: Tensor, k: Tensor, v: Tensor, members: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -75,8 +75,10 @@ def config_sha256(module: nn.Module) -> str | None:
 
 def components(model: Any) -> list[dict[str, Any]]:
     """One record for each component that has attention sites: name, class, hashes, dtype."""
-    names = dict.fromkeys(site.component for site in sites_of(model))
-    return [_component(name, _module(model, name)) for name in names]
+    layers: dict[str, int] = {}
+    for site in sites_of(model):
+        layers[site.component] = max(layers.get(site.component, 0), site.layer + 1)
+    return [{**_component(name, _module(model, name)), "layers": count} for name, count in layers.items()]
 
 
 def host_record(model: Any, levels: Sequence[float], guidance: float | None) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from glocal.plan.build import PlanSpec, plan
 from glocal.plan.selection import plan_selection
 from glocal.routing.keep import Keep
 from glocal.routing.route import PooledTopK
+from glocal.routing.skip_softmax import SkipSoftmax
 
 Kind = Literal["pattern", "route"]
 
@@ -113,8 +114,12 @@ class MethodSpec:
         """The pattern on `layout`; None for a router."""
         return SYSTEMS[self.system].build(self, layout) if self.kind == "pattern" else None
 
-    def plan(self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None) -> BlockPlan:
-        """The plan of a call; a router needs its q and k [B, H, N, D]. Raises ValueError where it does not fit."""
+    def plan(
+        self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, scale: float | None = None
+    ) -> BlockPlan:
+        """The plan of a call; a router needs its q and k [B, H, N, D], and the scale of the logits (None: D ** -0.5).
+        Raises ValueError where it does not fit.
+        """
         pattern = self.pattern(layout)
         order = self.orders(layout.kv)
         if pattern is not None:
@@ -122,12 +127,17 @@ class MethodSpec:
             return plan(pattern, layout, PlanSpec(*self.block, q_order=order, kv_order=order), device=device)
         if q is None or k is None:
             raise ValueError(f"{self.words()} is a router: its plan needs q and k.")
-        return plan_selection(self.router(layout).select(q, k, layout), device=q.device)
+        router = self.router(layout)
+        if isinstance(router, SkipSoftmax):
+            return plan_selection(router.select(q, k, layout, scale), device=q.device)
+        return plan_selection(router.select(q, k, layout), device=q.device)
 
-    def router(self, layout: Layout) -> PooledTopK:
+    def router(self, layout: Layout) -> PooledTopK | SkipSoftmax:
         """The router on `layout`."""
         if self.kind != "route":
             raise ValueError(f"{self.words()} is a pattern, not a router.")
+        if self.system == "skip_softmax":
+            return SkipSoftmax(self.orders(layout.kv), skip_threshold(self.params, layout.nk))
         keep = Keep(ratio=float(self.params["keep"]), at_least=1)
         if not self.causal:
             return PooledTopK(self.orders(layout.kv), keep)
@@ -147,7 +157,7 @@ class MethodSpec:
                 f"{self.words()} is {'for causal sites' if self.causal else 'not causal'}, but {call.site.name!r} is "
                 f"{'causal' if call.site.causal else 'not'}."
             )
-        built = self.plan(call.layout, q, k)
+        built = self.plan(call.layout, q, k, call.site.scale)
         score = Score(scale=call.site.scale, softcap=call.site.softcap)
         # The plan may be an older one of the same canvas: what is valid of it is said by the layout of this call.
         done = attend(q, k, v, built, canvas=call.layout, score=score, backend=self.backend[0])
@@ -232,9 +242,17 @@ SYSTEMS: dict[str, System] = {
     "windows": System(("size",), _windows),
     "radial": System(("form", "sink", "decay", "model"), _radial),
     "pooled_topk": System(("keep",), _dense),
+    "skip_softmax": System(("threshold", "threshold_scale_factor"), _dense),
     "causal_window": System(("window", "sinks"), _causal_window, causal=True),
     "causal_topk": System(("keep",), _causal, causal=True),
 }
+
+
+def skip_threshold(params: Mapping[str, Any], keys: int) -> float:
+    """The threshold of skip-softmax: as given, or a factor over the number of keys."""
+    if "threshold" in params:
+        return min(float(params["threshold"]), 1.0)
+    return min(float(params["threshold_scale_factor"]) / keys, 1.0)
 
 
 def _short(value: Any) -> str:

@@ -129,7 +129,7 @@ class Probe(MediaMethod):
             if name in self.errors:
                 continue
             try:
-                plans[name] = method.plan(call.layout, q, k)
+                plans[name] = method.plan(call.layout, q, k, call.site.scale)
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
         for group in _by_order(plans):

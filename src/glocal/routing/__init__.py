@@ -5,6 +5,7 @@ from glocal.routing.partition import Partition
 from glocal.routing.route import PooledTopK, RouteSpec, pooled_topk, route
 from glocal.routing.scorers import BlockMean, MeanToToken, Scorer
 from glocal.routing.selection import Selection, from_mask
+from glocal.routing.skip_softmax import SkipSoftmax
 from glocal.routing.visible import visible_groups
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "RouteSpec",
     "Scorer",
     "Selection",
+    "SkipSoftmax",
     "from_mask",
     "pooled_topk",
     "route",

@@ -63,9 +63,9 @@ class DecoderHost:
                 state.begin()
                 state.step, state.phase = 0, "prefill"
             state.rows = tuple((row, "both") for row in range(rows))
-            flat = isinstance(mask, Tensor) and mask.dim() == 2
-            padded = flat and not bool(mask.bool().all())
-            forward = Forward(mask.bool() if padded else None, mask is None or flat)
+            valid = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            padded = valid is not None and not bool(valid.all())
+            forward = Forward(valid if padded else None, mask is None or valid is not None)
             _FORWARDS[module] = forward
             state.forward = forward
 

@@ -1,0 +1,244 @@
+"""Backward of block-sparse attention on Hopper: checked against the definition, then timed beside dense cuDNN.
+
+    python bench/backward_hopper.py [--rows image256:128:aligned:fast,image256:dense] [--repeats 7] [--out FILE.csv]
+
+One head of every case is checked first, block by block in float32; a case that fails prints no speed. Tokens lie in
+plan order, as a model permuted once has them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from glocal.canvas import Canvas
+from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.gluon import launch_backward
+from glocal.kernels.triton.launch import Known
+from glocal.patterns import Neighborhood
+from glocal.plan import BlockPlan, PlanSpec, plan
+from glocal.plan.blockplan import unpack
+
+SHAPES = {
+    "video": ((30, 48, 80), 8, 128, (18, 24, 24), (6, 8, 8)),
+    "image256": ((256, 256), 8, 128, (80, 80), (16, 16)),
+    "image128d64": ((128, 128), 16, 64, (48, 48), (16, 16)),
+}
+KINDS = ("aligned", "stride1")
+MODES = ("fast", "deterministic")
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """Inputs of one backward in plan order; flops of its visible pairs, visited pairs over visible ones."""
+
+    name: str
+    made: BlockPlan
+    flops: float
+    visited: float
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    grad_lse: Tensor
+    out: Tensor
+    lse: Tensor
+
+    @property
+    def scale(self) -> float:
+        """Factor on the logits."""
+        return self.q.shape[-1] ** -0.5
+
+    def backward(self, deterministic: bool = False) -> Grads:
+        """Ours, with equal bits from call to call or without."""
+        call = Call(
+            "gluon", self.scale, q_block=self.made.q_block, kv_block=self.made.kv_block,
+            plan=PlanTensors(**self.made.tensors()),
+        )  # fmt: skip
+        known = Known(self.grad, self.grad_lse, self.out, self.lse)
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            return launch_backward.backward(known, self.q, self.k, self.v, call)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
+def definition(made: BlockPlan, x: tuple[Tensor, ...], scale: float, chunk: int = 24) -> tuple[Tensor, ...]:
+    """out, lse and, where x = (q, k, v, grad, grad_lse) holds them, dq, dk, dv of one head, each [N, D], float32."""
+    q, k, v = (t.float() for t in x[:3])
+    size, wide = made.q_block, made.kv_block
+    out, lse = torch.empty(q.shape[0], v.shape[1], device=q.device), torch.empty(q.shape[0], device=q.device)
+    grads = [torch.zeros_like(t) for t in (q, k, v)]
+    seen = unpack(made.masks, wide)
+    seen = torch.cat([seen, torch.ones_like(seen[:1]) if len(seen) else seen.new_ones(1, size, wide)])
+    full, part = made.full, made.partial
+    assert part.mask is not None
+    for start in range(0, made.q_blocks, chunk):
+        some = slice(start, min(start + chunk, made.q_blocks))
+        index = torch.cat([full.index[0, some], part.index[0, some]], 1).long()
+        mask = torch.cat([torch.full_like(full.index[0, some], len(seen) - 1), part.mask[0, some]], 1).long()
+        live = torch.cat([
+            torch.arange(t.index.shape[-1], device=q.device) < t.count[0, some, None] for t in (full, part)
+        ], 1)  # fmt: skip
+        c, most = index.shape
+        tokens = (index[..., None] * wide + torch.arange(wide, device=q.device)).reshape(c, most * wide)
+        visible = (seen[mask] & live[..., None, None]).transpose(1, 2).reshape(c, size, most * wide)
+        rows = slice(start * size, some.stop * size)
+        mine = q[rows].reshape(c, size, -1)
+        keys, values = k[tokens], v[tokens]
+        s = (mine @ keys.mT * scale).masked_fill(~visible, -torch.inf)
+        end = s.logsumexp(-1)
+        p = (s - end.masked_fill(end == -torch.inf, 0)[..., None]).exp()
+        result = p @ values
+        out[rows], lse[rows] = result.flatten(0, 1), end.flatten()
+        if len(x) > 3:
+            grad, extra = x[3][rows].float().reshape(c, size, -1), x[4][rows].float().reshape(c, size)
+            delta = (grad * result).sum(-1) - extra
+            ds = p * (grad @ values.mT - delta[..., None]) * scale
+            grads[0][rows] = (ds @ keys).flatten(0, 1)
+            grads[1].index_add_(0, tokens.flatten(), (ds.mT @ mine).flatten(0, 1))
+            grads[2].index_add_(0, tokens.flatten(), (p.mT @ grad).flatten(0, 1))
+    return (out, lse, *grads) if len(x) > 3 else (out, lse)
+
+
+def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
+    """Random inputs of a shape of the peers' table."""
+    shape, heads, d, window, stride = SHAPES[name]
+    pattern = Neighborhood(window, stride=1 if stride_one else stride)
+    made = plan(pattern, Canvas(shape), PlanSpec(block, block))
+    flops, visited = made.flops(heads, d, backward=True), made.visited / made.kept
+    n = made.q_order.shape[-1]  # slots without a token stand as tokens that nobody needs
+    order = torch.arange(n, dtype=torch.int32)[None, None]
+    made = replace(made, q_order=order, kv_order=order.clone()).to("cuda")
+    g = torch.Generator("cuda").manual_seed(0)
+    q, k, v, grad = (torch.randn(1, heads, n, d, generator=g, device="cuda", dtype=dtype) for _ in range(4))
+    grad_lse = torch.randn(1, heads, n, generator=g, device="cuda")
+    found = [definition(made, (q[0, h], k[0, h], v[0, h]), d**-0.5) for h in range(heads)]
+    out = torch.stack([f[0] for f in found])[None].to(dtype)
+    lse = torch.stack([f[1] for f in found])[None]
+    return Case(name, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
+
+
+def checked(c: Case, found: Grads) -> tuple[float, ...]:
+    """Largest error of each gradient of the first head over its largest entry; RuntimeError beyond 2 %."""
+    x = tuple(t[0, 0] for t in (c.q, c.k, c.v, c.grad, c.grad_lse))
+    want = definition(c.made, x, c.scale)[2:]
+    errors = []
+    for name, a, b in zip("qkv", (found.q, found.k, found.v), want, strict=True):
+        error = float((a[0, 0].float() - b).abs().max() / b.abs().max())
+        errors.append(error)
+        if not error < 2e-2:
+            raise RuntimeError(f"{c.name}: gradient of {name} differs by {error:.3e} of its largest entry.")
+    return tuple(errors)
+
+
+def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median and spread (largest less smallest) of CUDA event times, ms, after three warm-ups.
+
+    The device is kept busy while the calls are queued, so that the host's share is left out.
+    """
+    for _ in range(3):
+        run()
+    times = []
+    for _ in range(repeats):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(6_000_000)
+        start.record()
+        run()
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop))
+    return statistics.median(times), max(times) - min(times)
+
+
+def profiled(run: Callable[[], object]) -> dict[str, float]:
+    """Time of each kernel of one call, ms."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    events: Any = found.events()
+    for event in events:
+        name = event.name.split("(")[0].split("<")[0][:40]
+        times[name] = times.get(name, 0.0) + event.device_time / 1e3
+    return {name: round(ms, 3) for name, ms in sorted(times.items(), key=lambda x: -x[1])[:6]}
+
+
+def dense(name: str, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
+    """cuDNN's dense backward through torch for the same tokens."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shape, heads, d, _, _ = SHAPES[name]
+    n = torch.Size(shape).numel()
+    q, k, v, grad = (torch.randn(1, heads, n, d, device="cuda", dtype=dtype) for _ in range(4))
+    for t in (q, k, v):
+        t.requires_grad_()
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return timed(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
+
+
+def write(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """All rows so far."""
+    if path is None:
+        return
+    fields = list(dict.fromkeys(f for row in rows for f in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Check, time, print and write, one row after the other."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    every = (f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in SHAPES for k in KINDS for m in MODES)
+    parser.add_argument(
+        "--rows", default=",".join(every), help="name:block:kind:mode, or name:dense, one after the other"
+    )
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", action="store_true", help="print the time of each kernel")
+    parser.add_argument("--out", type=Path)
+    a = parser.parse_args()
+    torch.backends.cuda.matmul.allow_tf32 = False
+    rows: list[dict[str, Any]] = []
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    print(device, flush=True)
+    known: dict[str, Case] = {}
+    for asked in a.rows.split(","):
+        name, *rest = asked.split(":")
+        row: dict[str, Any] = {"case": name, "mode": "dense cuDNN"}
+        if rest == ["dense"]:
+            row["ms"], row["spread"] = dense(name, torch.bfloat16, a.repeats)
+        else:
+            block, kind, mode = rest
+            key = f"{name} {kind} block {block}"
+            if key not in known:
+                known = {key: case(name, int(block), kind == "stride1", torch.bfloat16)}
+            c = known[key]
+            run = partial(c.backward, deterministic=mode == "deterministic")
+            errors = checked(c, run())
+            row |= {"case": key, "mode": mode}
+            row["ms"], row["spread"] = timed(run, a.repeats)
+            row |= {"tflops": c.flops / row["ms"] / 1e9, "visited_tflops": c.flops * c.visited / row["ms"] / 1e9}
+            row |= dict(zip(("error_q", "error_k", "error_v"), errors, strict=True))
+            if a.profile:
+                print(profiled(run), flush=True)
+        rows.append(row | {"device": device})
+        write(rows, a.out)
+        print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

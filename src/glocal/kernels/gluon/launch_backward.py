@@ -1,0 +1,205 @@
+"""Calls of the backward kernels on Hopper: tensors into plan order and TMA descriptors, gradients back to tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from glocal.kernels._jobs import Units
+from glocal.kernels.call import Call, Grads
+from glocal.kernels.gluon import masks
+from glocal.kernels.gluon.backward_ends import after_kernel
+from glocal.kernels.gluon.backward_kv import backward_kv_kernel
+from glocal.kernels.gluon.backward_q import backward_q_kernel
+from glocal.kernels.gluon.backward_tuning import GROUP, tuning_kv, tuning_q, whole
+from glocal.kernels.triton import defaults
+from glocal.kernels.triton.launch import Known
+from glocal.kernels.triton.launch import backward as in_triton
+from glocal.kernels.triton.lists import Slots, turned
+from glocal.kernels.triton.merge import fold_kernel
+from glocal.kernels.triton.ordered import ordered_rows_kernel
+from glocal.kernels.triton.work import Work, box_width, on_device, prepare, start, strided
+
+_LOG2E = 1.4426950408889634
+_ROWS = 0x7FFF0000  # rows that coordinates of 32 bits can count, with room for one that lies outside
+_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
+
+
+@dataclass(frozen=True, eq=False)
+class _Inputs:
+    """In slot order: q, k, v, grad of out [B, heads, room, D]; LSE in base 2 and delta [B, Hq, room].
+
+    width: head size of the tiles, what is beyond that of a tensor reads as 0.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grad: Tensor
+    end: Tensor
+    delta: Tensor
+    width: int
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor, call: Call) -> bool:
+    """Whether these kernels take a call; the others are for Triton."""
+    rows = (
+        max(q.shape[0] * q.shape[1] * t.shape[-1] for t in (call.plan.q_order, call.plan.kv_order)) if call.plan else 0
+    )
+    return (
+        q.dtype in (torch.bfloat16, torch.float16)
+        and max(q.shape[3], v.shape[3]) <= 128
+        and {call.q_block, call.kv_block} <= {64, 128}
+        and call.softcap is None
+        and not call.bias
+        and call.segments is None
+        and rows < _ROWS
+    )
+
+
+def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads:
+    """Gradients through out and LSE; equal bits from call to call where torch asks for deterministic algorithms.
+
+    Calls that do not fit go to the kernels in Triton.
+    """
+    if not fits(q, k, v, call):
+        return in_triton(known, q, k, v, call)
+    w = prepare(q, k, v, call)
+    if 0 in (q.numel(), k.numel(), v.numel(), w.q_room, w.room):
+        return Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
+    with on_device(q):
+        x = _inputs(w, q, k, v, known)
+        if torch.are_deterministic_algorithms_enabled() or not whole(call.kv_block):
+            return Grads(_grad_q(w, x, q), *_grad_kv(w, x, k, v, None))
+        sums = torch.zeros(*q.shape[:2], w.q_room, x.width, dtype=torch.float32, device=q.device)
+        grad_k, grad_v = _grad_kv(w, x, k, v, sums)
+        return Grads(_from_sums(w, q, sums), grad_k, grad_v)
+
+
+def _inputs(w: Work, q: Tensor, k: Tensor, v: Tensor, known: Known) -> _Inputs:
+    """Copies in slot order, bad rows cleaned, unless tokens lie so already and every pair of a block counts."""
+    (b, h, n, d), room, grad = q.shape, w.q_room, known.grad_out
+    as_they_lie = w.plain and w.q_facts.identity and _readable(q) and _readable(grad)
+    to_q, to_grad = (q, grad) if as_they_lie else (t.new_empty(b, h, room, box_width(t)) for t in (q, grad))
+    end, delta = (torch.empty(b, h, room, dtype=torch.float32, device=q.device) for _ in range(2))
+    tiles = -(-room // defaults.ROWS)
+    start(
+        ordered_rows_kernel, b * h * tiles,
+        strided(q), strided(grad), strided(known.out), known.lse.contiguous(), known.grad_lse.contiguous(),
+        to_q, to_grad, end, delta, w.row(w.plan.q_order), h, n, room, tiles,
+        D=d, DV=grad.shape[3], PD=to_q.shape[3], PDV=to_grad.shape[3], WD=w.sizes["WD"], WDV=w.sizes["WDV"],
+        BM=defaults.ROWS, COPY=not as_they_lie,
+    )  # fmt: skip
+    as_they_lie = w.plain and w.kv_facts.identity and _readable(k) and _readable(v)
+    to_k, to_v = (k, v) if as_they_lie else w.copied(k, v, w.plan.kv_order, 0.0)
+    return _Inputs(to_q, to_k, to_v, to_grad, end, delta, 64 if max(d, v.shape[3]) <= 64 else 128)
+
+
+def _grad_q(w: Work, x: _Inputs, q: Tensor) -> Tensor:
+    call, p = w.call, w.plan
+    t = tuning_q(call.q_block, call.kv_block, x.width)
+    direct = w.q_facts.distinct
+    grad = _room(q, w.heads, direct, w.q_facts.complete, w.q_room)
+    queries, keys = (1, 1, GROUP, x.width), (1, 1, t.tile, x.width)
+    lists = (
+        *w.row(p.owner), w.q_blocks,
+        p.full_count, p.full_index, p.full_index.shape[-1],
+        p.part_count, p.part_index, p.part_index.shape[-1], p.part_mask,
+    )  # fmt: skip
+    start(
+        backward_q_kernel, w.batch * w.heads * w.q_blocks,
+        _described(x.q, queries), _described(x.grad, queries), _described(x.k, keys), _described(x.v, keys),
+        x.end, x.delta, (grad, grad.shape[2], grad.shape[3]), w.row(p.q_order),
+        lists, masks.by_query(p.masks, call.kv_block), w.heads, w.heads // x.k.shape[1], w.q_room,
+        call.scale * _LOG2E, call.scale,
+        BM=GROUP, BN=t.tile, BK=call.kv_block, D=x.width, STAGES=t.stages, GROUPS=call.q_block // GROUP, DIRECT=direct,
+        num_warps=GROUP // 16, maxnreg=t.registers,
+    )  # fmt: skip
+    return grad if direct else _folded(w, grad, p.q_order, q, 1)
+
+
+def _grad_kv(w: Work, x: _Inputs, k: Tensor, v: Tensor, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values; those of queries are added to `sums`."""
+    call, p = w.call, w.plan
+    t = tuning_kv(call.kv_block, x.width)
+    units = Units.of(p, w.heads, k.shape[1])
+    direct = w.kv_facts.distinct and units.kv_step == 1
+    outs = [_room(y, units.count, direct, w.kv_facts.complete, w.room) for y in (k, v)]
+    full, part = turned(p, w.kv_blocks)
+    lists = (
+        *w.row(p.owner), w.kv_blocks, full.begin, full.count, full.index,
+        part.begin, part.count, part.index, full.index if part.mask is None else part.mask,
+    )  # fmt: skip
+    queries, keys = (1, 1, t.tile, x.width), (1, 1, GROUP, x.width)
+    halves = None if sums is None else x.width  # bytes of half a row, by which the sums take keys apart
+    ends = [_described(e.view(-1), (t.tile,)) for e in (x.end, x.delta)]
+    start(
+        backward_kv_kernel, w.batch * units.count * w.kv_blocks,
+        _described(x.q, queries), _described(x.grad, queries), _described(x.k, keys, halves), _described(x.v, keys),
+        *ends, ends[0] if sums is None else _described(sums.flatten(0, 2), (t.tile, x.width // 2)),
+        *((y, y.shape[2], y.shape[3]) for y in outs), w.row(p.kv_order),
+        lists, masks.by_key(p.masks, call.kv_block), units.count, units.rows, units.count // x.k.shape[1], w.heads,
+        w.q_room, call.scale * _LOG2E, call.scale,
+        BM=t.tile, BN=GROUP, BQ=call.q_block, D=x.width, STAGES=t.stages, WHOLE=sums is not None,
+        GROUPS=call.kv_block // GROUP, DIRECT=direct, num_warps=GROUP // 16, maxnreg=t.registers,
+    )  # fmt: skip
+    if direct:
+        return outs[0], outs[1]
+    return _folded(w, outs[0], p.kv_order, k, units.kv_step), _folded(w, outs[1], p.kv_order, v, units.kv_step)
+
+
+def _from_sums(w: Work, q: Tensor, sums: Tensor) -> Tensor:
+    (b, h, n, d), order, direct = q.shape, w.plan.q_order, w.q_facts.distinct
+    out = _room(q, h, True, w.q_facts.complete or not direct, w.q_room)
+    back = None if direct else Slots.of(order, n)
+    slots, starts = (order, order) if back is None else (back.slots, back.starts)
+    tiles = -(-(w.q_room if direct else n) // defaults.ROWS)
+    start(
+        after_kernel, b * h * tiles,
+        sums, out, w.row(slots), w.row(starts), h, n, w.q_room, tiles, w.call.scale,
+        D=d, W=sums.shape[3], BN=defaults.ROWS, DIRECT=direct,
+    )  # fmt: skip
+    return out
+
+
+def _folded(w: Work, slots: Tensor, order: Tensor, like: Tensor, split: int) -> Tensor:
+    """[B, heads * split, room, D] summed into a gradient in the shape of `like`."""
+    b, heads, n, d = like.shape
+    out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    back, tiles = Slots.of(order, n), -(-n // defaults.ROWS)
+    start(
+        fold_kernel, b * heads * tiles,
+        slots, out, w.row(back.slots), w.row(back.starts), heads, split, w.heads // (heads * split),
+        n, order.shape[-1], tiles, D=d, WD=defaults.padded(d), BN=defaults.ROWS,
+    )  # fmt: skip
+    return out
+
+
+def _room(like: Tensor, heads: int, direct: bool, complete: bool, slots: int) -> Tensor:
+    """Where gradients go: rows of tokens, zero where some have no slot, or float32 rows of slots."""
+    b, _, n, d = like.shape
+    if not direct:
+        return torch.empty(b, heads, slots, d, dtype=torch.float32, device=like.device)
+    return (torch.empty if complete else torch.zeros)(b, heads, n, d, dtype=like.dtype, device=like.device)
+
+
+def _readable(t: Tensor) -> bool:
+    """Whether TMA reads [B, H, N, D]: rows without gaps, everything at multiples of 16 bytes."""
+    step = 16 // t.element_size()
+    long = [s for s, n in zip(t.stride()[:3], t.shape, strict=False) if n > 1]
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(s > 0 and s % step == 0 for s in long)
+
+
+def _described(t: Tensor, box: tuple[int, ...], swizzle: int | None = None) -> Any:
+    """Descriptor of boxes of t, of the same rank; entries outside t read as 0."""
+    step = 16 // t.element_size()  # the stride of an axis of one entry is of no use, but must be legal
+    strides = [s if n > 1 else step for s, n in zip(t.stride()[:-1], t.shape, strict=False)]
+    layout: Any = gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[t.dtype])
+    if swizzle is not None:
+        layout = gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(box))
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], list(box), layout)
