@@ -55,7 +55,7 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 Inputs = dict[str, Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A model at a size. build: layers, heads -> model; inputs: of a forward on a device; layers: built by default, of
     `whole`. grid: media tokens; words: text tokens in the sequence; steps: of a published run.
@@ -447,13 +447,15 @@ def _small(method: SparseMethod, grid: tuple[int, ...], case: Case) -> SparseMet
     if isinstance(method, Paro):
         return _paro(0.5)(replace(case, grid=grid))
     if isinstance(method, RectifiedSpaAttn):
-        return RectifiedSpaAttn(method.settings)
+        return RectifiedSpaAttn(replace(method.settings, drop=0.8, mass=0.0, neighbours=False))
     return Radial(method.settings)  # type: ignore[attr-defined]
 
 
 def measure(case: Case, args: argparse.Namespace) -> list[dict[str, object]]:
     """Rows of one case."""
-    device, dtype = torch.device(args.device), torch.bfloat16 if args.device == "cuda" else torch.float32
+    device = torch.device(args.device)
+    chosen = ("bfloat16" if args.device == "cuda" else "float32") if args.dtype is None else args.dtype
+    dtype = getattr(torch, chosen)
     model = build(case, device, dtype)
     dim = 64 if "cogvideox" in case.name else 128
     kernel = best_dense(case, device, dtype, dim)
@@ -540,9 +542,11 @@ def _tiny(case: Case) -> Case:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--case", action="append", help="only cases whose name contains this, in this order")
     parser.add_argument("--method", default="", help="only methods whose name contains this")
     parser.add_argument("--layers", type=int, help="blocks of each kind to build")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
+    parser.add_argument("--seconds", type=float, help="begin no further case after so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--backend", default="auto", help="kernel of the sparse calls")
     parser.add_argument("--device", default="cuda")
@@ -550,8 +554,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CSV)
     args = parser.parse_args()
     rows: list[dict[str, object]] = []
-    for case in CASES:
-        if args.case not in case.name:
+    begin = time.perf_counter()
+    wanted = [""] if args.case is None else args.case
+    for case in dict.fromkeys(c for word in wanted for c in CASES if word in c.name):
+        if args.seconds is not None and time.perf_counter() - begin > args.seconds:
+            print(f"{case.name}: left out, {args.seconds:.0f} s are over", file=sys.stderr)
             continue
         case = replace(case, methods={n: m for n, m in case.methods.items() if args.method in n})
         if args.layers is not None:

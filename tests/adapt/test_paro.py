@@ -14,6 +14,7 @@ from glocal.adapt.paro import blocks_of
 from glocal.adapt.paro_calibration import ParoSpec, calibrate, keep_blocks, order_facts, order_scores
 from glocal.adapt.paro_plan import ORDERS, ParoPlan, pack_bits, read_published, sequence, unpack_bits
 from glocal.canvas import Canvas, Layout
+from glocal.kernels.quant import Quant
 from glocal.models.generation.video_dit import VideoDiT
 from glocal.ops.capture import Capture
 
@@ -184,3 +185,15 @@ def test_plans_of_another_model_or_size_are_refused(generator: torch.Generator) 
         ParoPlan(torch.zeros(2, 2), torch.zeros(1, 2, dtype=torch.uint8), 9, 1)
     with pytest.raises(FileNotFoundError):
         paro(model, "no such plan.safetensors")
+
+
+def test_queries_and_keys_in_eight_bits(generator: torch.Generator) -> None:
+    model, given = made(WAN, generator)
+    plan = whole(torch.tensor([[0, 3], [5, 2]]), 3, 32)
+    plain, quant = run(model, given), Quant("int8", group=(32, 32))
+    with torch.no_grad(), paro(model, plan, quant=quant) as handle:
+        rounded = run(model, given)
+        assert handle.method.kept == pytest.approx(1.0)  # type: ignore[attr-defined]
+    assert not torch.equal(rounded, plain)
+    assert float((rounded - plain).norm() / plain.norm()) < 2e-2
+    assert torch.equal(run(model, given), plain)

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from glocal.adapt import Method, Site, attach, gna, radial, tile_windows
+from glocal.adapt import Method, RunState, Site, attach, gna, radial, rectified_spaattn, tile_windows
 from glocal.adapt.gna import PRESETS as GNA_PRESETS
 from glocal.adapt.gna import GNASettings, Window
 from glocal.adapt.radial import PRESETS, Radial, RadialSettings, density
 from glocal.adapt.records import Core, SiteCall
+from glocal.adapt.rectified_spaattn import SpaSettings
 from glocal.adapt.sparse import Schedule, SparseMethod
 from glocal.canvas import Canvas, Layout
 from glocal.patterns import Neighborhood, Pattern, RadialBlocks, TileWindows
@@ -282,3 +283,60 @@ def test_lora_needs_a_pipeline_and_lora_weights(generator: torch.Generator) -> N
         radial(model, settings=SMALL, lora="x.safetensors")
     with pytest.raises(ValueError, match=r"lora: no tensor is a LoRA weight; names begin with transformer\.proj"):
         radial(wan(), settings=SMALL, lora={"proj.weight": torch.ones(1)})
+
+
+@pytest.mark.parametrize("exam", [WAN, HUNYUAN, MOCHI])
+def test_radial_may_be_rectified(exam: Any, generator: torch.Generator) -> None:
+    model, given = made(exam, generator)
+    plain = run(model, given)
+    with torch.no_grad():
+        with radial(model, settings=SMALL):
+            bare = run(model, given)
+        with radial(model, settings=SMALL, rectify=True):
+            rectified = run(model, given)
+        assert not torch.allclose(rectified, bare, rtol=0, atol=1e-4)
+    assert torch.equal(run(model, given), plain)
+
+
+def test_rectified_radial_loses_nothing_on_constant_blocks(generator: torch.Generator) -> None:
+    layout = Layout.of(Canvas((8, 16), after=5))
+    q, k, v = (torch.randn(1, 2, 16, 8, generator=generator).repeat_interleave(8, 2) for _ in "qkv")
+    words = (torch.randn(1, 2, 5, 8, generator=generator) for _ in "qkv")
+    q, k, v = (torch.cat([t, w], 2) for t, w in zip((q, k, v), words, strict=True))
+    method = Radial(RadialSettings(decay=0.1, block=8, sink=False, rectify=True))
+    call = SiteCall(Site("here", 0, 2, 8), layout, RunState())
+    out = method.core(q, k, v, call, lambda *_: torch.empty(0))
+    assert method.kept < 0.8
+    torch.testing.assert_close(out, scaled_dot_product_attention(q, k, v), rtol=0, atol=1e-5)
+
+
+def test_two_pipelines_in_one_process() -> None:
+    one, other = wan(), wan()
+    plain = generate(other)
+    with radial(one, settings=SMALL):
+        sparse = generate(one)
+        assert torch.equal(generate(other), plain) and not torch.equal(sparse, plain)
+        with gna(other, window=(1, 1, 1)):
+            assert torch.equal(generate(one), sparse)
+            assert not torch.equal(generate(other), plain)
+    assert torch.equal(generate(other), plain) and torch.equal(generate(one), plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["radial", "rectified_spaattn"])
+def test_methods_in_a_compiled_model(name: str, generator: torch.Generator) -> None:
+    model, given = made(WAN, generator, batch=1)
+    spa = SpaSettings(drop=0.7, mass=0.0, block=4, neighbours=False)
+
+    def put() -> Any:
+        return radial(model, settings=SMALL) if name == "radial" else rectified_spaattn(model, settings=spa)
+
+    plain = run(model, given)
+    with torch.no_grad(), put():
+        wanted = run(model, given)
+    assert not torch.allclose(wanted, plain, rtol=0, atol=1e-5)
+    model.compile(backend="eager")
+    with torch.no_grad(), put():
+        for _ in range(2):
+            torch.testing.assert_close(run(model, given), wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run(model, given), plain, rtol=0, atol=1e-5)

@@ -19,6 +19,7 @@ from glocal.adapt.paro_plan import ParoPlan, sequence
 from glocal.adapt.records import Core, SiteCall
 from glocal.adapt.sparse import Relation, SparseMethod, media_grid
 from glocal.canvas import Canvas
+from glocal.kernels.quant import Quant
 from glocal.ops import Score
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.selection import plan_selection
@@ -27,13 +28,18 @@ from glocal.routing.selection import from_mask
 
 
 class Paro(SparseMethod):
-    """The method. quant: `glocal.kernels.quant.Quant`, rounds queries and keys (and more); None keeps their type.
+    """The method. quant: rounds queries and keys (and more, if it says so); None keeps their type.
 
     empty: what heads do that the plan calls empty, "run" as in the published code or "drop" to zero.
     """
 
     def __init__(
-        self, plan: ParoPlan, *, quant: Any = None, empty: Literal["run", "drop"] = "run", backend: str = "auto"
+        self,
+        plan: ParoPlan,
+        *,
+        quant: Quant | None = None,
+        empty: Literal["run", "drop"] = "run",
+        backend: str = "auto",
     ) -> None:
         if empty not in ("run", "drop"):
             raise ValueError(f"paro: empty={empty!r}; legal: 'run', 'drop'.")
@@ -94,7 +100,7 @@ def paro(
     model: Any,
     plan: ParoPlan | str | Path,
     *,
-    quant: Any = None,
+    quant: Quant | None = None,
     empty: Literal["run", "drop"] = "run",
     backend: str = "auto",
 ) -> Handle:

@@ -17,8 +17,12 @@ from glocal.adapt.attach import Handle, attach
 from glocal.adapt.lora import with_lora
 from glocal.adapt.presets import Preset, chosen
 from glocal.adapt.records import SiteCall
+from glocal.adapt.rectified_spaattn import partitions, word_keys
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
-from glocal.patterns.radial import RadialBlocks
+from glocal.ops.epilogue import Epilogue
+from glocal.ops.rectify import rectification, spread
+from glocal.patterns.radial import RadialBlocks, pooled_band
+from glocal.routing.shares import helpful, pooled, shares
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class RadialSettings:
     """decay, block, sink: of the mask (`RadialBlocks`; sink: everybody sees the first frame).
 
     dense_steps, dense_layers: first steps of the run and first layers that stay dense; dense_last_steps: last steps.
+    rectify: scale and fill up the output for the blocks the mask drops, as Rectified SpaAttn does (arXiv 2511.19835).
     """
 
     decay: float = 1.0
@@ -34,6 +39,7 @@ class RadialSettings:
     dense_steps: int = 0
     dense_layers: int = 0
     dense_last_steps: int = 0
+    rectify: bool = False
 
     @property
     def pattern(self) -> RadialBlocks:
@@ -79,6 +85,19 @@ class Radial(SparseMethod):
             )
         return self.settings.pattern
 
+    def epilogue(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation) -> Epilogue | None:
+        """Factor and addend of the media rows, if asked for."""
+        if not self.settings.rectify:
+            return None
+        canvas, pattern = call.layout.q, self.settings.pattern
+        part, whole, words = partitions(canvas, "raster", canvas.grid.axes, pattern.block, str(q.device))
+        mask = pattern.block_mask(call.layout)[0, : part.groups, : part.groups].to(q.device)
+        mine, theirs = pooled(q, part), pooled(k, part)
+        share = shares(mine, theirs, word_keys(k, words, call), call.site.scale)
+        kept = mask.expand(share.blocks.shape)
+        factor, addend = rectification(share, kept, helpful(mine, theirs), pooled(v, part).mean)
+        return spread(whole, q.shape[2], factor, addend, v.dtype)
+
 
 def radial(
     model: Any,
@@ -112,8 +131,6 @@ def density(settings: RadialSettings, frames: int, tokens: int) -> float:
     """
     if tokens % settings.block:
         raise ValueError(f"density: tokens={tokens} must be a multiple of block={settings.block}.")
-    from glocal.patterns.radial import pooled_band
-
     pattern, side = settings.pattern, tokens // settings.block
     total = 0
     for gap in range(frames):

@@ -140,9 +140,9 @@ def route_call(q: Tensor, k: Tensor, call: SiteCall, axes: tuple[int, ...], sett
             "method that put them there."
         )
     curve = settings.curve if canvas.arrives == "raster" else "raster"
-    part, whole, words = _partitions(canvas, curve, axes, block, str(q.device))
+    part, whole, words = partitions(canvas, curve, axes, block, str(q.device))
     mine, theirs = pooled(q, part, settings.tail), pooled(k, part, settings.tail)
-    share = shares(mine, theirs, _words(k, words, call), call.site.scale)
+    share = shares(mine, theirs, word_keys(k, words, call), call.site.scale)
     forced = _forced(axes, block, settings.curve, settings.neighbours, settings.first_frame).to(q.device)
     least = int((1 - settings.drop) * part.groups)
     keep = Keep(mass=settings.mass, crossing="in", at_least=least, forced="union")
@@ -162,7 +162,7 @@ def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None, competing: Ten
     return counts.scatter_add_(-1, found.index.long(), live.int()) > 0
 
 
-def _words(k: Tensor, words: Tensor, call: SiteCall) -> Tensor | None:
+def word_keys(k: Tensor, words: Tensor, call: SiteCall) -> Tensor | None:
     """Keys of the words, hidden ones marked by NaN in their first channel."""
     if not words.numel():
         return None
@@ -180,7 +180,7 @@ def _curve(axes: tuple[int, ...]) -> Order:
 
 
 @lru_cache(maxsize=16)
-def _partitions(
+def partitions(
     canvas: Canvas, curve: str, axes: tuple[int, ...], block: int, device: str
 ) -> tuple[Partition, Partition, Tensor]:
     """Groups of the media tokens along the curve, groups of all tokens (the words behind), and the words."""

@@ -121,7 +121,9 @@ def _rebound(function: FunctionType, names: dict[str, Any]) -> Callable[..., Any
     """`function` with other meanings of some global names."""
     # Without the name of the module, torch.compile reads these globals instead of that module's.
     scope = {k: v for k, v in function.__globals__.items() if k != "__name__"} | names
-    twin = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, function.__closure__)
+    # A code object of its own: torch.compile keeps what it compiled there, and looks for it in these globals.
+    code = function.__code__.replace()
+    twin = FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
     twin.__kwdefaults__ = function.__kwdefaults__
     return twin
 
