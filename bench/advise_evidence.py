@@ -16,6 +16,8 @@ import argparse
 import csv
 import io
 import platform
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +29,7 @@ from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, Recipe, Sample, Workload, attach, demo_workload
 from glocal.advise.methods import candidates
-from glocal.advise.objective import main_error
+from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback
@@ -38,6 +40,7 @@ from glocal.advise.validation import OtherKernel
 from glocal.advise.weights import StepWeight, fit_weights, make_buckets, one_bucket, residual_total, weight_run
 from glocal.measure.stats import drift, log_ratio, paired
 from glocal.models.generation import SampleSpec, VideoDiT, load_demo
+from glocal.models.generation.sampler import sample as draw_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["row", "budget", "kind", "name", "visited", "seed", "error", "drift", "predicted_error", "predicted_drift"]
@@ -69,7 +72,7 @@ def search(model: VideoDiT, objective: Latents, workload: Workload) -> tuple[Fou
     before = preflight(model, first, objective)
     buckets = make_buckets(before.levels, 4)
     times, methods = work(model, first, objective, before.sites[len(before.sites) // 2].name, before.shape)
-    looks = Looks(buckets, 2, 16)
+    looks = Looks(buckets, 1, 16)
     patterns = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
@@ -123,8 +126,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--plain", type=int, default=6, help="plain recipes measured at each budget")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.45])
+    parser.add_argument("--plain", type=int, default=5, help="plain recipes measured at each budget")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.6, 0.75, 0.45])
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
     options = parser.parse_args()
@@ -134,19 +137,53 @@ def main() -> None:
     objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
     seeds = 2 if options.tiny else options.seeds
     workload = demo_workload(seeds + 2, fields=model.config.fields)
-    with torch.no_grad():
-        found, before = search(model, objective, workload)
-        rows = judge(model, objective, Workload(workload.samples[2:]), (found, before), options)
     tail = {"torch": torch.__version__, "python": platform.python_version()}
     tail["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    table = io.StringIO()
-    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{**dict.fromkeys(COLUMNS, ""), **row, **tail} for row in rows])
-    write_atomic(options.out, table.getvalue())
-    for row in rows:
-        if row["row"] != "seed":
-            print({k: v for k, v in row.items() if v != ""}, flush=True)
+    rows: list[Row] = []
+
+    def emit(more: list[Row]) -> None:
+        rows.extend({**dict.fromkeys(COLUMNS, ""), **row, **tail} for row in more)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(options.out, table.getvalue())
+        for row in more:
+            if row["row"] != "seed":
+                print({k: v for k, v in row.items() if v != ""}, flush=True)
+
+    with torch.no_grad():
+        began = time.monotonic()
+        known = search(model, objective, workload)
+        print(f"probe and step weights: {time.monotonic() - began:.1f} s", flush=True)
+        judge(model, objective, Workload(workload.samples[2:]), known, options, emit)
+
+
+class Batch:
+    """All unseen seeds in one batch: their latents at the end of a run [S, ...] on the CPU."""
+
+    def __init__(self, model: VideoDiT, objective: Latents, samples: Sequence[Sample]) -> None:
+        self.model, self.spec, self.samples = model, objective.spec, samples
+        given = [{k: v for k, v in s.args.items() if k not in ("frames", "height", "width")} for s in samples]
+        self.condition = torch.cat([model.condition(**names) for names in given])
+        self.objective = objective
+        self.dense = self.run()
+
+    def run(self, *, other: bool = False) -> Tensor:
+        """The last latents; from other noise where `other`."""
+        chosen = [replace(s, seed=other_seed(s.seed)) if other else s for s in self.samples]
+        noise = torch.cat([self.objective.first_latent(self.model, s) for s in chosen])
+        return draw_clip(self.model, noise, self.condition, self.spec).float().cpu()
+
+    def errors(self, found: Tensor) -> list[float]:
+        """Relative L2 distance to dense of every seed."""
+        gap, base = ((t).flatten(1).norm(dim=1) for t in (found - self.dense, self.dense))
+        return (gap / base).tolist()
+
+    def of(self, recipe: Recipe) -> list[float]:
+        """Errors of a recipe."""
+        with attach(self.model, replace(recipe, host={}), on_unseen="run"):
+            return self.errors(self.run())
 
 
 def judge(
@@ -155,40 +192,43 @@ def judge(
     unseen: Workload,
     known: tuple[Found, Preflight],
     options: argparse.Namespace,
-) -> list[Row]:
-    """Every recipe on every unseen seed, and what the pairs say."""
+    emit: Callable[[list[Row]], None],
+) -> None:
+    """Every recipe on every unseen seed, and what the pairs say; rows are handed to `emit` as they come."""
     found, before = known
-    dense = {s.id: objective.run(model, s) for s in unseen.samples}
-    floors, ceilings = {}, {}
-    for s in unseen.samples:
-        with attach_method(model, OtherKernel()):
-            floors[s.id] = main_error(objective.distance(dense[s.id], objective.run(model, s)))
-        ceilings[s.id] = main_error(objective.distance(dense[s.id], objective.ceiling(model, s)))
-    floor, ceiling = (sum(v.values()) / len(v) for v in (floors, ceilings))
-
-    def errors(recipe: Recipe) -> list[float]:
-        with attach(model, replace(recipe, host={}), on_unseen="run"):
-            runs = {s.id: objective.run(model, s) for s in unseen.samples}
-        return [main_error(objective.distance(dense[s.id], runs[s.id])) for s in unseen.samples]
-
-    rows: list[Row] = []
+    batch = Batch(model, objective, unseen.samples)
+    with attach_method(model, OtherKernel()):
+        floors = batch.errors(batch.run())
+    ceilings = batch.errors(batch.run(other=True))
+    floor, ceiling = (sum(v) / len(v) for v in (floors, ceilings))
+    band = found.weights.band
+    emit(
+        [
+            {"row": "prediction", "kind": "leave one out", "name": "90 % band, a factor", "error": f"{band:.3f}"},
+            {"row": "anchors", "kind": "floor", "error": f"{floor:.3g}", "pairs": len(unseen)},
+            {"row": "anchors", "kind": "ceiling", "error": f"{ceiling:.4f}", "pairs": len(unseen)},
+        ]
+    )
     for budget in options.budgets:
-        measured: dict[str, list[tuple[Rung, list[float]]]] = {"residual": [], "output": [], "plain": []}
+        rows: list[Row] = []
+        tried: dict[str, list[Rung]] = {"residual": [], "output": []}
         for measure in ("residual", "output"):
             rung = allocated(found, budget, measure)
-            if rung is not None:
-                measured[measure].append((rung, errors(rung.recipe)))
+            tried[measure] = [] if rung is None else [rung]
         rivals = plain_rungs(found, budget, options.plain)
         rivals += [r for r in published(found, before.shape, before.levels) if spent(r, found, before) <= budget]
-        measured["plain"] = [(rung, errors(rung.recipe)) for rung in rivals]
+        tried["plain"] = rivals
         best: dict[str, tuple[Rung, list[float]]] = {}
-        for kind, tried in measured.items():
-            for rung, values in tried:
+        for kind, rungs in tried.items():
+            for rung in rungs:
+                values = batch.of(rung.recipe)
+                if kind not in best or sum(values) < sum(best[kind][1]):
+                    best[kind] = rung, values
                 share = f"{spent(rung, found, before):.4f}"
                 head: Row = {"budget": budget, "kind": kind, "name": rung.name, "visited": share}
-                for s, value in zip(unseen.samples, values, strict=True):
-                    own = drift(value, floors[s.id], ceilings[s.id])
-                    rows.append({"row": "seed", **head, "seed": s.seed, "error": f"{value:.5f}", "drift": f"{own:.5f}"})
+                for s, value, low, high in zip(unseen.samples, values, floors, ceilings, strict=True):
+                    own = {"seed": s.seed, "error": f"{value:.5f}", "drift": f"{drift(value, low, high):.5f}"}
+                    rows.append({"row": "seed", **head, **own})
                 mean = paired(values)
                 row: Row = {"row": "recipe", **head, "error": f"{mean.mean:.5f}", "low": f"{mean.low:.5f}"}
                 row |= {"high": f"{mean.high:.5f}", "pairs": len(values)}
@@ -197,8 +237,6 @@ def judge(
                     row["predicted_error"] = f"{rung.predicted:.5f}"
                     row["predicted_drift"] = f"{drift(rung.predicted, floor, ceiling):.5f}"
                 rows.append(row)
-            if tried:
-                best[kind] = min(tried, key=lambda pair: sum(pair[1]))
         for rival in ("output", "plain"):
             if rival in best and "residual" in best:
                 ratio = log_ratio(best[rival][1], best["residual"][1])
@@ -206,11 +244,7 @@ def judge(
                 verdict: Row = {"row": "error ratio", "budget": budget, "kind": rival, "name": name}
                 verdict |= {"error": f"{ratio.mean:.4f}", "low": f"{ratio.low:.4f}", "high": f"{ratio.high:.4f}"}
                 rows.append({**verdict, "pairs": ratio.n})
-    band = found.weights.band
-    rows.append({"row": "prediction", "kind": "leave one out", "name": "90 % band, a factor", "error": f"{band:.3f}"})
-    rows.append({"row": "anchors", "kind": "floor", "error": f"{floor:.3g}", "pairs": len(unseen)})
-    rows.append({"row": "anchors", "kind": "ceiling", "error": f"{ceiling:.4f}", "pairs": len(unseen)})
-    return rows
+        emit(rows)
 
 
 if __name__ == "__main__":

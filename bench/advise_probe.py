@@ -69,12 +69,12 @@ def wan(device: str, tiny: bool, blocks: int) -> Case:
 
     small: dict[str, Any] = {}
     if tiny:
-        small = {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
+        small = {"num_attention_heads": 2, "attention_head_dim": 64, "text_dim": 16, "freq_dim": 32, "ffn_dim": 32}
     dtype = torch.float32 if tiny else torch.bfloat16
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = diffusers.WanTransformer3DModel(**small, num_layers=blocks).eval()
-        frames, height, width = (4, 16, 16) if tiny else (21, 90, 160)
+        frames, height, width = (8, 24, 24) if tiny else (21, 90, 160)
         text = 16 if tiny else 4096
         arguments = {
             "hidden_states": torch.randn(1, 16, frames, height, width),
@@ -91,13 +91,18 @@ def hunyuan(device: str, tiny: bool, blocks: int) -> Case:
 
     small: dict[str, Any] = {}
     if tiny:
-        small = {"num_attention_heads": 2, "attention_head_dim": 16, "rope_axes_dim": (4, 6, 6), "text_embed_dim": 16}
+        small = {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "rope_axes_dim": (16, 24, 24),
+            "text_embed_dim": 16,
+        }
         small |= {"pooled_projection_dim": 8, "num_refiner_layers": 1}
     dtype = torch.float32 if tiny else torch.bfloat16
     with torch.device(device):
         torch.set_default_dtype(dtype)
         model = diffusers.HunyuanVideoTransformer3DModel(**small, num_layers=1, num_single_layers=blocks - 1).eval()
-        frames, height, width = (4, 16, 16) if tiny else (33, 90, 160)
+        frames, height, width = (8, 24, 24) if tiny else (33, 90, 160)
         words, text, pooled = (5, 16, 8) if tiny else (256, 4096, 768)
         arguments = {
             "hidden_states": torch.randn(1, 16, frames, height, width),
@@ -127,7 +132,7 @@ def plans(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[MethodSpec]:
     ]:
         window = [{"fraction": f} for f in fractions]
         found.append(MethodSpec("tile_windows", {"tile": list(tile), "window": window}, order, (size, size)))
-    for fractions in [(f, f, f) for f in (0.35, 0.5, 0.65, 0.8)] + [(1.0, f, f) for f in (0.3, 0.45, 0.6, 0.75)]:
+    for fractions in [(f, f, f) for f in (0.4, 0.6, 0.8)] + [(1.0, f, f) for f in (0.3, 0.5, 0.7)]:
         window = [{"fraction": f} for f in fractions]
         found.append(MethodSpec("gna", {"window": window, "stride": list(tile)}, order, (size, size)))
         found.append(MethodSpec("gna", {"window": window}, order, (size, size)))
@@ -176,27 +181,33 @@ def main() -> None:
     for name in options.model:
         torch.manual_seed(0)
         case = MODELS[name](options.device, options.tiny, options.blocks)
-        rows += measure(name, case, options)
+
+        def emit(more: list[dict[str, object]]) -> None:
+            rows.extend(more)
+            table = io.StringIO()
+            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomic(options.out, table.getvalue())
+            for row in more:
+                if row["kind"] not in ("forecast", "fitted"):
+                    print({k: v for k, v in row.items() if v != ""}, flush=True)
+
+        measure(name, case, options, emit)
         del case
-        table = io.StringIO()
-        writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        write_atomic(options.out, table.getvalue())
-    for row in rows:
-        if row["kind"] != "forecast":
-            print({k: v for k, v in row.items() if v != ""}, flush=True)
 
 
-def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str, object]]:
-    """Rows of one model."""
+def measure(
+    name: str, case: Case, options: argparse.Namespace, emit: Callable[[list[dict[str, object]]], None]
+) -> None:
+    """Rows of one model, handed to `emit` as they come."""
     cuda = options.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else platform.processor()
 
     def forward() -> Tensor:
         return case.model(**case.arguments, return_dict=False)[0]
 
-    listed = {m.id: m for m in candidates(case.shape, tile_shape=(1, 2, 4) if options.tiny else None)}
+    listed = {m.id: m for m in candidates(case.shape)}
     spec = ProbeSpec(listed, lambda step: 0, frozenset({0}), blocks=16)
     probe = Probe(spec)
 
@@ -221,13 +232,24 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
         f"{name}: forward {dense_s:.3f} s, probed {probe_s:.3f} s ({case.run} blocks), first {planned:.1f} s",
         flush=True,
     )
+    grid = 1
+    for length in case.shape:
+        grid *= length
+    row = {**blank, **head, "tokens": grid, "heads": case.model.config.num_attention_heads}
+    emit(
+        [
+            {**row, "kind": "dense forward", "measured_s": f"{dense_s:.4f}", "extra_gib": f"{dense_gib:.3f}"},
+            {**row, "kind": "probed forward", "measured_s": f"{probe_s:.4f}", "extra_gib": f"{probe_gib:.3f}"},
+            {**row, "kind": "probe, one block", "name": f"{len(listed)} candidates", "measured_s": f"{added:.4f}"},
+            {**row, "kind": "probe, whole model", "name": f"{records} records", "measured_s": f"{added * case.of:.3f}"},
+            {**row, "kind": "probe over the dense peak", "extra_gib": f"{probe_gib - dense_gib:.3f}"},
+        ]
+    )
     found: list[tuple[str, MethodTime, MethodSpec]] = []
-    sizes: dict[str, object] = {}
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
-        sizes.update(tokens=call.layout.nk, heads=q.shape[1])
         dropped = Dropped()
-        tried = {m.id: m for m in plans(case.shape, (1, 2, 4) if options.tiny else default_tile(case.shape))}
+        tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
         ready = {n: ready_for(dropped, n, m, (q, k, v, call)) for n, m in tried.items()}
         working = {n: r for n, r in ready.items() if r is not None}
         times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)
@@ -238,15 +260,7 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
 
     with attach(case.model, Inside(site, look)):
         forward()
-    head |= sizes
-    row = {**blank, **head}
-    out: list[dict[str, object]] = [
-        {**row, "kind": "dense forward", "measured_s": f"{dense_s:.4f}", "extra_gib": f"{dense_gib:.3f}"},
-        {**row, "kind": "probed forward", "measured_s": f"{probe_s:.4f}", "extra_gib": f"{probe_gib:.3f}"},
-        {**row, "kind": "probe, one block", "name": f"{len(listed)} candidates", "measured_s": f"{added:.4f}"},
-        {**row, "kind": "probe, whole model", "name": f"{records} records", "measured_s": f"{added * case.of:.3f}"},
-        {**row, "kind": "probe over the dense peak", "extra_gib": f"{probe_gib - dense_gib:.3f}"},
-    ]
+    out: list[dict[str, object]] = []
     dense, timed = found[0][1], [f for f in found[1:] if f[1].median > 0]
     out.append({**row, "kind": "dense call", "measured_s": f"{dense.median:.5f}", "kernel": dense.kernel})
     samples = [TimeSample(t.full, t.partial, 0.0, t.median) for _, t, _ in timed]
@@ -263,7 +277,7 @@ def measure(name: str, case: Case, options: argparse.Namespace) -> list[dict[str
         out.append({**row, "kind": kind, "name": method.words(), **values, **more})
     worst = max(errors)
     out.append({**row, "kind": "worst forecast", "name": f"{len(errors)} plans", "error": f"{worst:.4f}"})
-    return out
+    emit(out)
 
 
 if __name__ == "__main__":

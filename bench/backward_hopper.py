@@ -1,6 +1,6 @@
 """Backward of block-sparse attention on Hopper: checked against the definition, then timed beside dense cuDNN.
 
-    python bench/backward_hopper.py [--cases video,image256,image128d64] [--repeats 7] [--out FILE.csv]
+    python bench/backward_hopper.py [--rows image256:128:aligned:fast,image256:dense] [--repeats 7] [--out FILE.csv]
 
 One head of every case is checked first, block by block in float32; a case that fails prints no speed. Tokens lie in
 plan order, as a model permuted once has them.
@@ -33,6 +33,8 @@ SHAPES = {
     "image256": ((256, 256), 8, 128, (80, 80), (16, 16)),
     "image128d64": ((128, 128), 16, 64, (48, 48), (16, 16)),
 }
+KINDS = ("aligned", "stride1")
+MODES = ("fast", "deterministic")
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +125,7 @@ def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
     found = [definition(made, (q[0, h], k[0, h], v[0, h]), d**-0.5) for h in range(heads)]
     out = torch.stack([f[0] for f in found])[None].to(dtype)
     lse = torch.stack([f[1] for f in found])[None]
-    kind = f"{name} {'stride 1' if stride_one else 'aligned'} block {block}"
-    return Case(kind, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
+    return Case(name, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
 
 
 def checked(c: Case, found: Grads) -> tuple[float, ...]:
@@ -200,14 +201,13 @@ def write(rows: list[dict[str, Any]], path: Path | None) -> None:
 
 
 def main() -> None:
-    """Check, time, print and write."""
+    """Check, time, print and write, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", default=",".join(SHAPES))
-    parser.add_argument("--blocks", default="128,64")
-    parser.add_argument("--kinds", default="aligned,stride1")
-    parser.add_argument("--modes", default="fast,deterministic")
+    every = (f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in SHAPES for k in KINDS for m in MODES)
+    parser.add_argument(
+        "--rows", default=",".join(every), help="name:block:kind:mode, or name:dense, one after the other"
+    )
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--dense", action="store_true", help="time cuDNN's dense backward too")
     parser.add_argument("--profile", action="store_true", help="print the time of each kernel")
     parser.add_argument("--out", type=Path)
     a = parser.parse_args()
@@ -215,26 +215,29 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(device, flush=True)
-    for name in a.cases.split(","):
-        if a.dense:
-            ms, spread = dense(name, torch.bfloat16, a.repeats)
-            rows.append({"case": name, "mode": "dense cuDNN", "ms": ms, "spread": spread, "device": device})
-            print(rows[-1], flush=True)
-        for block in map(int, a.blocks.split(",")):
-            for kind in a.kinds.split(","):
-                c = case(name, block, kind == "stride1", torch.bfloat16)
-                for mode in a.modes.split(","):
-                    run = partial(c.backward, deterministic=mode == "deterministic")
-                    errors = checked(c, run())
-                    ms, spread = timed(run, a.repeats)
-                    if a.profile:
-                        print(profiled(run), flush=True)
-                    row: dict[str, Any] = {"case": c.name, "mode": mode, "ms": ms, "spread": spread}
-                    row |= {"tflops": c.flops / ms / 1e9, "visited_tflops": c.flops * c.visited / ms / 1e9}
-                    row |= dict(zip(("error_q", "error_k", "error_v"), errors, strict=True))
-                    rows.append(row | {"device": device})
-                    write(rows, a.out)
-                    print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
+    known: dict[str, Case] = {}
+    for asked in a.rows.split(","):
+        name, *rest = asked.split(":")
+        row: dict[str, Any] = {"case": name, "mode": "dense cuDNN"}
+        if rest == ["dense"]:
+            row["ms"], row["spread"] = dense(name, torch.bfloat16, a.repeats)
+        else:
+            block, kind, mode = rest
+            key = f"{name} {kind} block {block}"
+            if key not in known:
+                known = {key: case(name, int(block), kind == "stride1", torch.bfloat16)}
+            c = known[key]
+            run = partial(c.backward, deterministic=mode == "deterministic")
+            errors = checked(c, run())
+            row |= {"case": key, "mode": mode}
+            row["ms"], row["spread"] = timed(run, a.repeats)
+            row |= {"tflops": c.flops / row["ms"] / 1e9, "visited_tflops": c.flops * c.visited / row["ms"] / 1e9}
+            row |= dict(zip(("error_q", "error_k", "error_v"), errors, strict=True))
+            if a.profile:
+                print(profiled(run), flush=True)
+        rows.append(row | {"device": device})
+        write(rows, a.out)
+        print({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}, flush=True)
 
 
 if __name__ == "__main__":

@@ -33,11 +33,8 @@ def row(name: str) -> dict[str, object]:
     off = "" if known.gflops is None else f"{100 * (gmacs / known.gflops - 1):.1f}"
     published = "" if known.gflops is None else known.gflops
     size = {"model": name, "system": known.system, "size": known.size, "params": params}
-    figures = {
-        "published_params": "" if known.params is None else known.params,
-        "gmacs": f"{gmacs:.3f}",
-        "published_gmacs": published,
-    }
+    counted = "" if known.params is None else known.params
+    figures = {"published_params": counted, "gmacs": f"{gmacs:.3f}", "published_gmacs": published}
     return {**size, **figures, "off_percent": off, "note": known.note}
 
 

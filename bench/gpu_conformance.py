@@ -2,8 +2,8 @@
 
 python bench/gpu_conformance.py [-o results/gpu_conformance.csv] [--jobs N]
 
-One row a test and backend: passed, failed, or refused with the backend's own words. Exit code 1 if one failed. The
-suite is dealt over several processes, since compiling takes longer than running.
+One row a test and backend: passed, failed, refused with the backend's own words, or not run for lack of time. Exit code
+1 if one failed. The suite is dealt over several processes, since compiling takes longer than running.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ import io
 import re
 import subprocess
 import sys
-import tempfile
-import xml.etree.ElementTree as ET
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,28 +35,32 @@ def collected(select: str | None) -> list[str]:
     return [line for line in done.stdout.splitlines() if "::" in line]
 
 
-def run(names: list[str], folder: Path, number: int, limit: int) -> list[tuple[str, str, str]]:
-    """(test, outcome, words) of some tests, in a process of their own."""
-    report = folder / f"{number}.xml"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=line", "-p", "no:cacheprovider", f"--junitxml={report}"]
+def run(names: list[str], limit: int) -> list[tuple[str, str, str]]:
+    """(test, outcome, words) of some tests, in a process of their own, for at most `limit` seconds."""
+    command = [sys.executable, "-m", "pytest", "-v", "--tb=line", "-rfEs", "-p", "no:cacheprovider", *names]
     try:
-        subprocess.run([*command, *names], cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
-        return [(n.split("::")[1], "failed", f"no end within {limit} s") for n in names]
-    if not report.is_file():
-        return [(n.split("::")[1], "failed", "the process ended without a report") for n in names]
+        text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit).stdout
+    except subprocess.TimeoutExpired as late:
+        text = late.stdout.decode() if isinstance(late.stdout, bytes) else str(late.stdout)
+    outcome = dict(re.findall(r"::(test_\S+(?:\[.*?\])?) (PASSED|FAILED|ERROR|SKIPPED)", text))
+    words = dict(re.findall(r"^(?:FAILED|ERROR) \S*?::(test_[^ ]+(?: [^-]*?\])?) - (.*)$", text, re.M))
+    reasons = re.findall(r"^SKIPPED \[\d+\] \S+: (.*)$", text, re.M)
+    told = {"PASSED": "passed", "SKIPPED": "refused"}
     rows = []
-    for case in ET.parse(report).iter("testcase"):
-        name = str(case.get("name"))
-        bad = case.find("failure") if case.find("failure") is not None else case.find("error")
-        skipped = case.find("skipped")
-        if bad is not None:
-            rows.append((name, "failed", " ".join(str(bad.get("message")).split())[:200]))
-        elif skipped is not None:
-            rows.append((name, "refused", " ".join(str(skipped.get("message")).split())[:200]))
-        else:
-            rows.append((name, "passed", ""))
+    for name in (n.split("::")[1] for n in names):
+        state = told.get(outcome[name], "failed") if name in outcome else "not run"
+        said = words.get(name, "" if name in outcome else f"not reached within {limit} s")
+        if state == "refused":
+            backend = backend_of(name)
+            said = next((r for r in reasons if backend and r.startswith(backend)), "")
+        rows.append((name, state, said[:200]))
     return rows
+
+
+def backend_of(name: str) -> str:
+    """The backend in the brackets of a test's name."""
+    inside = name.partition("[")[2].rstrip("]")
+    return max((b for b in registry.names() if re.search(rf"(^|-){b}($|-)", inside)), key=len, default="")
 
 
 def main() -> int:
@@ -70,10 +72,15 @@ def main() -> int:
     parser.add_argument("-k", dest="select", help="as pytest takes it")
     given = parser.parse_args()
     names = collected(given.select)
-    parts = [names[i :: given.jobs] for i in range(given.jobs) if names[i :: given.jobs]]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(given.jobs) as pool:
-        found = pool.map(lambda p: run(p[1], Path(folder), p[0], given.limit), enumerate(parts))
-        rows = sorted(row for part in found for row in part)
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in names:  # cases of one test and backend share compiled kernels, so they go to one process
+        groups.setdefault((name.partition("[")[0], backend_of(name)), []).append(name)
+    parts: list[list[str]] = [[] for _ in range(given.jobs)]
+    for group in sorted(groups.values(), key=len, reverse=True):
+        min(parts, key=len).extend(group)
+    parts = [p for p in parts if p]
+    with ThreadPoolExecutor(given.jobs) as pool:
+        rows = sorted(row for part in pool.map(lambda p: run(p, given.limit), parts) for row in part)
     text = io.StringIO()
     writer = csv.writer(text)
     device = torch.cuda.get_device_name()
@@ -81,8 +88,7 @@ def main() -> int:
     writer.writerow(("test", "backend", "case", "outcome", "words", "device", "versions"))
     for name, outcome, words in rows:
         test, _, inside = name.partition("[")
-        inside = inside.rstrip("]")
-        backend = max((b for b in registry.names() if re.search(rf"(^|-){b}($|-)", inside)), key=len, default="")
+        inside, backend = inside.rstrip("]"), backend_of(name)
         case = re.sub(rf"(^|-){backend}($|-)", "", inside) if backend else inside
         writer.writerow((test.removeprefix("test_"), backend, case, outcome, words, device, versions))
     write_atomic(given.out, text.getvalue())

@@ -11,9 +11,8 @@ import argparse
 import csv
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from torch import Tensor
 
 from glocal.canvas import Canvas
 from glocal.kernels.call import Call, PlanTensors
-from glocal.patterns import Neighborhood, TileWindows
+from glocal.patterns import Neighborhood, StridedShards, TileWindows
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan, unpack
 from glocal.plan.build import PlanSpec, plan
@@ -39,6 +38,8 @@ class Case:
     block: int = 128
 
 
+TOLERANCE = 2e-2  # largest error of out over its largest value, and of LSE
+
 CASES = {
     "video aligned": Case(TileWindows((6, 8, 8), 3), (30, 48, 80), 8, 128),
     "image256 aligned": Case(TileWindows(16, 5), (256, 256), 8, 128),
@@ -48,6 +49,7 @@ CASES = {
     "image128d64 stride 1": Case(Neighborhood(48), (128, 128), 16, 64),
     "video aligned 64": Case(TileWindows((6, 8, 8), 3), (30, 48, 80), 8, 128, 64),
     "image256 aligned 64": Case(TileWindows(16, 5), (256, 256), 8, 128, 64),
+    "s2 131072, local 16, stride 16": Case(StridedShards(64, 16, 16, heads_q=32), (131_072,), 32, 128, 64),
     "image128d64 aligned 64": Case(TileWindows(16, 3), (128, 128), 16, 64, 64),
 }
 
@@ -112,66 +114,108 @@ def timed(run: Callable[[], object], repeat: int) -> tuple[float, float]:
     return statistics.median(found), min(found)
 
 
-def main() -> None:
-    """See the top of the file."""
-    from glocal.kernels.gluon import launch
-    from glocal.kernels.gluon.tuning import tuning
+@dataclass(frozen=True)
+class Row:
+    """One line of the table; tflops count visible pairs, visited_tflops those of all visited blocks."""
 
+    case: str
+    part: str
+    variant: str
+    ms: float
+    least_ms: float
+    visible_tflops: float
+    visited_tflops: float
+    error: float
+    repeats: int
+    device: str
+    torch: str
+    triton: str
+
+
+class Bench:
+    """All variants of one case: checked, then timed."""
+
+    def __init__(self, name: str, case: Case, repeat: int) -> None:
+        self.name, self.case, self.repeat = name, case, repeat
+        self.plan = made(case, "cuda")
+        g = torch.Generator("cuda").manual_seed(1)
+        shape = (1, case.heads, self.plan.layout.nq, case.dim)
+        q, k, v = (torch.randn(shape, device="cuda", generator=g).bfloat16() for _ in range(3))
+        self.qkv = (q, k, v)
+        self.call = call_of(self.plan, case.dim)
+
+    def row(self, part: str, variant: str, times: tuple[float, float], error: float) -> Row:
+        """With rates."""
+        import triton
+
+        case, p = self.case, self.plan
+        visible, visited = p.flops(case.heads, case.dim), 4.0 * p.visited_pairs * case.heads * case.dim
+        rates = (visible / times[0] / 1e9, visited / times[0] / 1e9)
+        versions = torch.cuda.get_device_name(), torch.__version__, triton.__version__
+        return Row(self.name, part, variant, *times, *rates, error, self.repeat, *versions)
+
+    def rows(self, variant: str) -> list[Row]:
+        """The kernel alone; for the shipped tuning ("") also rows brought into plan order, and the whole call."""
+        from glocal.kernels.gluon import launch
+        from glocal.kernels.gluon.tuning import tuning
+
+        q, k, v = self.qkv
+        changes = {name: int(value) for name, value in (word.split("=") for word in variant.split())}
+        work = launch.work_of(q, k, v, self.call)
+        tuned = replace(tuning((work.call.q_block, work.call.kv_block), self.case.dim), **changes)
+        out, lse = launch.forward(q, k, v, self.call, tuned)
+        error = checked(self.plan, self.qkv, out, lse)
+        if not error < TOLERANCE:
+            raise ValueError(f"error {error:.3g} is not below {TOLERANCE}")
+        given = launch.placed(work, q, k, v)
+        found = [
+            self.row("kernel", variant, timed(partial(launch.run, work, given, out, lse, tuned), self.repeat), error)
+        ]
+        if not variant:
+            for part, run in (
+                ("into plan order", partial(launch.placed, work, q, k, v)),
+                ("whole call", partial(launch.forward, q, k, v, self.call)),
+            ):
+                found.append(self.row(part, variant, timed(run, self.repeat), error))
+        return found
+
+
+def main() -> int:
+    """See the top of the file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", default="")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--skip", default="")
-    parser.add_argument("--variants", default="")
+    parser.add_argument("--cases", default="", help="words, any of which a case must hold")
+    parser.add_argument("--skip", default="", help="names of cases to leave out")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--variants", default="", help="changes to the tuning, as in 'stages=3 persistent=0,held=1'")
     asked = parser.parse_args()
-    rows = []
-    for name, case in CASES.items():
-        wanted = not asked.cases or any(word in name for word in asked.cases.split(","))
-        if not wanted or name in asked.skip.split(","):
-            continue
-        start = time.time()
-        p = made(case, "cuda")
-        n = p.layout.nq
-        print(f"{name}: {p} planned in {time.time() - start:.1f} s", flush=True)
-        g = torch.Generator("cuda").manual_seed(1)
-        shape = (1, case.heads, n, case.dim)
-        q, k, v = qkv = tuple(
-            torch.randn(shape, device="cuda", generator=g, dtype=torch.float32).bfloat16() for _ in range(3)
-        )
-        call = call_of(p, case.dim)
-        work = launch.prepare(q, k, v, call)
-        given = launch.placed(work, q, k, v)
-        print(f"  into plan order {timed(partial(launch.placed, work, q, k, v), asked.repeat)[0]:.3f} ms", flush=True)
-        for variant in asked.variants.split(","):
-            changes = {name: int(value) for name, value in (word.split("=") for word in variant.split() if word)}
-            tuned = replace(tuning(case.block, case.dim), **changes)
-            try:
-                out, lse = launch.forward(q, k, v, call, tuned)
-                error = checked(p, qkv, out, lse)
-                if not error < 2e-2:
-                    print(f"  {variant}: WRONG, error {error}", flush=True)
-                    continue
-                kernel = timed(partial(launch.run, work, given, out, lse, tuned), asked.repeat)
-            except Exception as problem:  # a variant that does not fit is a row that says so
-                print(f"  {variant}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
-                continue
-            visible = p.flops(case.heads, case.dim) / kernel[0] / 1e9
-            visited = 4.0 * p.visited_pairs * case.heads * case.dim / kernel[0] / 1e9
-            print(
-                f"  {variant}: {kernel[0]:.3f} ms (least {kernel[1]:.3f}) visible {visible:.0f} visited {visited:.0f} "
-                f"TFLOP/s, error {error:.2g}",
-                flush=True,
-            )
-            rows.append(
-                [name, variant, f"{kernel[0]:.4f}", f"{kernel[1]:.4f}", f"{visible:.1f}", f"{visited:.1f}", error]
-            )
-        whole = timed(partial(launch.forward, q, k, v, call), asked.repeat)
-        print(f"  whole call with permutation {whole[0]:.3f} ms", flush=True)
+    wrong = 0
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["case", "variant", "ms", "least_ms", "visible_tflops", "visited_tflops", "error"])
-        writer.writerows(rows)
+        writer.writerow([f.name for f in fields(Row)])
+        for name, case in CASES.items():
+            wanted = not asked.cases or any(word in name for word in asked.cases.split(","))
+            if not wanted or name in asked.skip.split(","):
+                continue
+            bench = Bench(name, case, asked.repeat)
+            print(f"{name}: {bench.plan}", flush=True)
+            for variant in asked.variants.split(","):
+                try:
+                    found = bench.rows(variant)
+                except Exception as problem:  # a variant that does not fit is a line that says so, and an exit code
+                    print(f"  {variant}: {type(problem).__name__}: {str(problem)[:200]}", flush=True)
+                    wrong += 1
+                    continue
+                for r in found:
+                    writer.writerow([f"{x:.4g}" if isinstance(x, float) else x for x in astuple(r)])
+                    print(
+                        f"  {r.part} {r.variant}: {r.ms:.3f} ms (least {r.least_ms:.3f}), visible "
+                        f"{r.visible_tflops:.0f}, visited {r.visited_tflops:.0f} TFLOP/s, error {r.error:.2g}",
+                        flush=True,
+                    )
+                file.flush()
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -93,6 +93,10 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=128)
     p.add_argument("--train", type=int, default=20_000)
     p.add_argument("--test", type=int, default=2_000)
+    p.add_argument("--dims", default="48,96,192,288", help="channels of the levels")
+    p.add_argument("--depths", default="2,2,4,2")
+    p.add_argument("--head-dim", type=int, default=24)
+    p.add_argument("--lr", type=float, default=1e-3)
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--examine", action="store_true")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "mixers")
@@ -101,7 +105,11 @@ def main() -> None:
     a = p.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     task = task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test))
-    spec = MixerSpec(a.steps, match=a.match, seeds=a.seeds, batch=a.batch, device=a.device, frame=Frame())
+    dims, depths = (tuple(int(n) for n in text.split(",")) for text in (a.dims, a.depths))
+    spec = MixerSpec(
+        a.steps, match=a.match, seeds=a.seeds, batch=a.batch, lr=a.lr, device=a.device,
+        precision="no" if a.device == "cpu" else "bf16", frame=Frame(dims, depths, a.head_dim),
+    )  # fmt: skip
     known = a.out / "examined.json"
     if a.child is not None:
         work(a, task, spec, {e["mixer"]: _entry(e) for e in json.loads(known.read_text())})

@@ -1,10 +1,11 @@
 """Quantised attention against exact kernels at one plan: error first, then time with rounding included, into a CSV.
 
-    python3 bench/quantised.py --out results/quantised.csv [--cases "video aligned"] [--tune]
+    python3 bench/quantised.py --out results/quantised.csv [--case "video aligned"] [--only "int8 fp8,fp8 both"]
 
-Every variant is first compared with its own definition and with exact attention on small cases; one that fails prints
-no time. Tokens already lie in plan order. `relative` is the RMS error against exact attention over the RMS of it, on
-sampled query blocks of the timed inputs: standard normal, or "video-like" (smooth fields, keys with a common mean).
+Each variant first runs in a process of its own, all side by side, where its kernels are compiled and compared with
+their definition and with exact attention; one that fails, or is not ready by `--ready` seconds, prints no time. Then
+all are timed in turn. Tokens lie in plan order. Errors are RMS over RMS of exact attention in float32 on sampled query
+blocks of the timed inputs: standard normal, or "video-like" (groups of like tokens, keys with a common mean).
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,16 +31,19 @@ from glocal.kernels.call import Call, PlanTensors
 from glocal.kernels.quant import Quant
 from glocal.kernels.quantised import emulate, launch
 from glocal.kernels.quantised.work import work_of
-from glocal.ops._approximation import measured
 from glocal.patterns import Neighborhood, TileWindows
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 
+START = time.time()
+DEVICE = "cuda"
+Inputs = tuple[Tensor, Tensor, Tensor]
+
 
 @dataclass(frozen=True)
 class Case:
-    """q [1, heads, N, dim] on a canvas."""
+    """q [1, heads, N, dim] on a canvas whose tiles divide into blocks: every visited block is full."""
 
     pattern: Pattern
     canvas: tuple[int, ...]
@@ -49,32 +56,29 @@ CASES = {
     "video aligned": Case(TileWindows((6, 8, 8), 3), (30, 48, 80)),
     "image256 aligned": Case(TileWindows(16, 5), (256, 256)),
     "image128d64 aligned": Case(TileWindows(16, 3), (128, 128), 16, 64),
-    "video stride 1": Case(Neighborhood((18, 24, 24)), (30, 48, 80)),
-    "video aligned 64": Case(TileWindows((6, 8, 8), 3), (30, 48, 80), block=64),
 }
 QUANTS = {
-    "int8": Quant("int8", "none", (32, 64)),
-    "int8 blocks": Quant("int8", "none", (128, 128)),
-    "int8 both": Quant("int8", "int8", (128, 128)),
     "int8 fp8": Quant("int8", "fp8", (128, 128)),
-    "fp8": Quant("fp8", "none", (128, 128)),
+    "int8 fp8, smooth": Quant("int8", "fp8", (128, 128), smooth_k=True),
+    "int8": Quant("int8", "none", (128, 128)),
     "fp8 both": Quant("fp8", "fp8", (128, 128)),
-    "fp8 both, smooth": Quant("fp8", "fp8", (128, 128), smooth_k=True),
-    "fp8 both, by token": Quant("fp8", "fp8", (1, 128)),
+    "int8 both": Quant("int8", "int8", (128, 128)),
+    "int8 as PAROAttention": Quant("int8", "none", (32, 64)),
 }
-TUNED = (
-    launch.Tuning(64, 4, 2),
-    launch.Tuning(128, 8, 2),
-    launch.Tuning(128, 4, 3, hopper=True),
-    launch.Tuning(128, 4, 4, hopper=True),
-    launch.Tuning(128, 4, 3, hopper=True, emulate=4),
-)
-EXACT = ("gluon", "triton", "fa4", "cudnn_sparse")
-
-
-def fitted(quant: Quant, block: int) -> Quant:
-    """Groups no larger than the block."""
-    return replace(quant, group=(min(quant.group[0], block), min(quant.group[1], block)))
+TRITON, HOPPER = launch.Tuning(), launch.HOPPER
+VARIANTS = {
+    "int8 fp8, warp groups": ("int8 fp8", HOPPER),
+    "fp8 both, warp groups": ("fp8 both", HOPPER),
+    "int8, warp groups": ("int8", HOPPER),
+    "int8 fp8, warp groups, emulate 4": ("int8 fp8", replace(HOPPER, emulate=4)),
+    "fp8 both, warp groups, emulate 4": ("fp8 both", replace(HOPPER, emulate=4)),
+    "int8 fp8, smooth, warp groups": ("int8 fp8, smooth", HOPPER),
+    "int8 fp8, triton": ("int8 fp8", TRITON),
+    "int8 as PAROAttention, triton": ("int8 as PAROAttention", TRITON),
+    "int8 both, triton": ("int8 both", TRITON),
+}
+EXACT = ("gluon", "fa4")
+SAGE = "cuDNN Sage fp8"
 
 
 def call_of(name: str, made: BlockPlan, dim: int, quant: Quant | None = None) -> Call:
@@ -84,17 +88,16 @@ def call_of(name: str, made: BlockPlan, dim: int, quant: Quant | None = None) ->
 
 
 def check(quant: Quant, tuning: launch.Tuning, block: int) -> str:
-    """Against the definition and exact attention on a small case with partial blocks and grouped heads."""
-    made = plan(Neighborhood((16, 40)), Canvas((16, 128)), PlanSpec(block, block), device="cuda")
-    g = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (torch.randn(1, h, 2048, 128, generator=g, device="cuda").bfloat16() for h in (4, 2, 2))
-    call = call_of("quantised", made, 128, fitted(quant, block))
+    """Against the definition and exact attention on a small case with full and partial blocks and grouped heads."""
+    made = plan(Neighborhood((16, 40)), Canvas((16, 128)), PlanSpec(block, block), device=DEVICE)
+    g = torch.Generator(DEVICE).manual_seed(0)
+    q, k, v = (torch.randn(1, h, 2048, 128, generator=g, device=DEVICE).bfloat16() for h in (4, 2, 2))
+    call = call_of("quantised", made, 128, quant)
     work = work_of(call, 2048, 2048)
     want = reference.forward(q.float(), k.float(), v.float(), Call("reference", 128**-0.5, counts=made.dense_counts()))
     same = emulate.forward(q, k, v, call, work)
     found = launch.forward(q, k, v, call, work, tuning)
-    near = relative(found[0], same[0])
-    far = relative(found[0], want[0])
+    near, far = relative(found[0], same[0]), relative(found[0], want[0])
     gap = float((found[1] - same[1]).abs().max())
     fine = near < 2e-2 and far < 0.1 and gap < 2e-2
     return f"{'ok' if fine else 'FAILED'} to definition {near:.1e}, lse {gap:.1e}, to exact {far:.1e}"
@@ -103,6 +106,40 @@ def check(quant: Quant, tuning: launch.Tuning, block: int) -> str:
 def relative(found: Tensor, want: Tensor) -> float:
     """RMS of the difference over RMS."""
     return float((found.double() - want.double()).norm() / want.double().norm())
+
+
+def inputs(kind: str, case: Case) -> Inputs:
+    """q, k, v on the device."""
+    n = torch.Size(case.canvas).numel()
+    g = torch.Generator(DEVICE).manual_seed(1)
+    q, k, v = (torch.randn(1, case.heads, n, case.dim, generator=g, device=DEVICE) for _ in range(3))
+    if kind == "video-like":
+        shared = torch.randn(3, 1, case.heads, n // 64, case.dim, generator=g, device=DEVICE)
+        q, k, v = (0.5 * t + 0.9 * s.repeat_interleave(64, 2) for t, s in zip((q, k, v), shared, strict=True))
+        k = k + 2 * torch.randn(1, case.heads, 1, case.dim, generator=g, device=DEVICE)
+    return q.bfloat16(), k.bfloat16(), v.bfloat16()
+
+
+def planned(case: Case) -> BlockPlan:
+    """The lists for tokens that lie in plan order."""
+    made = plan(case.pattern, Canvas(case.canvas), PlanSpec(case.block, case.block), device=DEVICE)
+    order = torch.arange(made.layout.nq, dtype=torch.int32, device=DEVICE)[None, None]
+    if made.q_order.shape[-1] != made.layout.nq or int(made.partial.count.sum()):
+        raise ValueError(f"{made} has pads or partial blocks; legal: tiles that divide the canvas.")
+    return replace(made, q_order=order, kv_order=order)
+
+
+def sample(made: BlockPlan, qkv: Inputs) -> tuple[Tensor, Tensor]:
+    """Tokens of four query blocks, and exact attention for them [heads, tokens, D], float32."""
+    tokens, wants = [], []
+    for row in range(0, made.q_blocks, max(1, made.q_blocks // 4)):
+        mine = torch.arange(row * made.q_block, (row + 1) * made.q_block, device=DEVICE)
+        listed = made.full.index[0, row, : int(made.full.count[0, row])].long()
+        keys = (listed[:, None] * made.kv_block + torch.arange(made.kv_block, device=DEVICE)).flatten()
+        q, k, v = qkv[0][0, :, mine].float(), qkv[1][0, :, keys].float(), qkv[2][0, :, keys].float()
+        tokens.append(mine)
+        wants.append((q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v)
+    return torch.cat(tokens), torch.cat(wants, 1)
 
 
 def timed(run: Callable[[], object], repeat: int) -> tuple[float, float]:
@@ -120,166 +157,110 @@ def timed(run: Callable[[], object], repeat: int) -> tuple[float, float]:
     return statistics.median(found), min(found)
 
 
-def inputs(kind: str, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v on the GPU."""
-    n = torch.Size(case.canvas).numel()
-    g = torch.Generator("cuda").manual_seed(1)
-    q, k, v = (torch.randn(1, case.heads, n, case.dim, generator=g, device="cuda") for _ in range(3))
-    if kind == "video-like":
-        shared = torch.randn(3, 1, case.heads, n // 64, case.dim, generator=g, device="cuda")
-        q, k, v = (0.5 * t + 0.9 * s.repeat_interleave(64, 2) for t, s in zip((q, k, v), shared, strict=True))
-        k = k + 2 * torch.randn(1, case.heads, 1, case.dim, generator=g, device="cuda")
-    return q.bfloat16(), k.bfloat16(), v.bfloat16()
-
-
-def in_place(made: BlockPlan) -> BlockPlan:
-    """The same lists for tokens that lie in plan order, where the canvas divides into blocks."""
-    if made.q_order.shape[-1] != made.layout.nq:
-        return made
-    order = torch.arange(made.q_order.shape[-1], dtype=torch.int32, device=made.device)[None, None]
-    return replace(made, q_order=order, kv_order=order)
-
-
-def exact(name: str, made: BlockPlan, qkv: tuple[Tensor, Tensor, Tensor], repeat: int) -> tuple[float, float] | str:
-    """Time of an exact backend, or why there is none."""
-    if name not in registry.names():
-        return "no such backend"
-    lacking = next(b for b in registry.backends() if b.name == name).missing("cuda")
-    if lacking is not None:
-        return lacking
-    module, call = registry.implementation(name), call_of(name, made, qkv[0].shape[3])
-    try:
-        return timed(lambda: module.forward(*qkv, call), repeat)
-    except Exception as error:  # a guest may raise anything; the others still run
-        return f"{type(error).__name__}: {str(error)[:200]}"
-
-
-def exactly(name: str, made: BlockPlan, qkv: tuple[Tensor, ...]) -> Tensor:
-    """Output of an exact backend."""
-    q, k, v = qkv
-    return registry.implementation(name).forward(q, k, v, call_of(name, made, q.shape[3]))[0]
-
-
-def roughly(call: Call, tuning: launch.Tuning, qkv: tuple[Tensor, ...]) -> Tensor:
-    """Output of the quantised kernels."""
-    q, k, v = qkv
-    return launch.forward(q, k, v, call, work_of(call, q.shape[2], k.shape[2]), tuning)[0]
-
-
-def sage(made: BlockPlan, qkv: tuple[Tensor, ...], repeat: int) -> tuple[tuple[float, float], Tensor] | str:
-    """cuDNN's fp8 kernel with its own rounding, for plans of equal counts and full blocks."""
-    try:
+def runner(name: str, made: BlockPlan, case: Case) -> Callable[[Inputs], Tensor]:
+    """The output of an exact backend, of cuDNN's fp8 kernel, or of a variant."""
+    if name in VARIANTS:
+        label, tuning = VARIANTS[name]
+        call = call_of("quantised", made, case.dim, QUANTS[label])
+        work = work_of(call, made.layout.nq, made.layout.nk)
+        return lambda x: launch.forward(*x, call, work, tuning)[0]
+    if name == SAGE:
         from cudnn.block_sparse_attention import (  # pyright: ignore[reportMissingImports]
             block_sparse_attention_fp8_forward,
         )
-    except ImportError as error:
-        return str(error)
-    counts = made.full.count
-    if int(made.partial.count.sum()) or int(counts.min()) != int(counts.max()):
-        return "full blocks and equal counts alone"
-    heads = qkv[0].shape[1]
-    index = made.full.index.expand(1, heads, -1, -1).contiguous()
 
-    def run() -> Tensor:
-        return block_sparse_attention_fp8_forward(*qkv, index, sparse_block_size=made.kv_block)["o_tensor"]
-
-    try:
-        return timed(run, repeat), run()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error)[:200]}"
+        index = made.full.index.expand(1, case.heads, -1, -1).contiguous()
+        return lambda x: block_sparse_attention_fp8_forward(*x, index, sparse_block_size=made.kv_block)["o_tensor"]
+    lacking = next(b for b in registry.backends() if b.name == name).missing(DEVICE)
+    if lacking is not None:
+        raise ValueError(lacking)
+    module, call = registry.implementation(name), call_of(name, made, case.dim)
+    return lambda x: module.forward(*x, call)[0]
 
 
-def bench(
-    case_label: str, quants: list[str], tunings: tuple[launch.Tuning, ...], sound: set[Any], repeat: int
-) -> list[dict[str, Any]]:
-    """Rows of one case: exact kernels, cuDNN's fp8, and every sound variant."""
-    rows: list[dict[str, Any]] = []
-    case = CASES[case_label]
-    made = in_place(plan(case.pattern, Canvas(case.canvas), PlanSpec(case.block, case.block), device="cuda"))
+def warm(name: str, case: Case) -> str:
+    """Compile what a row needs; for a variant, what its check found."""
+    found = "ok"
+    if name in VARIANTS:
+        label, tuning = VARIANTS[name]
+        found = check(QUANTS[label], tuning, case.block)
+    runner(name, planned(case), case)(inputs("normal", case))
+    torch.cuda.synchronize()
+    return found
+
+
+def measured(name: str, case: Case, made: BlockPlan, given: dict[str, Any], repeat: int) -> dict[str, Any]:
+    """One row."""
+    run = runner(name, made, case)
+    errors = {}
+    for kind, (qkv, (tokens, want)) in given.items():
+        errors[kind] = relative(run(qkv)[0, :, tokens], want)
+    qkv = given["normal"][0]
+    median, least = timed(partial(run, qkv), repeat)
+    rounding = 0.0
+    if name in VARIANTS:
+        call = call_of("quantised", made, case.dim, QUANTS[VARIANTS[name][0]])
+        rounding, _ = timed(partial(launch.quantise, *qkv, work_of(call, made.layout.nq, made.layout.nk)), repeat)
     n = torch.Size(case.canvas).numel()
-    work = 4.0 * n * n * case.dim * case.heads * made.kept
-    qkv = inputs("normal", case)
-    like = inputs("video-like", case)
-
-    def row(name: str, time: tuple[float, float], rounding: float, errors: tuple[float, float]) -> None:
-        rows.append(
-            {"case": case_label, "what": name, "ms": round(time[0], 3), "least_ms": round(time[1], 3)}
-            | {"rounding_ms": round(rounding, 3), "eff_tflops": round(work / time[0] / 1e9, 1)}
-            | {"relative_normal": f"{errors[0]:.2e}", "relative_video_like": f"{errors[1]:.2e}"}
-            | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-        )
-        print(
-            f"{case_label:20} {name:44} {time[0]:8.3f} ms (rounding {rounding:.3f}) {work / time[0] / 1e9:6.0f} eff. "
-            f"error {errors[0]:.1e}, {errors[1]:.1e}",
-            flush=True,
-        )
-
-    def errors_of(run: Callable[[tuple[Tensor, ...]], Tensor], call: Call) -> tuple[float, float]:
-        first, second = (measured((x[0], x[1], x[2]), run(x), call).error for x in (qkv, like))
-        return first, second
-
-    told = replace(call_of("quantised", made, case.dim), quant=Quant(group=(1, 1)))
-    for name in EXACT:
-        time = exact(name, made, qkv, repeat)
-        if isinstance(time, str):
-            print(f"{case_label:20} {name}: {time}")
-            continue
-        row(name, time, 0.0, errors_of(partial(exactly, name, made), told))
-    found = sage(made, qkv, repeat)
-    if isinstance(found, str):
-        print(f"{case_label:20} cuDNN Sage fp8: {found}")
-    else:
-        other = sage(made, like, 1)
-        second = float("nan") if isinstance(other, str) else measured(like, other[1], told).error
-        row("cuDNN Sage fp8", found[0], 0.0, (measured(qkv, found[1], told).error, second))
-    for label in quants:
-        for tuning in tunings:
-            if (label, tuning, case.block) not in sound:
-                continue
-            call = call_of("quantised", made, case.dim, fitted(QUANTS[label], case.block))
-            ready = work_of(call, n, n)
-            time = timed(partial(roughly, call, tuning, qkv), repeat)
-            rounding, _ = timed(partial(launch.quantise, *qkv, ready), repeat)
-            errors = errors_of(partial(roughly, call, tuning), call)
-            kind = (
-                f"warp groups, emulate {tuning.emulate}"
-                if tuning.hopper
-                else f"{tuning.rows} rows, {tuning.warps} warps"
-            )
-            shown = f"{label}: {kind}, {tuning.stages} stages"
-            row(shown, time, rounding, errors)
-    return rows
+    eff = 4.0 * n * n * case.dim * case.heads * made.kept / median / 1e9
+    return {
+        "what": name,
+        "ms": round(median, 3),
+        "least_ms": round(least, 3),
+        "rounding_ms": round(rounding, 3),
+        "eff_tflops": round(eff, 1),
+        **{f"relative_{kind}": f"{error:.2e}" for kind, error in errors.items()},
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
     """See the top of the file."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", default=",".join(CASES))
-    parser.add_argument("--quants", default=";".join(QUANTS))
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--case", default="video aligned", choices=list(CASES))
+    parser.add_argument("--only", default=";".join([*EXACT, SAGE, *VARIANTS]), help="names, parted by ;")
+    parser.add_argument("--ready", type=float, default=600, help="seconds after which nothing is waited for")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--tune", action="store_true", help="time every tuning, not the default alone")
+    parser.add_argument("--warm", default="", help="compile and check one name, in this process")
     options = parser.parse_args()
-    tunings = TUNED if options.tune else (launch.DEFAULT, launch.HOPPER)
-    rows: list[dict[str, Any]] = []
-    sound = set()
-    for label in options.quants.split(";"):
-        for tuning in tunings:
-            for block in sorted({CASES[case].block for case in options.cases.split(",")}):
-                try:
-                    found = check(QUANTS[label], tuning, block)
-                except Exception as error:
-                    found = f"FAILED {type(error).__name__}: {str(error)[-300:]}"
-                if found.startswith("ok"):
-                    sound.add((label, tuning, block))
-                print(f"check {label:20} {block:4} {tuning} {found}", flush=True)
-    for case_label in options.cases.split(","):
-        rows += bench(case_label, options.quants.split(";"), tunings, sound, options.repeat)
-    if rows:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+    case = CASES[options.case]
+    if options.warm:
+        print(f"{options.warm}: {warm(options.warm, case)} ({time.time() - START:.0f} s)", flush=True)
+        return
+    names = options.only.split(";")
+    command = [sys.executable, __file__, "--case", options.case, "--warm"]
+    waiting = {
+        name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for name in names
+    }
+    made = planned(case)
+    given = {}
+    for kind in ("normal", "video-like"):
+        qkv = inputs(kind, case)
+        given[kind.replace("-", "_")] = (qkv, sample(made, qkv))
+    ready = []
+    for name, process in waiting.items():
+        try:
+            text, _ = process.communicate(timeout=max(0.1, options.ready - (time.time() - START)))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            text = f"{name}: not ready in time"
+        told = next((line for line in text.splitlines() if line.startswith(f"{name}: ")), text[-300:])
+        print(told, flush=True)
+        if told.startswith(f"{name}: ok"):
+            ready.append(name)
+    with options.out.open("w", newline="") as file:
+        writer = None
+        for name in ready:
+            row = {"case": options.case, **measured(name, case, made, given, options.repeat)}
+            if writer is None:
+                writer = csv.DictWriter(file, list(row))
+                writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print(" ".join(str(value) for value in row.values()), f"({time.time() - START:.0f} s)", flush=True)
 
 
 if __name__ == "__main__":

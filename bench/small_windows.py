@@ -284,6 +284,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25, help="interleaved rounds a case")
     parser.add_argument("--out", type=Path, default=CSV, help="where the table goes")
+    parser.add_argument("--only", type=int, default=None, help="number of the one case to measure, from 0")
     parser.add_argument("--tune", action="store_true", help="print launch sizes side by side and write nothing")
     parser.add_argument(
         "--trial", type=int, default=None, help="with --tune: compile one size for one case (4 size + case)"
@@ -294,7 +295,8 @@ def main() -> int:
         some = options.trial is not None
         tune((TRIALS[options.trial // 4],) if some else TRIALS, (cases[options.trial % 4],) if some else cases)
         return 0
-    rows = [row for case in CASES for row in measure(case, options.rounds)]
+    chosen = CASES if options.only is None else CASES[options.only : options.only + 1]
+    rows = [row for case in chosen for row in measure(case, options.rounds)]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -38,7 +38,7 @@ def test_a_prompt_has_its_needles_where_they_belong() -> None:
     prompt = OBJECTIVE.prompt(texts(1).samples[0])
     assert prompt.ids.shape == (700,) and prompt.answers.shape == prompt.wanted.shape == (5, 4)
     text = bytes(prompt.ids.tolist()).decode()
-    body, questions = text[:-190], text[-190:]
+    body, questions = text[:-170], text[-170:]
     for number, depth in enumerate(OBJECTIVE.depths):
         code = bytes(prompt.wanted[number].tolist()).decode()
         fact = f"is {code}. "

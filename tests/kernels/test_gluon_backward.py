@@ -254,6 +254,24 @@ def test_strides(deterministic: bool) -> None:
 
 
 @gpu
+@pytest.mark.parametrize("ill", [torch.nan, torch.inf])
+def test_bad_keys_reach_only_rows_that_see_them(ill: float, deterministic: bool) -> None:
+    made = plan(Neighborhood(41), Canvas((400,)))
+    x = inputs(made, (2, 1), (64, 64), torch.bfloat16)
+    out, lse, _ = expected(made, x)
+    usual = found(made, x, out, lse)
+    bad = [t.clone() for t in x]
+    bad[1][:, :, 200], bad[2][:, :, 230] = ill, ill
+    seen = made.dense_counts()[0, 0][:, [200, 230]].bool().any(1).cuda()
+    got = found(made, bad, torch.where(seen[:, None], torch.nan, out), torch.where(seen, torch.nan, lse))
+    assert bool(got.q[:, :, seen].isnan().all())
+    torch.testing.assert_close(got.q[:, :, ~seen], usual.q[:, :, ~seen], rtol=1e-2, atol=1e-3)
+    far = made.dense_counts()[0, 0][seen.cpu()].sum(0).cuda() == 0  # keys that no bad row sees
+    for a, b in ((got.k, usual.k), (got.v, usual.v)):
+        torch.testing.assert_close(a[:, :, far], b[:, :, far], rtol=1e-2, atol=1e-3)
+
+
+@gpu
 def test_equal_bits() -> None:
     torch.use_deterministic_algorithms(True)
     made = plan(Neighborhood((9, 13)), Canvas((40, 48)))

@@ -120,6 +120,7 @@ CASES = {
     "dilated, two axes": Case(Neighborhood(3, dilation=(1, 2)), (5, 7), bias=2),
     "windows": Case(Windows(3), (6, 7), bias=2),
     "shifted windows": Case(Windows(4, roll=2), (8, 8), bias=3),
+    "whole windows, shifted": Case(Windows(6, roll=2), (12, 6), bias=5),
     "windows rolled without a mask": Case(Windows(4, roll=1, masked=False), (8, 4)),
     "grid": Case(Grid(3), (6, 7)),
     "wide windows": Case(Neighborhood(9), (12, 13), images=1, bias=2),

@@ -60,6 +60,9 @@ def test_queries_fill_one_window(size: tuple[int, int], pools: int) -> None:
     assert GlobalQueries(8, 2, 3, pools)(torch.zeros(2, *size, 8)).shape == (2, 1, 2, 9, 4)
 
 
-def test_global_queries_belong_to_no_place_of_the_map() -> None:
-    with pytest.raises(ValueError, match=r"backend='auto'; legal: None, its queries belong to no place of the map"):
-        GlobalQueryAttention(8, 2, 3, spec=WindowSpec(backend="auto"))
+def test_the_whole_map_by_a_pattern_gives_the_same() -> None:
+    torch.manual_seed(0)
+    cut, whole = (GlobalQueryAttention(8, 2, 3, spec=WindowSpec(backend=name)) for name in (None, "auto"))
+    whole.load_state_dict(cut.state_dict())
+    x, queries = torch.randn(2, 5, 9, 8), torch.randn(2, 1, 2, 9, 4)
+    assert torch.allclose(whole(x, queries), cut(x, queries), atol=1e-5)

@@ -11,6 +11,8 @@ import pytest
 
 from glocal.report import render_advice
 
+from .browser import Browser, others
+
 pytestmark = pytest.mark.browser
 
 FLAGS = (
@@ -92,3 +94,65 @@ def test_table_sorts_by_value_with_missing_last(advice_page, tmp_path):
 def test_dark_theme_is_chosen_by_the_address(advice_page, tmp_path):
     dom = dump(render_advice(advice_page), tmp_path, fragment="#frame=0&theme=dark")
     assert 'data-theme="dark"' in dom and re.search(r'id="theme"[^>]*>Light<', dom)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    chromium = shutil.which("chromium")
+    assert chromium is not None
+    with Browser(chromium, tmp_path) as opened:
+        yield opened
+
+
+def written(page, folder):
+    path = folder / "page.html"
+    path.write_text(render_advice(page), encoding="utf-8")
+    return path
+
+
+def tab_to(browser, condition):
+    """Presses Tab until `condition` holds of the focused element, in JavaScript."""
+    for _ in range(80):
+        browser.press("Tab")
+        if browser.eval(f"(e => Boolean({condition}))(document.activeElement)"):
+            return
+    raise AssertionError(f"no Tab leads to an element with {condition}")
+
+
+def test_the_page_is_used_by_keyboard_alone(browser, advice_page, tmp_path):
+    browser.open(written(advice_page, tmp_path), 1440, 900)
+    tab_to(browser, 'e.dataset && e.dataset.strip === "1"')
+    assert browser.eval("getComputedStyle(document.activeElement).outlineStyle") != "none", "focus cannot be seen"
+    browser.press("Enter")
+    assert browser.eval("document.activeElement.getAttribute('aria-pressed')") == "true"
+    tab_to(browser, 'e.id === "frame"')
+    first = browser.eval("document.getElementById('frame-number').textContent")
+    browser.press("ArrowRight")
+    assert browser.eval("document.getElementById('frame-number').textContent") != first
+    tab_to(browser, "e.tagName === 'BUTTON' && e.closest('th') && e.closest('table').id === 'ladder'")
+    browser.press(" ")
+    assert browser.eval("document.activeElement.closest('th').getAttribute('aria-sort')") in ("ascending", "descending")
+    assert others(browser.requests) == []
+
+
+@pytest.mark.parametrize("which", ["advice_page", "dense_page"])
+def test_the_verdict_comes_first_on_screen_and_phone(browser, which, request, tmp_path):
+    path = written(request.getfixturevalue(which), tmp_path)
+    for width, height in ((1440, 900), (390, 844)):
+        browser.open(path, width, height)
+        verdict = "document.querySelector('section.headline').getBoundingClientRect()"
+        assert browser.eval(f"{verdict}.top") >= 0 and browser.eval(f"{verdict}.top") < height / 3
+        assert browser.eval("document.documentElement.scrollWidth") <= width
+        if which == "dense_page":
+            words = browser.eval("document.querySelector('section.headline').innerText")
+            assert "dense" in words.lower() and request.getfixturevalue(which).headline.reason in words
+    assert others(browser.requests) == []
+
+
+def test_frame_buttons_change_the_pair(browser, advice_page, tmp_path):
+    browser.open(written(advice_page, tmp_path), 1440, 900)
+    roles = browser.eval("[...document.querySelectorAll('[data-strip]')].map(b => b.textContent.trim())")
+    for number in range(len(roles)):
+        browser.eval(f"document.querySelectorAll('[data-strip]')[{number}].click()")
+        pressed = browser.eval("[...document.querySelectorAll('[data-strip]')].map(b => b.ariaPressed)")
+        assert pressed == ["true" if i == number else "false" for i in range(len(roles))]

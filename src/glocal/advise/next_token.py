@@ -52,8 +52,8 @@ class NextToken:
 
     encode: a text to token ids, without marks for begin and end. begin: ids in front of every prompt. tokens: length of
     a prompt where a sample does not say. scored: positions compared, spread over the text, beside the answers.
-    depths: where facts are laid into the text, as shares of it. window, sinks: what the ceiling may look at, the last
-    and the first tokens.
+    depths: where facts are laid into the text, as shares of it. fact, question: their words, with {name} and {code};
+    the answer is the code. window, sinks: what the ceiling may look at, the last and the first tokens.
     Samples hold `text`, or `file`, and may hold `tokens`.
     """
 
@@ -64,6 +64,8 @@ class NextToken:
     depths: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
     window: int = 4096
     sinks: int = 64
+    fact: str = "The code of {name} is {code}. "
+    question: str = "What is the code of {name}? "
 
     @property
     def name(self) -> str:
@@ -112,8 +114,8 @@ class NextToken:
         length = sample.args.get("tokens", self.tokens)
         draw = random.Random(sample.seed)
         facts = [(_name(draw), f"{draw.randrange(10_000):04d}") for _ in self.depths]
-        needles = [list(self.encode(f"The code of {name} is {code}. ")) for name, code in facts]
-        asked = [list(self.encode(f"What is the code of {name}? ")) for name, _ in facts]
+        needles = [list(self.encode(self.fact.format(name=name, code=code))) for name, code in facts]
+        asked = [list(self.encode(self.question.format(name=name))) for name, _ in facts]
         told = [list(self.encode(f"{code}. ")) for _, code in facts]
         digits = [len(list(self.encode(code))) for _, code in facts]
         spent = len(self.begin) + sum(map(len, (*needles, *asked, *told)))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +59,10 @@ def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
         return Subject(made, Frames(SampleSpec(steps=steps)))
     if isinstance(made, Decoder):
         from glocal.advise.next_token import NextToken
+        from glocal.data import FACT, QUESTION
         from glocal.models.language import encode
 
-        return Subject(made, NextToken(encode, window=256))
+        return Subject(made, NextToken(encode, window=256, fact=FACT, question=QUESTION))
     if is_pipeline(made):
         from glocal.advise.pipeline import Pipeline
 
@@ -94,6 +97,8 @@ def _made(name: str) -> Any:
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise ValueError(f"MODEL {name!r}; legal: package.module:factory (a function without arguments)")
+    if "" not in sys.path and os.getcwd() not in sys.path:  # an installed script does not look beside the user
+        sys.path.insert(0, os.getcwd())
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:

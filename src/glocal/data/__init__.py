@@ -3,10 +3,12 @@
 from glocal.data.objects import Layouts, SceneSpec, draw_layouts
 from glocal.data.render import Rendered, render
 from glocal.data.scenes import Scene, make_scene, make_scenes
-from glocal.data.texts import TextSpec, make_text
+from glocal.data.texts import FACT, QUESTION, TextSpec, make_text
 from glocal.data.words import ObjectAttributes, Question
 
 __all__ = [
+    "FACT",
+    "QUESTION",
     "Layouts",
     "ObjectAttributes",
     "Question",

@@ -1,8 +1,8 @@
 """Text that is full of things to look up: facts that are said once and asked for much later, between plain sentences.
 
-A fact gives a made-up name a code of four digits ("The code of kadubo is 4172."); a question repeats the name and then
-the code, so predicting its digits needs the fact, however far back it stands. The other sentences follow a small
-grammar and need a few words of context only.
+A fact gives a made-up name a code of four digits ("Note kadubo=4172."); a question repeats the name and then the code
+("Recall kadubo=4172."), so predicting its digits needs the fact, however far back it stands. The other sentences follow
+a small grammar and need a few words of context only.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ _SUBJECTS = ("the miller", "a traveller", "the old clerk", "my sister", "the cap
 _VERBS = ("looked at", "walked past", "wrote about", "asked for", "carried", "forgot", "painted")
 _OBJECTS = ("the red gate", "a silver spoon", "the long river", "an empty house", "the market", "a green boat")
 _TIMES = ("in the morning", "after the rain", "before noon", "last winter", "every week", "at dusk")
+FACT, QUESTION = "Note {name}={code}. ", "Recall {name}="
 _CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
@@ -23,8 +24,8 @@ class TextSpec:
     them, near or far).
     """
 
-    facts: float = 0.25
-    questions: float = 0.3
+    facts: float = 0.3
+    questions: float = 0.4
 
     def __post_init__(self) -> None:
         if self.facts <= 0 or self.questions < 0 or self.facts + self.questions > 1:
@@ -57,12 +58,12 @@ def make_text(length: int, seed: int, spec: TextSpec | None = None) -> str:
 
 def fact(name: str, code: str) -> str:
     """The sentence that says a code."""
-    return f"The code of {name} is {code}. "
+    return FACT.format(name=name, code=code)
 
 
 def question(name: str, code: str) -> str:
     """The sentence that asks for a code, and the answer."""
-    return f"What is the code of {name}? {code}. "
+    return QUESTION.format(name=name) + f"{code}. "
 
 
 def name_of(draw: random.Random) -> str:

@@ -22,7 +22,7 @@ class Request:
 
     bias: kinds among "dense" and "table". grad: gradients are wanted. sparse: there is a pattern.
     lse_grad: the LSE is returned, so that its gradient may be wanted too. quant: word of a Quant that is asked for.
-    keys: most keys that a tile of 16 queries sees together, None where the pattern has no plan of windows.
+    keys: most keys that a tile of queries sees together, None where the pattern has no plan of windows.
     """
 
     device: str

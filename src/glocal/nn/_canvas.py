@@ -9,8 +9,12 @@ from __future__ import annotations
 from operator import index
 
 import torch
+from torch import Tensor
 
 from glocal.canvas import Canvas
+from glocal.kernels import windows
+from glocal.patterns.base import Pattern
+from glocal.plan.windows import window_keys
 
 
 class _Known:
@@ -29,6 +33,22 @@ def _name(*shape: int) -> str:
         canvas.coords()  # fills what a graph may read but not fill
         setattr(_KNOWN, name, canvas)
     return name
+
+
+def small_windows(x: Tensor, head_size: int, pattern: Pattern, dropout: float) -> bool:
+    """Whether the kernels of small windows take attention over `pattern` on the map x: [B, *map, C], here and now."""
+    able = windows.CAPABILITY
+    if not x.is_cuda or x.dtype not in able.dtypes or dropout > 0 or windows.missing("cuda") is not None:
+        return False
+    if 0 in x.shape or not able.head_dims.allows(head_size):
+        return False
+    return _fits(pattern, *map(index, x.shape[1:-1]))
+
+
+@torch.compiler.assume_constant_result
+def _fits(pattern: Pattern, *shape: int) -> bool:
+    keys, most = window_keys(pattern, Canvas(shape)), windows.CAPABILITY.most_keys
+    return keys is not None and (most is None or keys <= most)
 
 
 def canvas_of(*shape: int) -> Canvas:

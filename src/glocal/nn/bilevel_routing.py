@@ -2,7 +2,8 @@
 
 A map is cut into regions. Mean queries and mean keys of the regions, all heads as one vector, decide which `top`
 regions each region reads; its tokens then attend to the tokens of those regions alone. A depthwise convolution of the
-values (LePE) is added. Keys are read in place through lists of blocks, so memory does not grow with `top`.
+values (LePE) is added. Keys are read in place through lists of blocks, so memory does not grow with `top`. Where copies
+of all that is listed are small (32 MiB on a CPU, 1 GiB on a GPU) they are made: lists of tiny blocks cost more.
 
 Choices follow the content, so this part runs outside compiled graphs: `torch.compile` works without `fullgraph`.
 
@@ -27,6 +28,8 @@ from glocal.nn.window_attention import check_heads
 from glocal.ops import Score, attend, merge
 from glocal.routing import BlockMean, Keep, Partition, RouteSpec, Selection, route
 from glocal.routing.scorers import high
+
+_COPIED = {"cpu": 1 << 25, "cuda": 1 << 30}  # bytes of keys and values that may be copied instead of read by lists
 
 Pooling = Literal["none", "adaptive_mean", "adaptive_max", "mean", "max"]
 
@@ -188,6 +191,8 @@ class _BiLevelRouting(nn.Module):
     def _attend(self, parts: _Regions) -> Tensor:
         """[B, S, n, dim]: every region over the regions it chose."""
         chosen, weight = self._chosen(parts)
+        if self._copies(parts):
+            return self._gathered(parts, chosen[:, 0].long())
         q, k, v = (self._by_head(t) for t in (parts.q, parts.k, parts.v))
         score = Score(self.scale)
         if not self.spec.soft:
@@ -201,6 +206,25 @@ class _BiLevelRouting(nn.Module):
                 branches.append((found.out * share, found.lse))
             out = merge.lse(branches).out
         return out.transpose(1, 2).unflatten(1, parts.q.shape[1:3]).flatten(3)
+
+    def _copies(self, parts: _Regions) -> bool:
+        """Whether the keys and values of all lists may be copied side by side: small maps, where lists cost more."""
+        if self.spec.soft or self.spec.backend != "auto" or parts.q.is_meta:
+            return False
+        copied = self.top * (parts.k.numel() * parts.k.element_size() + parts.v.numel() * parts.v.element_size())
+        return copied <= _COPIED.get(parts.q.device.type, 0)
+
+    def _gathered(self, parts: _Regions, index: Tensor) -> Tensor:
+        """index: [B, S, top] regions that each one reads -> [B, S, n, dim], by copies of their keys and values."""
+        b, regions, n, _ = parts.q.shape
+        rows = (index + regions * torch.arange(b, device=index.device)[:, None, None]).flatten(0, 1)  # [B * S, top]
+        q = parts.q.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B * S, heads, n, d]
+        k, v = (
+            t.flatten(0, 1)[rows].flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for t in (parts.k, parts.v)
+        )  # [B * S, heads, top * m, d]
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        return out.transpose(1, 2).reshape(b, regions, n, self.dim)
 
     def _by_head(self, t: Tensor) -> Tensor:
         """[B, S, n, C] -> [B, heads, S * n, C / heads]."""

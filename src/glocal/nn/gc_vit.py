@@ -87,11 +87,6 @@ class GlobalQueryAttention(WindowAttention):
         self, dim: int, heads: int, window: int = 7, relative_bias: bool = True, spec: WindowSpec = _PLAIN
     ) -> None:
         super().__init__(dim, heads, window, relative_bias=relative_bias, spec=spec)
-        if spec.backend is not None:
-            raise ValueError(
-                f"GlobalQueryAttention: backend={spec.backend!r}; legal: None, its queries belong to no place of the "
-                "map."
-            )
         self.qkv = nn.Linear(dim, 2 * dim, bias=spec.qkv_bias)
 
     def split(self, groups: Tensor, stage: object) -> tuple[Tensor, Tensor, Tensor]:
@@ -99,17 +94,30 @@ class GlobalQueryAttention(WindowAttention):
 
         Raises ValueError where `stage` is not such a tensor.
         """
-        b, windows, n, _ = groups.shape
-        wanted = (b, 1, self.heads, n, self.dim // self.heads)
+        b, windows = groups.shape[:2]
+        queries = self._queries(stage, b)
+        k, v = self.project(groups, 2)
+        # Windows lie image by image, so each image's queries are repeated in a row, not tiled over the batch.
+        return queries.expand(b, windows, *queries.shape[2:]).reshape(k.shape), k, v
+
+    def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
+        """As in `WindowAttention`: the same queries in every window of an image."""
+        b, height, width, _ = x.shape
+        side, size = self.window, self.dim // self.heads
+        queries = self._queries(stage, b).reshape(b, self.heads, side, side, size)
+        q = queries.repeat(1, 1, height // side, width // side, 1).flatten(2, 3)
+        k, v = self.qkv(x).reshape(b, height * width, 2, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
+        return q, k, v
+
+    def _queries(self, stage: object, batch: int) -> Tensor:
+        wanted = (batch, 1, self.heads, self.window**2, self.dim // self.heads)
         if not isinstance(stage, Tensor) or tuple(stage.shape) != wanted:
             found = f"a tensor of shape {tuple(stage.shape)}" if isinstance(stage, Tensor) else repr(stage)
             raise ValueError(
                 f"GlobalQueryAttention: stage={found} must be global queries of shape {wanted}; "
                 f"make them once a stage: stage = begin(mixers, x)."
             )
-        k, v = self.project(groups, 2)
-        # Windows lie image by image, so each image's queries are repeated in a row, not tiled over the batch.
-        return stage.expand(b, windows, *wanted[2:]).reshape(k.shape), k, v
+        return stage
 
 
 class LocalAttention(WindowAttention):

@@ -14,6 +14,10 @@ from glocal.nn.window_attention import WindowAttention, hide
 class UnpaddedWindowAttention(WindowAttention):
     """Window attention in which the tokens that pad a map to whole windows are no keys. It is not rolled."""
 
+    def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
+        """Padding is hidden, which the pattern does not say."""
+        return size == real
+
     def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
         """As in `WindowAttention`; -inf for padding."""
         if real == size:

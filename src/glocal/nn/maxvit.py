@@ -80,6 +80,10 @@ class AxisAttention(WindowAttention):
         self.groups = groups
         self.rel_pos = RelativeTable(heads, window, window if trained is None else trained, shared_bias)
 
+    def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
+        """Padding is hidden, which the pattern does not say."""
+        return size == real
+
     def pattern(self, size: tuple[int, int], real: tuple[int, int]) -> Pattern:
         """Windows or grids; ValueError for a padded map, whose padding no pattern hides."""
         if size != real:

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.nn._canvas import canvas_of
+from glocal.nn._canvas import canvas_of, small_windows
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Neighborhood
 from glocal.patterns.neighborhood import per_axis
@@ -110,7 +110,10 @@ class _NeighborhoodAttention(nn.Module):
         bias = () if self.rpb is None else (Relative(self.rpb, self.dilation),)
         dropout = self.spec.attn_drop if self.training else 0.0
         score = Score(self.spec.scale, bias=bias, dropout=dropout)
-        out = attention(q, k, v, self.pattern, canvas=canvas, score=score, backend=self.spec.backend)
+        backend = self.spec.backend
+        if backend == "auto" and small_windows(x, self.dim // self.heads, self.pattern, dropout):
+            backend = "windows"
+        out = attention(q, k, v, self.pattern, canvas=canvas, score=score, backend=backend)
         out = out.transpose(1, 2).reshape(x.shape)  # [B, *map, dim]
         for axis, length in enumerate(size):
             out = out.narrow(axis + 1, 0, length)

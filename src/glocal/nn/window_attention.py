@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glocal.nn._canvas import canvas_of
+from glocal.nn._canvas import canvas_of, small_windows
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
@@ -27,7 +27,8 @@ class WindowSpec:
 
     scale: of the logits, None is head size ** -0.5. mask: whether tokens that rolling brought together from opposite
     borders stay apart. attn_drop, proj_drop: dropout of attention weights and of the output, in training.
-    backend: None cuts the map into windows for torch's attention; "auto" or a name of
+    backend: None takes the kernels of small windows where they can run, and elsewhere cuts the map into windows for
+        torch's attention; "auto" or a name of
         `glocal.kernels.registry.names()` hands the whole map and a pattern to `glocal.ops.attention`, without rolling
         or cutting. The results are the same.
     """
@@ -77,8 +78,10 @@ class WindowAttention(nn.Module):
         height, width = x.shape[1:3]
         x = pad_multiple(x, self.window)
         size = (x.shape[1], x.shape[2])
-        if self.spec.backend is not None:
-            return self.proj_drop(self.proj(self.by_pattern(x, (height, width))[:, :height, :width]))
+        backend = self.backend(x, (height, width))
+        if backend is not None:
+            whole = self.by_pattern(x, (height, width), stage, backend)
+            return self.proj_drop(self.proj(whole[:, :height, :width]))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         groups = self.cut(x)  # [B, groups, N, dim]
@@ -92,16 +95,33 @@ class WindowAttention(nn.Module):
             out = out.roll((self.shift, self.shift), (1, 2))
         return self.proj_drop(self.proj(out[:, :height, :width]))
 
-    def by_pattern(self, x: Tensor, real: tuple[int, int]) -> Tensor:
+    def backend(self, x: Tensor, real: tuple[int, int]) -> str | None:
+        """What attends over the whole map x: [B, *size, dim]: that of the spec, the kernels of small windows where they
+        can, or None for windows that are cut.
+        """
+        if self.spec.backend is not None or not self.whole((x.shape[1], x.shape[2]), real):
+            return self.spec.backend
+        dropout = self.spec.attn_drop if self.training else 0.0
+        pattern = self.pattern((x.shape[1], x.shape[2]), real)
+        return "windows" if small_windows(x, self.dim // self.heads, pattern, dropout) else None
+
+    def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
+        """Whether a pattern says all that the layer does on a map of `size`, of which `real` is no padding."""
+        return True
+
+    def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
+        """x: [B, H, W, dim] -> queries, keys and values of the whole map, [B, heads, H * W, head size] each."""
+        parts = self.qkv(x).reshape(x.shape[0], x.shape[1] * x.shape[2], 3, self.heads, self.dim // self.heads)
+        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def by_pattern(self, x: Tensor, real: tuple[int, int], stage: object, backend: str) -> Tensor:
         """Attention of x: [B, *size, dim] on the whole map, of which `real` is no padding -> the same shape."""
-        b, height, width, _ = x.shape
-        parts = self.qkv(x).reshape(b, height * width, 3, self.heads, self.dim // self.heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4)  # [B, heads, H * W, head size] each
+        height, width = x.shape[1:3]
+        q, k, v = self.on_map(x, stage)
         table = self.relative((height, width))
         dropout = self.spec.attn_drop if self.training else 0.0
         score = Score(self.spec.scale, bias=() if table is None else (table,), dropout=dropout)
         pattern, canvas = self.pattern((height, width), real), canvas_of(height, width)
-        backend = "auto" if self.spec.backend is None else self.spec.backend
         out = attention(q, k, v, pattern, canvas=canvas, score=score, backend=backend)
         return out.transpose(1, 2).reshape(x.shape)
 

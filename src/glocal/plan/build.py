@@ -12,7 +12,7 @@ from torch import Tensor
 from glocal.canvas import Canvas, Layout, Order, raster, tile
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
-from glocal.plan.facts import declare_order, declare_sound, order_facts
+from glocal.plan.facts import declare_lasting, declare_order, declare_sound, order_facts
 from glocal.plan.states import FULL, NONE, OPEN, PART, Side, classify, mix
 from glocal.plan.tiling import best_tiles
 
@@ -126,6 +126,7 @@ def _build(
     state, row = torch.stack(states), torch.stack(rows)  # [U, q blocks, kv blocks]
     full, partial = BlockLists.from_dense(state == FULL), BlockLists.from_dense(state == PART, row)
     declare_sound(full, partial)
+    declare_lasting(full.index)
     return BlockPlan(
         layout=layout,
         q_block=spec.q_block,

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _SOUND: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_LASTING: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _TURNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -103,10 +104,22 @@ def copy_sound(lists: BlockLists, same: BlockLists) -> None:
     """What was declared of `lists` holds of `same`, a copy."""
     if declared_sound(*_of_lists((lists,))):
         declare_sound(same)
+    if lists.index in _LASTING:
+        declare_lasting(same.index)
 
 
 def _of_lists(lists: tuple[BlockLists, ...]) -> list[Tensor]:
     return [t for group in lists for t in (group.count, group.index, group.mask) if t is not None]
+
+
+def declare_lasting(lists: Tensor) -> None:
+    """Remember that these lists serve many calls, so that a look at them, which waits for the device, pays."""
+    _LASTING[lists] = None
+
+
+def worth_a_look(lists: Tensor) -> bool:
+    """Whether lists last, or are looked at anyway because nobody vouches for them."""
+    return lists in _LASTING or lists not in _SOUND
 
 
 def declare_turned(lists: Tensor, by_key: tuple[Tensor, Tensor]) -> None:

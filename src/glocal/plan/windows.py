@@ -1,8 +1,8 @@
 """Plans for small windows (arXiv 2204.07143, 2103.14030): each tile of queries lists the keys that any of them sees.
 
 Where windows hold a few hundred keys, blocks of a fixed token order waste most of their pairs. Here every tile of up to
-16 queries has key blocks of its own: the union of what its queries see, gathered, so that nothing else is visited. It
-is an ordinary `BlockPlan` whose key order repeats tokens; every executor runs it.
+16 queries (or a whole window of up to 64) has key blocks of its own: the union of what its queries see, gathered, so
+that nothing else is visited. It is an ordinary `BlockPlan` whose key order repeats tokens; every executor runs it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 
 import torch
@@ -22,6 +21,7 @@ from glocal.patterns.base import AxisRelation, Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
 
 TILE = 16  # queries a tile: rows of the smallest matrix product
+WHOLE = 64  # rows of a tile that holds a whole window
 BLOCK = 32  # keys a block: bits of a mask word
 LONGEST = 4096  # tokens of an axis, which is looked at as a whole
 _SHAPES = {1: (16,), 2: (4, 4), 3: (2, 2, 4)}
@@ -39,6 +39,9 @@ class _Cuts:
     keys: Tensor
     seen: Tensor
     part: Tensor
+
+
+_CUTS: OrderedDict[Hashable, tuple[_Cuts, ...] | None] = OrderedDict()
 
 
 def window_keys(pattern: Pattern, canvas: Canvas | Layout) -> int | None:
@@ -70,6 +73,17 @@ def window_plan(pattern: Pattern, canvas: Canvas | Layout, *, device: torch.devi
 
 
 def _cuts(pattern: Pattern, layout: Layout) -> tuple[_Cuts, ...] | None:
+    """The cuts of every axis, cached by content; None where there is no plan of windows."""
+    key = (pattern.key, layout.key)
+    if key not in _CUTS:
+        _CUTS[key] = _cut_all(pattern, layout)
+        if len(_CUTS) > 256:
+            _CUTS.popitem(last=False)
+    return _CUTS[key]
+
+
+@torch.inference_mode(False)
+def _cut_all(pattern: Pattern, layout: Layout) -> tuple[_Cuts, ...] | None:
     whole = len(layout.q.parts) == 1 and layout.q == layout.kv and len(layout.q.grids) == 1
     if not whole or (layout.nq, layout.nk) != (layout.q.size, layout.kv.size) or pattern.heads is not None:
         return None
@@ -79,18 +93,12 @@ def _cuts(pattern: Pattern, layout: Layout) -> tuple[_Cuts, ...] | None:
     terms = pattern.terms(shape, None)
     if terms is None or len(terms) != 1:
         return None
-    return _cut_all(tuple(terms[0]), shape)
-
-
-@lru_cache(maxsize=64)
-def _cut_all(term: tuple[AxisRelation, ...], shape: tuple[int, ...]) -> tuple[_Cuts, ...]:
-    with torch.inference_mode(False):
-        tables = [_table(relation, length) for relation, length in zip(term, shape, strict=True)]
-        windows = [_closed(order, seen) for order, seen in tables]
-        sizes = _SHAPES[len(shape)] if None in windows else _inside([w for w in windows if w is not None])
-        return tuple(
-            _cut(order, seen, size, window) for (order, seen), size, window in zip(tables, sizes, windows, strict=True)
-        )
+    tables = [_table(relation, length) for relation, length in zip(terms[0], shape, strict=True)]
+    windows = [_closed(seen) for _, seen in tables]
+    sizes = _SHAPES[len(shape)] if None in windows else _inside([w for w in windows if w is not None])
+    return tuple(
+        _cut(order, seen, size, window) for (order, seen), size, window in zip(tables, sizes, windows, strict=True)
+    )
 
 
 def _table(relation: AxisRelation, length: int) -> tuple[Tensor, Tensor]:
@@ -101,7 +109,7 @@ def _table(relation: AxisRelation, length: int) -> tuple[Tensor, Tensor]:
     return order, relation.sees(place[:, None], place[None], length).expand(length, length)
 
 
-def _closed(order: Tensor, seen: Tensor) -> int | None:
+def _closed(seen: Tensor) -> int | None:
     """Size of the largest window if all tokens of a window see that window and nothing else, None otherwise."""
     if not bool(seen.diagonal().all()) or not bool((seen == seen.T).all()):
         return None
@@ -112,7 +120,9 @@ def _closed(order: Tensor, seen: Tensor) -> int | None:
 
 
 def _inside(windows: list[int]) -> tuple[int, ...]:
-    """Tile of up to 16 queries inside a window, whole rows first."""
+    """Tile of queries inside a window: all of it where that fills most of 64 rows, else up to 16, whole rows first."""
+    if WHOLE // 2 < prod(windows) <= WHOLE:
+        return tuple(windows)
     sizes, left = [], TILE
     for window in reversed(windows):
         size = min(window, left)
@@ -137,6 +147,9 @@ def _cut(order: Tensor, seen: Tensor, size: int, window: int | None) -> _Cuts:
             starts.append(place)
             part.append(parts)
     queries = [order[a:b] for a, b in zip(starts, [*starts[1:], len(order)], strict=True)]
+    if window == size:
+        queries = _joined(queries, size)
+        part = list(range(len(queries)))
     keys = [seen[q].any(0).nonzero().flatten() for q in queries]
     most = max(map(len, keys))
     held = max(map(len, queries))
@@ -147,6 +160,18 @@ def _cut(order: Tensor, seen: Tensor, size: int, window: int | None) -> _Cuts:
     return _Cuts(padded_q, padded_k, found, torch.tensor(part, device="cpu"))
 
 
+def _joined(windows: list[Tensor], size: int) -> list[Tensor]:
+    """Windows that a border cut short, two or more in the room of one; masks keep them apart."""
+    found: list[Tensor] = []
+    for window in windows:
+        room = next((i for i, other in enumerate(found) if len(other) + len(window) <= size), None)
+        if room is None:
+            found.append(window)
+        else:
+            found[room] = torch.cat([found[room], window])
+    return found
+
+
 def _assemble(layout: Layout, cuts: tuple[_Cuts, ...]) -> BlockPlan:
     shape = layout.q.grid.axes
     rank = len(shape)
@@ -154,19 +179,20 @@ def _assemble(layout: Layout, cuts: tuple[_Cuts, ...]) -> BlockPlan:
     tiles = prod(runs)
     q = _tokens([c.queries for c in cuts], shape)  # [tiles, queries]
     k = _tokens([c.keys for c in cuts], shape)  # [tiles, keys]
-    q, k = pad(q, (0, TILE - q.shape[1]), value=-1), pad(k, (0, -k.shape[1] % BLOCK), value=-1)
+    rows = TILE if q.shape[1] <= TILE else WHOLE
+    q, k = pad(q, (0, rows - q.shape[1]), value=-1), pad(k, (0, -k.shape[1] % BLOCK), value=-1)
     blocks = k.shape[1] // BLOCK
 
     # Masks: one for each combination of the distinct kinds of runs an axis has.
     kinds = [torch.unique(c.seen.flatten(1), dim=0, return_inverse=True) for c in cuts]
     table, number = torch.ones(1, 1, 1, dtype=torch.bool, device="cpu"), torch.zeros(1, dtype=torch.long, device="cpu")
-    for (rows, which), c in zip(kinds, cuts, strict=True):
-        seen = rows.reshape(-1, *c.seen.shape[1:])
+    for (kind, which), c in zip(kinds, cuts, strict=True):
+        seen = kind.reshape(-1, *c.seen.shape[1:])
         table = (table[:, None, :, None, :, None] & seen[None, :, None, :, None, :]).flatten(4, 5)
         table = table.flatten(2, 3).flatten(0, 1)  # [kinds, queries, keys]
-        number = (number[:, None] * len(rows) + which[None]).flatten()  # [tiles]
-    table = pad(table, (0, k.shape[1] - table.shape[2], 0, TILE - table.shape[1]))
-    masks = pack(table.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(0, 1))  # [kinds * blocks, TILE, 1]
+        number = (number[:, None] * len(kind) + which[None]).flatten()  # [tiles]
+    table = pad(table, (0, k.shape[1] - table.shape[2], 0, rows - table.shape[1]))
+    masks = pack(table.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(0, 1))  # [kinds * blocks, rows, 1]
 
     # Tiles that share keys stand side by side.
     order = torch.arange(tiles, device="cpu").reshape(runs)
@@ -177,16 +203,16 @@ def _assemble(layout: Layout, cuts: tuple[_Cuts, ...]) -> BlockPlan:
         rank_of = rank_of * (int(c.part.max()) + 1) + c.part.reshape(view)
     order = order.flatten()[rank_of.flatten().argsort(stable=True)]
     index = torch.arange(tiles * blocks, device="cpu", dtype=torch.int32).reshape(1, tiles, blocks)
-    rows = (number[order, None] * blocks + torch.arange(blocks, device="cpu")).int()[None]
+    mask = (number[order, None] * blocks + torch.arange(blocks, device="cpu")).int()[None]
     none = torch.zeros(1, tiles, dtype=torch.int32, device="cpu")
     return BlockPlan(
         layout=layout,
-        q_block=TILE,
+        q_block=rows,
         kv_block=BLOCK,
         q_order=q[order].reshape(1, 1, -1).int(),
         kv_order=k[order].reshape(1, 1, -1).int(),
         full=BlockLists(none, torch.zeros(1, tiles, 0, dtype=torch.int32, device="cpu")),
-        partial=BlockLists(torch.full_like(none, blocks), index, rows),
+        partial=BlockLists(torch.full_like(none, blocks), index, mask),
         masks=masks,
         owner=torch.zeros(1, 1, dtype=torch.int32, device="cpu"),
         name="windows",

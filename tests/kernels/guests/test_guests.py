@@ -148,7 +148,11 @@ def test_a_plan_is_looked_at_once(monkeypatch: pytest.MonkeyPatch, generator: to
     first = prepare.prepare(call, 64, 64, "fa4")
     assert prepare.prepare(call, 64, 64, "fa4") is first
     made.full.count.add_(0)  # changed in place: looked at again
-    assert prepare.prepare(call, 64, 64, "fa4") is not first
+    second = prepare.prepare(call, 64, 64, "fa4")
+    assert second is not first
+    assert call.plan is not None
+    other = replace(call, plan=replace(call.plan, part_count=call.plan.part_count.clone()))
+    assert prepare.prepare(other, 64, 64, "fa4") is not second
 
 
 @pytest.mark.parametrize("name", GUESTS)

@@ -18,13 +18,14 @@ CAPABILITY = Capability(
     needs="plan",
     devices=("cuda",),
     dtypes=(torch.bfloat16, torch.float16),
-    note="own Gluon kernels for Hopper: TMA and wgmma, full blocks without masks; backward in Triton",
+    note="own Gluon kernels for Hopper: TMA and wgmma, full blocks without masks; backward of wide heads in Triton",
     head_dims=Sizes(16, 256, multiple=8),
     value_dims=Sizes(16, 256, multiple=8),
     block_sizes=Sizes(64, 128, power=True),
     blocks=((128, 128), (64, 64)),
     bias=(),
     segments=False,
+    deterministic=False,  # unless torch asks for it: gradients of queries are else summed as they come
     dense=False,
     by_name_only="runs when named until the table of measured times lists it",
 )
@@ -50,7 +51,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
 def backward(
     grad_out: Tensor, grad_lse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, call: Call
 ) -> Grads:
-    """Gradients through out and LSE; equal bits from call to call."""
-    from glocal.kernels.triton import launch
+    """Gradients through out and LSE; equal bits from call to call where torch asks for deterministic algorithms."""
+    from glocal.kernels.gluon import launch_backward
+    from glocal.kernels.triton.launch import Known
 
-    return launch.backward(launch.Known(grad_out, grad_lse, out, lse), q, k, v, call)
+    return launch_backward.backward(Known(grad_out, grad_lse, out, lse), q, k, v, call)

@@ -17,14 +17,12 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.runtime.jit import constexpr_function
 
 from glocal.kernels.gluon import layouts
 from glocal.kernels.gluon.masks import hidden, load_words, pad_words
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
-POLYNOMIAL = ("0f3F7FFB49", "0f3F31798D", "0f3E786F0D", "0f3D61FBB0")  # of 2^f, the constant first
 
 
 @gluon.jit
@@ -137,54 +135,22 @@ def factor(score):
         return 1.0
 
 
-@constexpr_function
-def recipe(every):
-    """Assembly for 2^x of `every` numbers: the special units take all but the last, which the multipliers compute.
-
-    x = n + f with n whole and |f| <= 1/2; 2^f by a polynomial of degree 3, relative error 1e-4; n goes to the exponent.
-    """
-    lines = [f"ex2.approx.ftz.f32 ${i}, ${every + i};" for i in range(every - 1)]
-    lines += [
-        "{ .reg .f32 x, t, f; .reg .b32 n, y;",
-        f"max.f32 x, ${2 * every - 1}, 0fC2FC0000;",  # -126
-        "add.rn.f32 t, x, 0f4B400000;",  # 1.5 * 2^23: the whole part comes to lie in the low bits
-        "sub.rn.f32 f, t, 0f4B400000;",
-        "sub.rn.f32 f, x, f;",
-        f"fma.rn.f32 x, f, {POLYNOMIAL[3]}, {POLYNOMIAL[2]};",
-        f"fma.rn.f32 x, x, f, {POLYNOMIAL[1]};",
-        f"fma.rn.f32 x, x, f, {POLYNOMIAL[0]};",
-        "mov.b32 y, x; mov.b32 n, t; shl.b32 n, n, 23; add.s32 y, y, n;",
-        f"mov.b32 ${every - 1}, y; }}",
-    ]
-    return "\n".join(lines)
-
-
-@constexpr_function
-def registers(every):
-    """Constraints of `recipe`."""
-    return ",".join(["=f"] * every + ["f"] * every)
-
-
 @gluon.jit
-def powers(x, EMULATE: gl.constexpr):
-    """2^x. EMULATE: so many numbers share the special units with one that does without; 0 for none."""
-    if EMULATE == 0:
-        return gl.exp2(x)
-    else:
-        return gl.inline_asm_elementwise(recipe(EMULATE), registers(EMULATE), [x], gl.float32, True, EMULATE)
+def weigh(s, top, total, scale, KEYS: gl.constexpr):
+    """Fold logits s [64, KEYS] into the largest logit of each row and the sums of weights, in powers of two.
 
-
-@gluon.jit
-def weigh(s, top, total, scale, EMULATE: gl.constexpr):
-    """Fold logits s [64, keys] into the largest logit and the sum of weights of each row, in powers of two.
-
-    Returns weights, largest logit, sum, and the factor for what was summed before.
+    Sums [64, 4] are those of each lane of four; they are added up when all is done. Returns weights, largest logit,
+    sums, and the factor for what was summed before.
     """
+    lanes: gl.constexpr = gl.SliceLayout(1, layouts.words(KEYS))
     new = gl.maximum(top, gl.max(s, 1) * scale)
     shift = gl.where(new == float("-inf"), 0.0, new)
-    p = powers(s * scale - gl.expand_dims(shift, 1), EMULATE)
+    p = gl.exp2(s * scale - gl.expand_dims(shift, 1))
     old = gl.exp2(top - shift)
-    return p, new, total * old + gl.sum(p, 1), old
+    mine = gl.sum(gl.sum(gl.reshape(p, [64, KEYS // 8, 4, 2]), 3), 1)  # [64, 4]
+    mine = gl.convert_layout(mine, layouts.words(KEYS), assert_trivial=True)
+    total = total * gl.expand_dims(gl.convert_layout(old, lanes, assert_trivial=True), 1) + mine
+    return p, new, total, old
 
 
 @gluon.jit
@@ -195,7 +161,10 @@ def scores(q, ks, slot, BK: gl.constexpr, D: gl.constexpr):
 
 
 @gluon.jit
-def advance(acc, p, top, total, slots, q, shared, ready, word, score, C: gl.constexpr, HIDES: gl.constexpr):
+def advance(
+    acc, p, top, total, slots, q, shared, ready, word, score,
+    C: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
     """One step: the values of the step before are summed while the logits of this one are weighed."""
     KEYS: gl.constexpr = C.keys
     D: gl.constexpr = C.d
@@ -213,7 +182,7 @@ def advance(acc, p, top, total, slots, q, shared, ready, word, score, C: gl.cons
     s = capped(s, score)
     if HIDES:
         s = hidden(s, word, KEYS)
-    weights, top, total, old = weigh(s, top, total, factor(score), 0 if HIDES else C.emulate)
+    weights, top, total, old = weigh(s, top, total, factor(score), KEYS)
     weights = weights.to(shared[2].dtype)
     if C.pinned:  # the barrier is known to be passed, but no instruction is moved across its loop
         mbarrier.wait(v_ready.index(v_slot), v_phase)
@@ -259,14 +228,15 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
     HIDES: gl.constexpr = C.masked or masks[1] is not None
     q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
     row: gl.constexpr = gl.SliceLayout(1, layouts.products(KEYS))
-    slots = (gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0), gl.to_tensor(0))  # slot and phase of keys, of values
+    zero = gl.to_tensor(0)
+    slots = (zero, zero, zero, zero)  # slot and phase of keys, of values
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, h, block = place_of(tile, work)
         place, part, count = lengths(lists, b, h, block, work[2], STEPS)
         hiding = count if masks[1] is not None else part
         top = gl.full([64], float("-inf"), gl.float32, layout=row)
-        total = gl.zeros([64], gl.float32, layout=row)
+        total = gl.zeros([64, 4], gl.float32, layout=layouts.words(KEYS))
         acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
         if count > 0:
             k_slot, k_phase, v_slot, v_phase = slots
@@ -283,7 +253,7 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
             if HIDES:
                 mask = mask_of(lists, place, part, 0, STEPS)
                 s = hidden(s, words_of(lists, masks, place, part, 0, mask, (b, h), PART * 64, C), KEYS)
-            p, top, total, _ = weigh(s, top, total, factor(score), 0)
+            p, top, total, _ = weigh(s, top, total, factor(score), KEYS)
             p = gl.convert_layout(p.to(shared[2].dtype), layouts.operand(DV))
             slots = (k_slot, k_phase, v_slot, v_phase)
             if HIDES:
@@ -317,7 +287,7 @@ def put(acc, top, total, out, at, first, heads, C: gl.constexpr):
     values, lse, order, n = out
     wide: gl.constexpr = layouts.products(DV)
     side: gl.constexpr = gl.SliceLayout(1, wide)
-    top, total = gl.convert_layout(top, side), gl.convert_layout(total, side)
+    top, total = gl.convert_layout(top, side), gl.convert_layout(gl.sum(total, 1), side)
     slot = first + gl.arange(0, 64, layout=side)
     if order is None:
         token = gl.where(slot < n, slot, -1)

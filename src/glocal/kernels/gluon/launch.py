@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,12 +15,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from glocal.kernels.call import Call
 from glocal.kernels.gluon.forward_q import forward_kernel
 from glocal.kernels.gluon.masks import by_query, kept
+from glocal.kernels.gluon.paired import paired
 from glocal.kernels.gluon.tuning import Shape, Tuning, padded, tuning
 from glocal.kernels.triton.defaults import ROWS
 from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import merge_kernel
 from glocal.kernels.triton.permute import gather_rows
 from glocal.kernels.triton.work import Work, on_device, prepare, start
+from glocal.plan.facts import worth_a_look
 
 # Per plan, by its full lists: lengths of the lists, whether all are equal, and tiles by falling length.
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -38,7 +40,7 @@ class Inputs:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = None) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
-    w = prepare(q, k, v, call)
+    w = work_of(q, k, v, call)
     b, h, nq, _ = q.shape
     shape = (b, h, nq, v.shape[3])
     nothing = 0 in shape or k.shape[2] == 0 or w.q_room == 0 or w.room == 0
@@ -65,6 +67,17 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = 
     return out, lse
 
 
+def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
+    """The call as the kernel takes it, query blocks in pairs where that pays."""
+    w = prepare(q, k, v, call)
+    blocks = w.call.q_block, w.call.kv_block
+    wide = max(w.sizes["WD"], w.sizes["WDV"])
+    if blocks != (64, 64) or wide <= 64 or wide > 128 or not worth_a_look(w.plan.full_index):
+        return w
+    plan = paired(w.plan, blocks[1])
+    return w if plan is None else replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=2 * blocks[0]))
+
+
 def placed(w: Work, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
     """q, k, v in plan order. Where pairs of a listed block may be hidden, k and v are copied and bad rows cleaned."""
     if w.call.scale <= 0:  # the kernel takes the largest logit before it scales
@@ -81,13 +94,17 @@ def run(w: Work, given: Inputs, out: Tensor, lse: Tensor, tuned: Tuning | None =
     q, k, v, p = given.q, given.k, given.v, w.plan
     blocks = w.call.q_block, w.call.kv_block
     dims = w.sizes["D"], w.sizes["DV"]
-    tuned = tuning(blocks[0], max(padded(d) for d in dims)) if tuned is None else tuned
+    tuned = tuning(blocks, max(padded(d) for d in dims)) if tuned is None else tuned
     shape = Shape.of(blocks, dims, w.masked, tuned)
     tiles = w.batch * w.heads * w.q_blocks
     scale = abs(w.call.scale) if w.call.scale else 1.0
     order = w.row(p.q_order) if w.q_facts.distinct and not w.q_facts.identity else None
+    longest_first = _longest_first(w)
+    programs = tiles
+    if tuned.persistent and longest_first is None:
+        programs = min(tiles, _processors(q.device.index))
     start(
-        forward_kernel, min(tiles, _processors(q.device.index) * tuned.ctas) if tuned.persistent else tiles,
+        forward_kernel, programs,
         _described(q, 64, shape.d), _described(k, shape.keys, shape.d), _described(v, shape.keys, shape.dv),
         (out, lse, order, out.shape[2]),
         (
@@ -97,7 +114,7 @@ def run(w: Work, given: Inputs, out: Tensor, lse: Tensor, tuned: Tuning | None =
             p.masks.shape[0],
         ),
         (by_query(p.masks, blocks[1]), w.row(kept(p.kv_order, blocks[1])) if w.kv_facts.holes else None),
-        (_longest_first(w), w.heads, w.q_blocks), w.heads // k.shape[1],
+        (longest_first, w.heads, w.q_blocks), w.heads // k.shape[1],
         (float(scale), None if w.call.softcap is None else float(w.call.softcap)), tiles,
         C=shape, num_warps=4, maxnreg=tuned.most,
     )  # fmt: skip
@@ -107,13 +124,13 @@ def _longest_first(w: Work) -> Tensor | None:
     """Tiles by falling number of key blocks, int32 [B * H * blocks], equal ones in the order of memory; None: as they
     lie, because all are equal or the plan is not known to stay.
 
-    Looked at once for each plan, unless it changes; that waits for the device, so plans made on it are not looked at.
+    Looked at once for each plan, unless it changes; that waits for the device, so lists made for one call are not.
     """
     p = w.plan
     mark = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (p.owner, p.full_count, p.part_count))
     known = _ORDERS.get(p.full_index)
     if known is None or known[0] != mark:
-        if not (w.q_facts.fixed and w.q_facts.distinct) or torch.cuda.is_current_stream_capturing():
+        if not worth_a_look(p.full_index) or torch.cuda.is_current_stream_capturing():
             return None
         visits = p.full_count + p.part_count  # [U, blocks]
         known = _ORDERS[p.full_index] = (mark, visits, bool((visits == visits.flatten()[:1]).all()), {})

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class Tuning:
     """keys: tokens of a step, at most those of a key block. stages: steps in flight. queries: query blocks in flight.
 
-    ctas: programs a multiprocessor. persistent: each takes many query blocks in turn.
+    persistent: one program a multiprocessor takes many query blocks in turn, where all lists are equally long.
     registers: of a thread of the second group. most: of a thread before the groups share them out.
     held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
-    emulate: of so many exponentials one is left to the multipliers; 0 for none.
     """
 
     keys: int = 128
     stages: int = 2
     queries: int = 1
-    ctas: int = 1
     persistent: bool = True
     registers: int = 240
     most: int = 168
     held: bool = False
     pinned: bool = False
-    emulate: int = 0
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,6 @@ class Shape:
     registers: int
     held: bool
     pinned: bool
-    emulate: int
 
     @staticmethod
     def of(blocks: tuple[int, int], dims: tuple[int, int], masked: bool, tuned: Tuning) -> Shape:
@@ -65,17 +61,21 @@ class Shape:
             registers=tuned.registers,
             held=bool(tuned.held),
             pinned=bool(tuned.pinned),
-            emulate=tuned.emulate,
         )
 
 
-def tuning(q_block: int, width: int) -> Tuning:
-    """For query blocks of 64 or 128 and the larger padded head size."""
-    if q_block == 64:
-        return Tuning(keys=64, most=224) if width > 128 else Tuning(ctas=2, most=128)
+def tuning(blocks: tuple[int, int], width: int) -> Tuning:
+    """For (query, key) blocks of 64 or 128 and the larger padded head size, as `bench/kernels_hopper.py` found best."""
+    if blocks[0] == 64:
+        small = Tuning(keys=64, persistent=False, pinned=True)
+        if width > 128:
+            return replace(small, most=224)
+        return replace(small, held=True, most=80 if width <= 64 else 128)
     if width > 128:
         return Tuning(keys=64)
-    return Tuning(stages=3 if width <= 64 else 2)
+    if blocks[1] == 64 and width > 64:
+        return Tuning(stages=4, held=True, pinned=True)
+    return Tuning(stages=3, queries=2) if width <= 64 else Tuning()
 
 
 def padded(size: int) -> int:

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.kernels._jobs import _check
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, PlanTensors
 from glocal.kernels.sides import Side
 from glocal.plan.blockplan import BlockLists
@@ -73,10 +74,10 @@ def prepare(call: Call, nq: int, nk: int, name: str) -> Prepared:
     plan = call.plan
     assert plan is not None
     blocks = (call.q_block, call.kv_block)
-    mark = (blocks, nq, nk, *(_version(getattr(plan, field)) for field in plan.__dataclass_fields__))
+    mark, tensors = (blocks, nq, nk), [getattr(plan, field) for field in plan.__dataclass_fields__]
     known = _KNOWN.get(plan.full_index)
-    if known is not None and known[0] == mark:
-        return known[1]
+    if known is not None and known[0] == mark and known[1].still(tensors):
+        return known[2]
     _check(plan, blocks)
     made = _prepare(plan, blocks, nq, nk)
     if made.q.times > 1:
@@ -84,7 +85,7 @@ def prepare(call: Call, nq: int, nk: int, name: str) -> Prepared:
             f"backend={name!r}: this plan holds a query in {made.q.times} slots; legal: each query once, "
             "or another backend."
         )
-    _KNOWN[plan.full_index] = (mark, made)
+    _KNOWN[plan.full_index] = (mark, Seen.of(tensors), made)
     return made
 
 
@@ -155,7 +156,3 @@ def _rest(plan: PlanTensors, index: Tensor, dropped: Tensor | None) -> PlanTenso
         part_mask=plan.part_mask[owner].flatten(0, 1),
         owner=torch.arange(b * h, dtype=torch.int32, device=index.device).view(b, h),
     )
-
-
-def _version(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), 0 if t.is_inference() else t._version

@@ -23,7 +23,8 @@ _TYPES = {
     torch.bfloat16: gl.bfloat16,
     torch.float16: gl.float16,
 }
-_REGISTERS = 240  # of a thread that multiplies
+# By query block: programs of a multiprocessor, and registers of a thread before the warps share them out.
+_SHARES = {64: (2, 128), 128: (1, 168)}
 
 
 def warp_groups(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tuning) -> tuple[Tensor, Tensor]:
@@ -38,7 +39,8 @@ def warp_groups(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tu
     tiles = b * h * blocks
     if tiles == 0:
         return out, lse
-    programs = min(tiles, torch.cuda.get_device_properties(like.device).multi_processor_count)
+    each, registers = _SHARES[call.q_block]
+    programs = min(tiles, each * torch.cuda.get_device_properties(like.device).multi_processor_count)
     box = (size, call.kv_block) if by_channel else (call.kv_block, size)
     full = (plan.full_count, plan.full_index, plan.full_index.shape[-1])
     part = (plan.part_count, plan.part_index, plan.part_index.shape[-1], plan.part_mask)
@@ -50,7 +52,7 @@ def warp_groups(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tu
         (h, blocks, h // given.k.shape[1], work.columns, tiles),
         BQ=call.q_block, BK=call.kv_block, STAGES=tuning.stages,
         EXTRA=(*quant.group, quant.qk == "int8", by_channel, log2(WEIGHT[quant.pv]), work.masked, tuning.emulate),
-        REGISTERS=_REGISTERS, num_warps=4,
+        REGISTERS=240, num_warps=4, maxnreg=registers,
     )  # fmt: skip
     return out, lse
 

@@ -16,8 +16,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from glocal.kernels.gluon.forward_q import after, powers, row_of
+from glocal.kernels.gluon.forward_q import after, row_of
 from glocal.kernels.gluon.masks import hidden, load_words
+from glocal.kernels.gluon.powers import powers
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
@@ -145,7 +146,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
     TURNED: gl.constexpr = EXTRA[3]
     SHIFT: gl.constexpr = EXTRA[4]
     MASKED: gl.constexpr = EXTRA[5]
-    EMULATE: gl.constexpr = EXTRA[6]
+    EMULATE: gl.constexpr = 0 if MASKED else EXTRA[6]  # it makes 2^-126 of minus infinity
     DV: gl.constexpr = shared[2].shape[1] if TURNED else shared[2].shape[2]
     BITS: gl.constexpr = 8 if TURNED else 16
     kind: gl.constexpr = shared[2].dtype
@@ -167,6 +168,8 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
         acc = gl.zeros([64, DV], gl.float32, layout=wide)
         if count > 0:
             key = gl.load(scales[1] + (head * room + entry(lists, place, part, 0) * BK) // K_GROUP)
+            second = entry(lists, place, part, gl.minimum(1, count - 1))
+            coming = gl.load(scales[1] + (head * room + second * BK) // K_GROUP)
             mbarrier.wait(q_ready, q_phase)
             q = shared[0].index(PART)
             mbarrier.wait(k_ready.index(k_slot), k_phase)
@@ -180,7 +183,9 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
             p, top, total, _ = weigh(s, top, total, mine * key, SHIFT, EMULATE)
             p = as_operand(p, kind, BK, DV)
             for i in range(1, count):
-                key = gl.load(scales[1] + (head * room + entry(lists, place, part, i) * BK) // K_GROUP)
+                key = coming  # a scale is read one block ahead: that takes as long as a product
+                ahead = entry(lists, place, part, gl.minimum(i + 1, count - 1))
+                coming = gl.load(scales[1] + (head * room + ahead * BK) // K_GROUP)
                 mbarrier.wait(k_ready.index(k_slot), k_phase)
                 s = scores(q, shared[1], k_slot, BK, WHOLE)
                 mbarrier.wait(v_ready.index(v_slot), v_phase)
@@ -193,6 +198,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                         mask = gl.load(lists[2][3] + place * lists[2][2] + i)
                         s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
                 weights, top, total, old = weigh(s, top, total, mine * key, SHIFT, EMULATE)
+                weights = weights.to(kind)
                 acc = awaited(acc, p)
                 mbarrier.arrive(v_free.index(v_slot))
                 k_slot, k_phase = after(k_slot, k_phase, STAGES)

@@ -54,15 +54,16 @@ class Rounded:
     mean: Tensor | None
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work, tuning: Tuning | None = None
-) -> tuple[Tensor, Tensor]:
+def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work, tuning: Tuning = DEFAULT) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq].
 
-    tuning: None for the fastest that fits; the kernel of warp groups is used where it fits alone.
+    tuning: the kernel of warp groups runs where a tuning asks for it.
     """
-    if tuning is None:
-        tuning = HOPPER if q.is_cuda and fits(q, v, call, work) else DEFAULT
+    if tuning.hopper and not fits(q, v, call, work):
+        raise ValueError(
+            f"{tuning} does not take this call; legal: Hopper, blocks of 64 or 128 whose keys share a scale, head "
+            "sizes of 64 or 128, weights in fp8 or 16 bits, no pads among the keys."
+        )
     where: Any = torch.cuda.device(q.device) if q.is_cuda else nullcontext()
     with where:
         given = quantise(q, k, v, work)

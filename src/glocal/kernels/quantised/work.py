@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.kernels._jobs import _check
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, PlanTensors
 from glocal.kernels.quant import Quant
 from glocal.kernels.sides import Side
@@ -88,17 +89,11 @@ def work_of(call: Call, nq: int, nk: int) -> Work:
     for side, group, block in (("queries", quant.group[0], call.q_block), ("keys", quant.group[1], call.kv_block)):
         if block % group:
             raise ValueError(f"Quant: group={quant.group}: {group} {side} a scale must divide the block of {block}.")
-    mark = (
-        quant,
-        call.q_block,
-        call.kv_block,
-        nq,
-        nk,
-        *(_version(getattr(plan, f)) for f in plan.__dataclass_fields__),
-    )
+    mark = (quant, call.q_block, call.kv_block, nq, nk)
+    tensors = [getattr(plan, field) for field in plan.__dataclass_fields__]
     known = _KNOWN.get(plan.full_index)
-    if known is not None and known[0] == mark:
-        return known[1]
+    if known is not None and known[0] == mark and known[1].still(tensors):
+        return known[2]
     _check(plan, (call.q_block, call.kv_block))
     q, k = Side.of(plan.q_order, nq), Side.of(plan.kv_order, nk)
     if q.times > 1:
@@ -113,7 +108,7 @@ def work_of(call: Call, nq: int, nk: int) -> Work:
         rows=plan.q_order.shape[-1],
         columns=plan.kv_order.shape[-1],
     )
-    _KNOWN[plan.full_index] = (mark, made)
+    _KNOWN[plan.full_index] = (mark, Seen.of(tensors), made)
     return made
 
 
@@ -123,7 +118,3 @@ def _whole(t: Tensor, slots: int) -> Tensor:
 
 def _by_head(t: Tensor, heads: int) -> Tensor:
     return t if t.shape[1] in (1, heads) else t.repeat_interleave(heads // t.shape[1], 1)
-
-
-def _version(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), 0 if t.is_inference() else t._version

@@ -23,7 +23,7 @@ CAPABILITY = Capability(
     note="own Triton kernels for small windows, forward and backward with bias gradients, without atomics",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
-    block_sizes=Sizes(16, 32, power=True),
+    block_sizes=Sizes(16, 64, power=True),
     bias=("table",),
     softcap=False,
     segments=False,

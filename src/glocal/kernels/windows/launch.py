@@ -53,11 +53,12 @@ class _Work:
         """Each set of tiles with its constants and (heads, ratio, images, images a program, tiles, groups)."""
         for t in tiles:
             count, n = len(t.rows), t.columns.shape[1]
-            group = GROUP if n <= 128 else 1  # wider rows do not fit the registers of one warp
+            whole = t.rows.shape[1] > 16
+            group = GROUP if n <= 128 and not whole else 1  # wider rows do not fit the registers of one warp
             groups = -(-count // group)
             per = max(1, self.batch * self.heads * groups // PROGRAMS)
             constants = self.sizes | {"G": group, "M": t.rows.shape[1], "N": n}
-            constants |= {"num_warps": group if group > 1 else max(1, n // 128), "num_stages": STAGES}
+            constants |= {"num_warps": 4 if whole else group if group > 1 else max(1, n // 128), "num_stages": STAGES}
             yield t, constants, (self.heads, self.ratio, self.batch, per, count, groups)
 
 

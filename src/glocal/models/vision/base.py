@@ -5,8 +5,9 @@ A backbone is a list of levels. `maps(image)` gives the map of each, channels la
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -122,6 +123,19 @@ class VisionBackbone(nn.Module, ABC):
 def laid_out(image: Tensor) -> Tensor:
     """The image with its channels side by side on a GPU, where convolutions then hand on maps that need no copies."""
     return image.contiguous(memory_format=torch.channels_last) if image.is_cuda else image
+
+
+Rules = Sequence[tuple[str, str | Callable[[re.Match[str]], str]]]
+
+
+def renamed(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
+    """The tensors under names that each rule (pattern, replacement) in turn was applied to."""
+    out = {}
+    for name, value in state.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        out[name] = value
+    return out
 
 
 def per_stage(name: str, values: tuple[Any, ...], stages: int, model: str) -> tuple[Any, ...]:

@@ -7,7 +7,6 @@ second form of channel attention.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone, per_stage, renamed
 from glocal.nn.blocks import (
     ConvPosition,
     DropPath,
@@ -139,12 +138,25 @@ class DaViT(VisionBackbone):
     def convert(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm's names, and those of Florence-2's vision tower, to the authors'."""
         rules = _TIMM if "stem.conv.weight" in state else _FLORENCE if "convs.0.proj.weight" in state else ()
-        out = {}
-        for name, value in state.items():
-            for pattern, replacement in rules:
-                name = re.sub(pattern, replacement, name)
-            out[name] = value
-        return out
+        return renamed(state, rules)
+
+    @classmethod
+    def to_timm(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' names to timm's, the inverse of `convert`."""
+        return renamed(state, _TO_TIMM)
+
+
+_TO_TIMM = (
+    (r"^patch_embeds\.0\.proj\.", "stem.conv."),
+    (r"^patch_embeds\.0\.norm\.", "stem.norm."),
+    (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
+    (r"^patch_embeds\.(\d+)\.norm\.", r"stages.\1.downsample.norm."),
+    (r"^main_blocks\.(\d+)\.", r"stages.\1.blocks."),
+    (r"\.cpe\.0\.", ".cpe1."),
+    (r"\.cpe\.1\.", ".cpe2."),
+    (r"^norms\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
 
 
 def _attention(dim: int, heads: int, spec: BlockSpec, index: int) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
+from glocal.models.vision.base import Rules, TableLayout, VisionBackbone, per_stage, renamed
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
@@ -178,6 +178,12 @@ class GCViT(VisionBackbone):
         """timm's names to the authors'; its gates are 1 x 1 convolutions."""
         return _from_timm(state) if "stem.conv1.weight" in state else dict(state)
 
+    @classmethod
+    def to_timm(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' names to timm's, the inverse of `convert`; gates become 1 x 1 convolutions."""
+        gates = {name: value[:, :, None, None] for name, value in state.items() if ".conv.2.fc." in name}
+        return renamed({**state, **gates}, _TO_TIMM)
+
 
 def _attention(dim: int, heads: int, window: int, spec: BlockSpec, index: int) -> nn.Module:
     if spec.mixer is not None:
@@ -206,6 +212,24 @@ _TIMM = (
     (r"\.ls([12])\.gamma$", r".gamma\1"),
     (r"\.attn\.rel_pos\.", ".attn."),
     (r"^head\.fc\.", "head."),
+)
+
+
+_TO_TIMM: Rules = (
+    (r"^patch_embed\.proj\.", "stem.conv1."),
+    (r"^patch_embed\.conv_down\.", "stem.down."),
+    (r"^levels\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^levels\.", "stages."),
+    (r"\.q_global_gen\.to_q_global\.(\d+)\.conv\.", lambda m: f".global_block.blocks.conv{int(m[1]) + 1}."),
+    (r"\.conv\.(?=0\.|2\.fc\.|3\.)", ".conv_block."),
+    (r"\.(conv_block|conv\d+)\.0\.", r".\1.conv_dw."),
+    (r"\.(conv_block|conv\d+)\.2\.fc\.0\.", r".\1.se.fc1."),
+    (r"\.(conv_block|conv\d+)\.2\.fc\.2\.", r".\1.se.fc2."),
+    (r"\.(conv_block|conv\d+)\.3\.", r".\1.conv_pw."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.attn\.relative_position_bias_table$", ".attn.rel_pos.relative_position_bias_table"),
+    (r"^norm\.", "stages.3.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
 
 

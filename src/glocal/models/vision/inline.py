@@ -7,20 +7,20 @@ and CSWin; the other blocks there stay windows with relative bias and cross-shap
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import TableLayout, VisionBackbone, laid_out, per_stage
+from glocal.models.trunks._blocks import Block, through
+from glocal.models.trunks.swin import SwinShape
+from glocal.models.trunks.vit import ViTShape, resized
+from glocal.models.vision.base import VisionBackbone, per_stage
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
     Mlp,
     PatchEmbed,
-    PatchMerge,
     conv,
     drop_rates,
     init_linears,
@@ -29,7 +29,7 @@ from glocal.nn.blocks import (
     to_nhwc,
 )
 from glocal.nn.inline import InLineAttention, InLineBranch, InLineSpec
-from glocal.nn.mixer import begin, mixer
+from glocal.nn.mixer import mixer
 from glocal.nn.stripe_attention import StripeBranch
 from glocal.nn.window_attention import WindowAttention
 
@@ -55,42 +55,20 @@ class BlockSpec:
 PVT_BLOCKS = BlockSpec((8.0, 8.0, 4.0, 4.0), InLineSpec(split_kv=True))
 
 
-class Block(nn.Module):
-    """x += attention(norm1(x)); x += mlp(norm2(x)). eps: of the norms."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(dim, eps=eps)
-        self.attn = attn
-        self.norm2 = LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, stage: object = None) -> Tensor:
-        """x: [B, H, W, dim] -> the same shape."""
-        x = x + self.drop_path(self.attn(self.norm1(x), stage))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class TokenBlock(Block):
-    """The same over a class token and a map in one row of tokens."""
-
-    attn: InLineAttention
+class TokenInLine(InLineAttention):
+    """InLine attention over a class token and a map in one row of tokens."""
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, 1 + h * w, dim] -> the same shape; stage: (h, w)."""
         assert isinstance(stage, tuple)
-        x = x + self.drop_path(self.attn.proj(self.attn.tokens(self.norm1(x), stage, lead=1)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        return self.proj(self.tokens(x, stage, lead=1))
 
 
-class InLineDeiT(VisionBackbone):
+class InLineDeiT(ViTShape):
     """DeiT with InLine attention: one level of `patch` px tokens, a class token, learned positions.
 
     img_size: px a side the position table is made for; other sizes interpolate it (bicubic, a rule of ours).
     """
-
-    undecayed = ("pos_embed", "cls_token")
 
     def __init__(
         self,
@@ -107,47 +85,12 @@ class InLineDeiT(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        self.channels, self.strides, self.side = (dim,), (patch,), img_size // patch
-        self.patch_embed = PatchEmbed(in_chans, dim, patch, norm=False)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.side**2, dim))
-        ratio = spec.ratios(1, "InLineDeiT")[0]
-        self.blocks = nn.ModuleList(
-            TokenBlock(dim, InLineAttention(dim, heads, spec=spec.attention), ratio, rate, eps=1e-6)
-            for rate in drop_rates(drop_path, (depth,))[0]
-        )
-        self.norm = LayerNorm(dim, eps=1e-6)
-        self.head = nn.Identity() if features_only else self.make_head(dim)
-        for start in (self.pos_embed, self.cls_token):
-            nn.init.trunc_normal_(start, std=0.02)
-        init_linears(self)
+        self._shape, self._spec = (dim, heads), spec
+        self.build(dim, depth, (patch, img_size // patch), spec.ratios(1, "InLineDeiT")[0], drop_path)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """The one map of normalised tokens, channels last."""
-        tokens, (height, width) = self.tokens(image)
-        return [tokens[:, 1:].unflatten(1, (height, width))]
-
-    def tokens(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Normalised tokens [B, 1 + h * w, dim], the class token first, and (h, w)."""
-        x = self.patch_embed(image)
-        size = (x.shape[1], x.shape[2])
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
-        place = resized(self.pos_embed[:, 1:], self.side, size, "bicubic")
-        x = x + torch.cat((self.pos_embed[:, :1], place), 1)
-        for block in self.blocks:
-            x = self.run(block, x, size)
-        return self.norm(x), size
-
-    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """As in `VisionBackbone`; the classifier reads the class token."""
-        if self.features_only:
-            return self.features(image)
-        self._check(image)
-        return self.head(self.tokens(laid_out(image))[0][:, 0])
-
-    def pool(self, last: Tensor) -> Tensor:
-        """Mean of the tokens of the map, for uses without the class token."""
-        return last.mean((1, 2))
+    def attention(self, index: int) -> nn.Module:
+        """InLine attention."""
+        return TokenInLine(*self._shape, spec=self._spec.attention)
 
 
 class InLinePVT(VisionBackbone):
@@ -197,7 +140,7 @@ class InLinePVT(VisionBackbone):
         for i, side in enumerate(self.sides, 1):
             x = self.get_submodule(f"patch_embed{i}")(x)
             place = resized(self.get_parameter(f"pos_embed{i}"), side, (x.shape[1], x.shape[2]), "bilinear")
-            maps.append(_through(self, x + place.unflatten(1, x.shape[1:3]), self.get_submodule(f"block{i}")))
+            maps.append(through(self, x + place.unflatten(1, x.shape[1:3]), self.get_submodule(f"block{i}")))
             x = to_nchw(maps[-1])
         return maps
 
@@ -206,26 +149,13 @@ class InLinePVT(VisionBackbone):
         return last.mean((1, 2))
 
 
-class Level(nn.Module):
-    """The blocks of one stage, and the merging behind them (None after the last)."""
-
-    def __init__(self, blocks: list[Block], downsample: nn.Module | None) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-        self.downsample = downsample
-
-
-class InLineSwin(VisionBackbone):
+class InLineSwin(SwinShape):
     """Swin with InLine attention in its first blocks.
 
     inline: how many of the blocks of each stage have it. window: of InLine blocks (56: the whole map at 224 px); the
     others have windows of max(7, window // 8). img_size: px a side; a stage whose map is not larger than its window
     has one window of the map, not rolled, as published. Other sizes run: InLine blocks take maps up to `window` whole.
     """
-
-    ignored: ClassVar[tuple[str, ...]] = ("relative_position_index", "attn_mask")
-    tables: ClassVar[dict[str, TableLayout]] = {"relative_position_bias_table": "flat"}
-    undecayed: ClassVar[tuple[str, ...]] = ("relative_position_bias_table",)
 
     def __init__(
         self,
@@ -245,42 +175,19 @@ class InLineSwin(VisionBackbone):
         super().__init__(num_classes, in_chans, features_only)
         for name, values in (("heads", heads), ("inline", inline)):
             per_stage(name, values, len(depths), "InLineSwin")
-        ratios = spec.ratios(len(depths), "InLineSwin")
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
-        self.patch_embed = PatchEmbed(in_chans, dim)
-        self.layers = nn.ModuleList()
-        for i, rates in enumerate(drop_rates(drop_path, depths)):
-            width, side = self.channels[i], img_size // self.strides[i]
-            blocks = []
-            for j, rate in enumerate(rates):
-                linear = j < inline[i]
-                reach = min(window if linear else max(7, window // 8), side)
-                shift = reach // 2 if j % 2 and reach < side else 0
-                attn = _attention(spec, width, heads[i], j, window if linear else None, shift)
-                if not linear and spec.mixer is None:
-                    attn = WindowAttention(width, heads[i], reach, shift, relative_bias=True)
-                blocks.append(Block(width, attn, ratios[i], rate))
-            self.layers.append(Level(blocks, PatchMerge(width, 2 * width) if i + 1 < len(depths) else None))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
-        init_linears(self)
+        self._dim, self._heads, self._inline, self._spec = dim, heads, inline, spec
+        self._window, self._size = window, img_size
+        self.build(dim, depths, spec.ratios(len(depths), "InLineSwin"), drop_path)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """Maps of all stages, channels last."""
-        x, maps = self.patch_embed(image), []
-        for level in self.layers:
-            assert isinstance(level, Level)
-            maps.append(_through(self, x, level.blocks))
-            x = maps[-1] if level.downsample is None else level.downsample(maps[-1])
-        return maps
-
-    def pool(self, last: Tensor) -> Tensor:
-        """Mean of the normalised tokens."""
-        return self.norm(last).mean((1, 2))
+    def attention(self, level: int, index: int) -> nn.Module:
+        """InLine attention in the first blocks of a level, windows with a relative bias in the others."""
+        width, side = self._dim * 2**level, self._size // (4 * 2**level)
+        linear = index < self._inline[level]
+        reach = min(self._window if linear else max(7, self._window // 8), side)
+        shift = reach // 2 if index % 2 and reach < side else 0
+        if not linear and self._spec.mixer is None:
+            return WindowAttention(width, self._heads[level], reach, shift, relative_bias=True)
+        return _attention(self._spec, width, self._heads[level], index, self._window if linear else None, shift)
 
 
 class CrossBlock(nn.Module):
@@ -373,21 +280,13 @@ class InLineCSWin(VisionBackbone):
         for i in range(1, len(self.channels) + 1):
             if maps:
                 x = self.get_submodule(f"merge{i - 1}")(x)
-            x = _through(self, x, self.get_submodule(f"stage{i}"))
+            x = through(self, x, self.get_submodule(f"stage{i}"))
             maps.append(x)
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
         """Mean of the normalised tokens."""
         return self.norm(last).mean((1, 2))
-
-
-def resized(table: Tensor, side: int, size: tuple[int, int], mode: str) -> Tensor:
-    """Positions [1, side * side, C] interpolated to a map of `size` tokens, [1, h * w, C]."""
-    if size == (side, side):
-        return table
-    grid = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    return F.interpolate(grid, size=size, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
 
 
 def _attention(
@@ -404,14 +303,6 @@ def _branches(dim: int, heads: int, inline: bool, split: int | None, spec: InLin
     if split is None:
         return [StripeBranch(dim, heads, "whole")]
     return [StripeBranch(dim // 2, heads // 2, "columns", split), StripeBranch(dim // 2, heads // 2, "rows", split)]
-
-
-def _through(model: VisionBackbone, x: Tensor, blocks: nn.Module) -> Tensor:
-    """x: [B, H, W, C] through the blocks of a stage."""
-    stage = begin((block.attn for block in blocks.children() if hasattr(block, "attn")), x)  # type: ignore[misc]
-    for block in blocks.children():
-        x = model.run(block, x, stage)
-    return x
 
 
 # fmt: off

@@ -6,6 +6,7 @@ at sizes that windows and grids divide; here other maps are padded inside the at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -155,6 +156,11 @@ class MaxViT(VisionBackbone):
                 nn.init.normal_(layer.weight, std=0.02)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+
+    @classmethod
+    def to_timm(cls, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """timm's names, which are ours."""
+        return dict(state)
 
     def maps(self, image: Tensor) -> list[Tensor]:
         """Maps of all levels, channels last."""

@@ -1,0 +1,64 @@
+"""Puts measured figures of a vision system into its page: `<!-- figures: davit -->`, from the tables of results/."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = re.compile(r"<!-- figures: (\w+) -->")
+MODELS = {"hilo": "litv2", "sg_former": "sgformer"}  # how names of models start, where not as their system's
+RUN = "`python bench/{}.py --device {}` makes them"
+
+
+def on_page_markdown(markdown: str, **_: object) -> str:
+    """Called by mkdocs for each page."""
+    return MARK.sub(lambda found: figures(found[1]), markdown)
+
+
+def figures(system: str) -> str:
+    """Throughput beside timm, the paper's claims of cost, and the row of the mixer table; what is missing is said."""
+    start = MODELS.get(system, system)
+    parts = []
+    rows = [row for row in read("vision_throughput") if row["model"].startswith(start)]
+    head = ("model", "beside (timm)", "mode", "pass", "images/s", "timm", "ratio", "90 % interval", "device")
+    cells = [
+        (r["model"], r["beside"], r["mode"], r["pass"], r["images_s"], r["timm_images_s"], r["ratio"],
+         f"{r['ratio_low']} to {r['ratio_high']}", r["device"])
+        for r in rows
+    ]  # fmt: skip
+    parts.append(
+        table(head, cells) if cells else f"No throughput was measured yet; {RUN.format('vision_throughput', 'cuda')}."
+    )
+    rows = [row for row in read("vision_claims") if row["claim"] == system]
+    head = ("claim", "against", "size", "ours", "theirs", "unit", "ratio", "paper", "device")
+    cells = [
+        (r["subject"], r["rival"], r["size"], r["ours"], r["theirs"], r["unit"], r["ratio"], r["paper"], r["device"])
+        for r in rows
+    ]
+    if cells:
+        parts.append(table(head, cells))
+    rows = [row for row in read("mixers") if row["mixer"] == system and not row["reason"]]
+    head = ("task", "score", "mean of seeds", "spread", "parameters", "M MACs", "updates", "seeds", "device")
+    cells = [
+        (f"{r['task']}, {r['size']} px", r["score"], r["mean"], r["spread"], r["params"], r["mmacs"], r["steps"],
+         r["seeds"], r["device"])
+        for r in rows
+    ]  # fmt: skip
+    if cells:
+        parts.append("As a token mixer in the equal small backbone of [`glocal compare --train`](../compare.md):")
+        parts.append(table(head, cells))
+    return "\n\n".join(parts)
+
+
+def read(name: str) -> list[dict[str, str]]:
+    """Rows of results/name.csv, none where the file is not there."""
+    path = ROOT / "results" / f"{name}.csv"
+    return list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
+
+
+def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """As markdown."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

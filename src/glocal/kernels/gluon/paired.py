@@ -1,0 +1,82 @@
+"""Plans whose neighbouring query blocks visit nearly the same key blocks, with those query blocks joined in pairs.
+
+Two groups of 64 rows then share every tile of keys, which halves what is read: strided shards (arXiv 2407.17678) and
+other causal plans of 64-token blocks are like that. What one half visits alone is hidden from the other by a mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from glocal.kernels.call import PlanTensors
+from glocal.plan.blockplan import BlockLists
+
+MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
+_MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
+
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def paired(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    """The plan with query blocks twice as long, or None where that does not pay. Looked at once for each plan."""
+    fields = vars(plan).values()
+    mark = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in fields]
+    known = _KNOWN.get(plan.full_index)
+    if known is None or known[0] != mark:
+        if plan.owner.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        known = _KNOWN[plan.full_index] = (mark, _joined(plan, kv_block))
+    return known[1]
+
+
+def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    lists, rows = plan.full_count.shape
+    columns, masks = plan.kv_order.shape[-1] // kv_block, plan.masks.shape[0]
+    if rows % 2 or lists * rows * columns > _MOST:
+        return None
+    state = _states(plan, columns)  # [U, query blocks, key blocks]
+    if state is None:
+        return None
+    upper, lower = state[:, ::2], state[:, 1::2]  # [U, pairs, key blocks]
+    seen = (upper >= 0) | (lower >= 0)
+    if 2 * int(seen.sum()) > MORE * int((state >= 0).sum()):
+        return None
+    full = (upper == masks) & (lower == masks)
+    part = seen & ~full
+    upper, lower = (torch.where(half < 0, masks + 1, half) for half in (upper, lower))
+    codes, which = torch.unique(upper[part].long() * (masks + 2) + lower[part], return_inverse=True)
+    row = torch.zeros_like(state[:, ::2], dtype=torch.int32)
+    row[part] = which.int()
+    words = torch.cat([plan.masks, plan.masks.new_full((1, *plan.masks.shape[1:]), -1),
+                       plan.masks.new_zeros(1, *plan.masks.shape[1:])])  # fmt: skip
+    both = torch.cat([words[codes // (masks + 2)], words[codes % (masks + 2)]], 1)  # [masks, 2 * rows, words]
+    whole, partial = BlockLists.from_dense(full), BlockLists.from_dense(part, row)
+    assert partial.mask is not None
+    return replace(
+        plan,
+        full_count=whole.count,
+        full_index=whole.index,
+        part_count=partial.count,
+        part_index=partial.index,
+        part_mask=partial.mask,
+        masks=both,
+    )
+
+
+def _states(plan: PlanTensors, columns: int) -> Tensor | None:
+    """Mask of each block pair, int32: the number of masks where all is seen, -1 where none; None if blocks repeat."""
+    lists, rows = plan.full_count.shape
+    state = torch.full((lists, rows, columns), -1, dtype=torch.int32, device=plan.owner.device)
+    total = 0
+    for listed, rest in (
+        (BlockLists(plan.full_count, plan.full_index), plan.masks.shape[0]),
+        (BlockLists(plan.part_count, plan.part_index, plan.part_mask), 0),
+    ):
+        u, row, column, mask = listed.entries()
+        state[u, row, column] = (torch.full_like(u, rest) if mask is None else mask).int()
+        total += u.numel()
+    return state if int((state >= 0).sum()) == total else None

@@ -1,0 +1,84 @@
+"""Step weights fitted to a measured ladder: towards what was measured, and only as far as it tells."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from glocal.advise import Effort, MethodSpec, Recipe, Target
+from glocal.advise.ladder import Anchors, build_ladder, corrected, nearest, refit
+from glocal.advise.objective import Output
+from glocal.advise.probe import ProbeRecord
+from glocal.advise.recipe import Fallback
+from glocal.advise.search import Found, Rung, allocated, base_rules, single
+from glocal.advise.timing import MethodTime, Times
+from glocal.advise.weights import StepWeight, Weights, make_buckets
+
+LEVELS = (1.0, 0.75, 0.5, 0.25, 0.0)
+BUCKETS = make_buckets(LEVELS, 2)
+SPARSE, HALF = (MethodSpec("tile_windows", {"tile": [2, 2, 2], "window": [{"fraction": f}] * 3}) for f in (0.25, 0.5))
+
+
+def found(weight: tuple[float, float] = (1.0, 1.0)) -> Found:
+    """Two layers of two heads; errors grow with what is left out, and at the second layer."""
+    records = [
+        ProbeRecord(
+            f"b{layer}", layer, head, b.number, b.first, "both", "s", m.id, 1.0, 0.1, error * (1 + layer), 0.1, 0.2, 0.2
+        )
+        for layer in range(2)
+        for head in range(2)
+        for b in BUCKETS
+        for m, error in ((SPARSE, 0.2), (HALF, 0.05))
+    ]
+    dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
+    methods = {m.id: m for m in (SPARSE, HALF)}
+    times = {n: replace(dense, method=n, median=t) for n, t in zip(methods, (0.2, 0.5), strict=True)}
+    runs = (StepWeight(0, HALF.id, 0.1, 0.1, 0.1),)
+    weights = Weights(BUCKETS, weight, weight, (1.0, 1.0), runs, ())
+    return Found(records, Times(dense, times, None), weights, methods, base_rules(records), Fallback())
+
+
+def measured(known: Found, rung: Rung | None, true: Found) -> Rung:
+    """A rung with the error that other step weights predict for it."""
+    from glocal.advise.ladder import _parts
+
+    assert rung is not None
+    return replace(
+        rung, error=sum(_parts(true, rung)), seconds=1.0 - (1 - (rung.attention_ratio or 1)) / 2, dense_seconds=1.0
+    )
+
+
+def test_weights_move_towards_the_measured_ladder() -> None:
+    known, true = found(), found((3.0, 0.5))
+    rungs = [allocated(known, b) for b in (0.8, 0.6, 0.4)] + [single(known, b) for b in (0.8, 0.6, 0.4)]
+    ladder = [measured(known, r, true) for r in rungs]
+    fitted = refit(known, ladder)
+    assert 1.5 < fitted.weight[0] < 3.5 and 0.4 < fitted.weight[1] < 0.9
+    stiff = refit(known, ladder, stiffness=1e6)
+    assert stiff.weight == pytest.approx(known.weights.weight, rel=1e-3)
+
+
+def test_the_best_budget_is_allocated_again_with_them() -> None:
+    known, true = found(), found((6.0, 0.3))
+    rungs = [allocated(known, b) for b in (0.8, 0.6)] + [single(known, b) for b in (0.8, 0.6)]
+    ladder = [measured(known, r, true) for r in rungs]
+    anchors = Anchors(Output(None), 1.0, 0.0, 10.0, {})  # type: ignore[arg-type]
+    again = corrected(known, ladder, anchors, Target(limits={"drift": 0.5}))
+    assert again is not None and again.name.endswith("weights fitted to the ladder")
+    assert measured(known, again, true).error <= min(r.error for r in ladder if r.budget == again.budget) + 1e-9  # type: ignore[operator, type-var]
+    assert corrected(known, ladder[:1], anchors, Target()) is None
+
+
+def test_every_recipe_stands_once_on_the_ladder() -> None:
+    effort = Effort("e", budgets=(0.6, 0.6001), published=0)
+    ladder = build_ladder(found(), effort, (4, 4, 4), LEVELS)
+    assert len({r.recipe.id for r in ladder}) == len(ladder) and {r.kind for r in ladder} == {"allocation", "single"}
+
+
+def test_the_nearest_rung_is_the_least_wrong_of_the_faster_ones() -> None:
+    def rung(name: str, seconds: float, error: float | None) -> Rung:
+        return Rung(name, "single", Recipe("dense"), None, None, None, seconds, 1.0, error)
+
+    rungs = [rung("slow", 1.2, 0.01), rung("rough", 0.5, 0.9), rung("fine", 0.8, 0.2), rung("failed", 0.5, None)]
+    assert [r.name for r in nearest(rungs)] == ["fine"]

@@ -1,0 +1,91 @@
+"""The built-in decoder: causal, positions kept, sites reachable, weights there and back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from glocal.adapt import Method, SiteCall, attach, host_of
+from glocal.adapt.records import Core
+from glocal.models.language import Decoder, DecoderConfig, encode, load_decoder, save_decoder
+from glocal.models.language.weights import SHIPPED
+
+SMALL = DecoderConfig(dim=32, layers=2, heads=4, kv_heads=2, hidden=48)
+
+
+@pytest.fixture
+def model() -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(SMALL).eval()
+
+
+def ids(length: int = 40) -> Tensor:
+    return torch.randint(256, (1, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def test_no_token_sees_a_later_one(model: Decoder) -> None:
+    one = ids()
+    other = one.clone()
+    other[:, 25:] = 0
+    torch.testing.assert_close(model(one)[:, :25], model(other)[:, :25])
+
+
+@torch.no_grad()
+def test_positions_that_are_kept_are_those_of_all(model: Decoder) -> None:
+    keep = torch.tensor([3, 17, 39])
+    torch.testing.assert_close(model(ids(), keep), model(ids())[:, keep])
+
+
+@torch.no_grad()
+def test_sites_say_what_they_are_and_add_up(model: Decoder) -> None:
+    calls: list[tuple[SiteCall, Tensor]] = []
+
+    class Keep(Method):
+        def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
+            calls.append((call, inner(q, k, v, call)))
+            return calls[-1][1]
+
+    plain = model(ids())
+    with attach(model, Keep()):
+        assert torch.equal(model(ids()), plain)
+    assert torch.equal(model(ids()), plain)
+    call, out = calls[1]
+    assert call.site.causal and call.site.kv_heads == 2 and call.state.phase == "prefill"
+    assert call.contribution is not None
+    wanted = model.get_submodule("blocks.1.attn.proj")(out.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(call.contribution(out).sum(1), wanted)
+    assert [s.layer for s in host_of(model).sites(model)] == [0, 1]
+
+
+def test_weights_there_and_back(model: Decoder, tmp_path: Path) -> None:
+    save_decoder(model, tmp_path / "w.safetensors")
+    again = load_decoder(tmp_path / "w.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids()), model(ids()), rtol=0.05, atol=0.01)
+    assert again.config == SMALL
+    with pytest.raises(FileNotFoundError, match="train them with bench/train_language.py"):
+        load_decoder(tmp_path / "none")
+
+
+def test_shapes_and_sizes_are_checked(model: Decoder) -> None:
+    with pytest.raises(ValueError, match=r"ids has shape \(1, 4\) and dtype torch.int32"):
+        model(torch.zeros(1, 4, dtype=torch.int32))
+    with pytest.raises(ValueError, match="kv_heads=3: must divide heads=4"):
+        DecoderConfig(kv_heads=3)
+    with pytest.raises(ValueError, match="heads=5: dim=128 must split"):
+        DecoderConfig(heads=5)
+    assert bytes(encode("a é")).decode() == "a é"
+
+
+@pytest.mark.skipif(not SHIPPED.is_file(), reason="the package ships no weights of the decoder")
+def test_the_shipped_weights_are_small_and_know_the_language() -> None:
+    assert SHIPPED.stat().st_size < 3 * 2**20
+    trained = load_decoder()
+    text = encode("The old clerk walked past the market at dusk. The captain ")
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(trained(torch.tensor([text]))[0, 5:-1], torch.tensor(text[6:]))
+    assert float(loss) < 1.5
