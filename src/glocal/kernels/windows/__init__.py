@@ -20,7 +20,7 @@ CAPABILITY = Capability(
     needs="windows",
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="own Triton kernels for small windows, forward and backward with table gradients, without atomics; not yet measured",
+    note="own Triton kernels for small windows with table gradients, no atomics; not yet measured on a GPU",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
     block_sizes=Sizes(16, 64, power=True),
