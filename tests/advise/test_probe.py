@@ -50,7 +50,7 @@ def probed(
     at = blocks_of(plan, [block], here, segments)[0]
     rows = rows_of(q, at, here, (0, every))
     lists = [Lists(plan, [block], every)]
-    out, mass = candidates_at(partial_sums(rows, keys), lists, (0, at), rows, keys, (0, every))
+    out, mass = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every))
     return out[0], mass[0], rows.places
 
 
@@ -231,6 +231,7 @@ def test_out_of_memory_halves_the_heads_and_then_the_rows(
     whole = {r.head: r.output for r in run().records}
     memory_for(heads, blocks, monkeypatch)
     less = run()
+    assert less.share is not None
     assert (less.share.heads, less.share.blocks) == (heads, blocks)
     assert [s.site for s in less.share.shrunk] == ["blocks.0.attn"] * len(less.share.shrunk)
     if blocks == 16:
@@ -246,4 +247,4 @@ def test_out_of_memory_below_eight_blocks_is_an_error(
     probe = Probe(ProbeSpec({method.id: method}, lambda step: 0, frozenset({0}), blocks=16))
     with pytest.raises(torch.OutOfMemoryError):
         probe.core(q, k, v, call_of(SHAPE, 2), lambda q, k, v, call: q)
-    assert probe.share.blocks == LEAST_BLOCKS
+    assert probe.share is not None and probe.share.blocks == LEAST_BLOCKS

@@ -71,10 +71,12 @@ def test_samples_must_not_meet(mine: str) -> None:
 
 @pytest.mark.parametrize("match", ["flops", "params"])
 def test_entries_are_matched(match: str) -> None:
-    task = task_of("segmentation", size=32, counts=(4, 4))
-    found = examine(["davit", "hilo"], task, spec(match=match))
+    task = task_of("classification", size=112, counts=(2, 2))
+    frame = Frame((32, 32, 64, 64), (2, 2, 2, 2), 16, 4.0)
+    found = examine(["davit", "hilo"], task, spec(match=match, frame=frame))
     name = {"flops": "macs", "params": "params"}[match]
     assert getattr(found["hilo"], name) == pytest.approx(getattr(found["davit"], name), rel=0.03)
+    assert found["hilo"].mlp_ratio != 4.0
 
 
 def test_differences_are_paired_by_seed() -> None:

@@ -119,3 +119,49 @@ def test_validate_proves_a_recipe_again(tiny: list[str], tmp_path: Path) -> None
     broken = RUNNER.invoke(app, ["validate", str(tmp_path / "none.json"), *tiny, "-o", str(tmp_path / "other")])
     assert broken.exit_code == 2 and "does not exist" in broken.output
     assert not (tmp_path / "other").exists()
+
+
+TOY = """
+import torch
+from glocal.advise import Frames
+from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
+
+def load():
+    torch.manual_seed(0)
+    fields = (("shape", ("disc", "square")), ("colour", ("red", "green", "blue")))
+    model = VideoDiT(VideoDiTConfig(dim=48, layers=2, heads=2, hidden=64, fields=fields)).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model, Frames(SampleSpec(steps=4), frames=4, height=64, width=64)
+"""
+
+
+def test_resume_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run resumed gives the same recipe; an unfinished one is not written over, another one is named."""
+    from glocal.advise import Effort, effort
+
+    (tmp_path / "toy_video.py").write_text(TOY)
+    pairs = itertools.product(("disc", "square"), ("red", "green", "blue"))
+    lines = [json.dumps({"id": f"s{n}", "seed": n, "shape": s, "colour": c}) for n, (s, c) in enumerate(pairs)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny = Effort("tiny", 2, 4, 1, (0.9,), pairs=2, rounds=1, steps_a_bucket=1, published=0, show=True, rungs=1)
+    monkeypatch.setitem(effort.EFFORTS, "quick", tiny)
+    out = tmp_path / "out"
+    words = ["advise", "toy_video:load", "--workload", str(tmp_path / "samples.jsonl"), "--effort", "quick"]
+    words += ["-o", str(out), "--max", "drift=100", "--quiet"]
+    first = RUNNER.invoke(app, words)
+    assert first.exit_code in (0, 1), first.output
+    recipe = Recipe.load(out / "recipe.json")
+    assert {p.name for p in out.iterdir()} == {"recipe.json", "report.html", "evidence.jsonl", "state"}
+    again = RUNNER.invoke(app, [*words, "--resume"])
+    assert again.exit_code == first.exit_code and Recipe.load(out / "recipe.json").id == recipe.id
+    (out / "state" / "finished").unlink()
+    refused = RUNNER.invoke(app, words)
+    assert refused.exit_code == 2 and "holds an unfinished run; go on with --resume" in refused.output
+    other = RUNNER.invoke(app, [*words, "--resume", "--sensitivity", "gradient"])
+    assert other.exit_code == 2 and "belongs to a run with sensitivity='forward'" in other.output
+    assert Recipe.load(out / "recipe.json").id == recipe.id
+    nothing = RUNNER.invoke(app, [*words, "-o", str(tmp_path / "new"), "--resume"])
+    assert nothing.exit_code == 2 and "holds no state of a run" in nothing.output and not (tmp_path / "new").exists()

@@ -1,7 +1,7 @@
 """Partial sums over key blocks: from one pass over the keys, the outputs of every candidate that is made of blocks.
 
 With the dense row maximum m, key block j gives ``l_j = sum exp(s - m)`` and ``o_j = sum exp(s - m) v``; a candidate of
-whole blocks is ``sum(o_j) / sum(l_j)`` over its blocks. Blocks it sees in part are computed again with their bit mask.
+whole blocks is ``sum(o_j) / sum(l_j)`` over its blocks. Blocks it sees in part are summed again under their bit mask.
 """
 
 from __future__ import annotations
@@ -64,13 +64,13 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class PartialSums:
-    """Of some query rows against every key block: mass [H, R, blocks] (dense row maximum taken out) and value
-    [H, R, blocks, D]; top [H, R]: that maximum.
+    """Of some query rows against every key: p = exp(s - m) [H, R, blocks, kv_block] with the dense row maximum m, 0
+    where dense attention hides the key; its sums mass [H, R, blocks] and value [H, R, blocks, D].
     """
 
+    p: Tensor
     mass: Tensor
     value: Tensor
-    top: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,11 +137,11 @@ def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
     top = s.amax(-1)
     p = s.sub_(top.clamp(min=-1e30)[..., None]).exp_().unflatten(-1, (-1, keys.block))  # [H, R, blocks, kv_block]
     value = torch.einsum("hrbk,hbkd->hrbd", p, keys.values.unflatten(1, (-1, keys.block)))
-    return PartialSums(p.sum(-1), value, top)
+    return PartialSums(p, p.sum(-1), value)
 
 
 def candidates_at(
-    part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], rows: Rows, keys: Keys, heads: tuple[int, int]
+    part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], keys: Keys, heads: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
 
@@ -153,7 +153,7 @@ def candidates_at(
     value = picked @ part.value.transpose(1, 2).flatten(2)  # [H, C, R * D]
     value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
     for number, plan in enumerate(plans):
-        plan.add_partial(mass[number], value[number], (part, rows, keys), at, heads)
+        plan.add_partial(mass[number], value[number], (part, keys), at, heads)
     return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(-1).clamp(min=1e-30)
 
 
@@ -187,15 +187,15 @@ class Lists:
         self,
         mass: Tensor,
         value: Tensor,
-        sums: tuple[PartialSums, Rows, Keys],
+        sums: tuple[PartialSums, Keys],
         at: tuple[int, Block],
         heads: tuple[int, int],
     ) -> None:
         """Add the partly visible key blocks to mass [H, R] and value [H, R, D]."""
-        part, rows, keys = sums
+        part, keys = sums
         lists, mine = self.plan.partial, self.of_head[slice(*heads)]
         assert lists.mask is not None
-        for unique in mine.unique().tolist():
+        for unique in mine.unique().tolist() if len(self.distinct) > 1 else (0,):
             count = int(self.counts[unique, at[0]])
             if not count:
                 continue
@@ -204,12 +204,8 @@ class Lists:
             if len(self.distinct) > 1:
                 some = (mine == unique).nonzero()[:, 0].to(mass.device)
             blocks = lists.index[one, block, :count].long()
-            order = keys.order.reshape(-1, keys.block)[blocks].flatten()  # [count * kv_block]
             masks = self.plan.masks[lists.mask[one, block, :count].long()]
-            bits = unpack(masks, keys.block)[:, at[1].kept]  # [count, R, kv_block]
-            seen = bits.transpose(0, 1).flatten(1) & rows.sees(order, keys)
-            own = keys.keys[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)  # [H, count * kv, D]
-            s = keys.logits(rows.q[some], own) - part.top[some][..., None]
-            p = torch.where(seen, s.exp(), 0)
+            bits = unpack(masks, keys.block)[:, at[1].kept].transpose(0, 1)  # [R, count, kv_block]
+            p = (part.p[some][:, :, blocks] * bits).flatten(2)  # [H, R, count * kv_block]
             mass[some] += p.sum(-1)
             value[some] += p @ keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)

@@ -55,7 +55,7 @@ class ProbeRecord:
 @dataclass(frozen=True)
 class ProbeSpec:
     """methods by id; buckets: bucket of a step; steps: which steps are probed; blocks: query blocks a call; heads: how
-    many are measured at once.
+    many are measured at once; None for as many as `memory` bytes hold.
     """
 
     methods: Mapping[str, MethodSpec]
@@ -63,7 +63,8 @@ class ProbeSpec:
     steps: frozenset[int]
     blocks: int = 8
     sample: str = "probe"
-    heads: int = 4
+    heads: int | None = None
+    memory: int = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,15 @@ class Share:
         return True
 
 
+def share_of(spec: ProbeSpec, q: Tensor, plan: BlockPlan) -> Share:
+    """As many heads at once as `spec.memory` holds: scores of a query block, its sums, keys and values in float32."""
+    if spec.heads is not None:
+        return Share(spec.heads, spec.blocks)
+    keys, rows, size = plan.kv_order.shape[-1], plan.q_block, q.shape[-1]
+    one = 4 * (3 * rows * keys + rows * plan.kv_blocks * size + 2 * keys * size)
+    return Share(max(1, min(q.shape[1], spec.memory // one)), spec.blocks)
+
+
 class MediaMethod(Method):
     """A method at every self and joint attention; cross attention and layers with a sliding window are left alone."""
 
@@ -113,7 +123,7 @@ class Probe(MediaMethod):
         self.spec, self.weigh = spec, weigh
         self.records: list[ProbeRecord] = []
         self.errors: dict[str, str] = {}
-        self.share = Share(spec.heads, spec.blocks)
+        self.share: Share | None = None
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """Dense as before, then the records."""
@@ -138,6 +148,8 @@ class Probe(MediaMethod):
     def _group(
         self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, plans: Mapping[str, BlockPlan]
     ) -> list[ProbeRecord]:
+        if self.share is None:
+            self.share = share_of(self.spec, q, next(iter(plans.values())))
         while True:
             try:
                 return measure(q, k, v, call, plans, self.spec, self.share, self.weigh)
@@ -185,8 +197,8 @@ def measure(
     weigh: Weigh | None = None,
 ) -> list[ProbeRecord]:
     """Records of one call: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at its first row)."""
-    at_once = Share(spec.heads, spec.blocks) if share is None else share
     first, names, every = next(iter(plans.values())), list(plans), q.shape[1]
+    at_once = share_of(spec, q, first) if share is None else share
     own_orders = first.q_order.shape[1] > 1 or first.kv_order.shape[1] > 1
     width = 1 if own_orders else min(at_once.heads, every)
     chosen = spread(first.q_blocks, at_once.blocks)
@@ -206,7 +218,7 @@ def measure(
         for block in blocks:
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
-            outs, masses = candidates_at(part, lists, (place[block.number], block), rows, keys, (head, last))
+            outs, masses = candidates_at(part, lists, (place[block.number], block), keys, (head, last))
             dense = part.value.sum(2) / part.mass.sum(2).clamp(min=1e-30)[..., None]  # [H, R, D]
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))

@@ -54,7 +54,8 @@ def probe_sample(
     latents: list[Tensor] = []
     with attach_method(model, probe):
         output = objective.run(model, sample, on_step=lambda step: latents.append(step.latent.detach().cpu().clone()))
-    return Probed(tuple(probe.records), on_cpu(output), tuple(latents), dict(probe.errors), tuple(probe.share.shrunk))
+    shrunk = () if probe.share is None else tuple(probe.share.shrunk)
+    return Probed(tuple(probe.records), on_cpu(output), tuple(latents), dict(probe.errors), shrunk)
 
 
 def _pick(bucket: Bucket, count: int) -> list[int]:

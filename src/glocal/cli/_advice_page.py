@@ -172,6 +172,8 @@ def _curve(advice: Advice) -> Curve | None:
         points.append(
             CurvePoint("dense", "dense", Estimate(_mean([p.dense.whole for p in pairs])), Estimate(max(floor, 1e-6)))
         )
+    if not points:  # refused before anything was tried
+        return None
     band: tuple[BandPoint, ...] = ()
     if advice.weights is not None and advice.weights.band <= 2:
         factor = advice.weights.band

@@ -181,7 +181,7 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         progress=progress(quiet or as_json),
     )
     known = facts(job.device)
-    words = PageWords(job.model, _workload_words(on, job.steps), command_line(job))
+    words = PageWords(job.model, _workload_words(on, advice), command_line(job))
     write(job.out, advice, known, words)
     _print(_summary(advice, job.out), as_json)
     return advice.accepted
@@ -202,7 +202,7 @@ def run_validation(recipe: Path, job: Job, pairs: int | None, *, as_json: bool, 
         pairs=pairs,
         progress=progress(quiet or as_json),
     )
-    words = PageWords(job.model, _workload_words(on, job.steps), validate_line(recipe, job, pairs))
+    words = PageWords(job.model, _workload_words(on, advice), validate_line(recipe, job, pairs))
     write(job.out, advice, facts(job.device), words)
     _print(_summary(advice, job.out), as_json)
     return advice.accepted
@@ -215,8 +215,9 @@ def _print(summary: Mapping[str, Any], as_json: bool) -> None:
         print_fields(summary)
 
 
-def _workload_words(on: Loaded, steps: int) -> str:
-    shown = f", {steps} steps" if on.objective.restart else ""
+def _workload_words(on: Loaded, advice: Any) -> str:
+    steps = len(advice.preflight.levels) - 1
+    shown = f", {steps} steps" if steps > 1 else ""
     return f"{len(on.workload)} samples{shown}, objective {on.objective.name}"
 
 

@@ -74,7 +74,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         return Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     with on_device(q):
         x = _inputs(w, q, k, v, known)
-        if torch.are_deterministic_algorithms_enabled() or not whole(call.kv_block):
+        if torch.are_deterministic_algorithms_enabled() or not whole(call.kv_block, x.width):
             return Grads(_grad_q(w, x, q), *_grad_kv(w, x, k, v, None))
         sums = torch.zeros(*q.shape[:2], w.q_room, x.width, dtype=torch.float32, device=q.device)
         grad_k, grad_v = _grad_kv(w, x, k, v, sums)

@@ -57,8 +57,10 @@ class Rounded:
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work, tuning: Tuning = DEFAULT) -> tuple[Tensor, Tensor]:
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq].
 
-    tuning: the kernel of warp groups runs where a tuning asks for it.
+    tuning: None for the kernel of warp groups where it was measured to be the faster one, else the Triton kernel.
     """
+    if tuning is None:
+        tuning = HOPPER if q.is_cuda and measured(q, v, call, work) else DEFAULT
     if tuning.hopper and not fits(q, v, call, work):
         raise ValueError(
             f"{tuning} does not take this call; legal: Hopper, blocks of 64 or 128 whose keys share a scale, head "
@@ -113,6 +115,12 @@ def attended(given: Rounded, like: Tensor, call: Call, work: Work, tuning: Tunin
             num_warps=tuning.warps,
         )  # fmt: skip
     return out, lse
+
+
+def measured(q: Tensor, v: Tensor, call: Call, work: Work) -> bool:
+    """Whether results/quantised.csv has the kernel of warp groups ahead for such a call."""
+    whole = (call.q_block, call.kv_block, q.shape[3], v.shape[3]) == (128,) * 4
+    return whole and work.quant.pv == "none" and work.quant.qk == "int8" and fits(q, v, call, work)
 
 
 def fits(q: Tensor, v: Tensor, call: Call, work: Work) -> bool:

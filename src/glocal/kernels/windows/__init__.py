@@ -20,7 +20,7 @@ CAPABILITY = Capability(
     needs="windows",
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="own Triton kernels for small windows, forward and backward with bias gradients, without atomics",
+    note="own Triton kernels for small windows, forward and backward with table gradients, without atomics; not yet measured",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
     block_sizes=Sizes(16, 64, power=True),
@@ -29,7 +29,7 @@ CAPABILITY = Capability(
     segments=False,
     dense=False,
     most_keys=512,
-    by_name_only="runs when named",
+    by_name_only="not yet measured on a GPU, runs when named",
 )
 
 

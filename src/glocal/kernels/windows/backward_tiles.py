@@ -23,7 +23,7 @@ from glocal.kernels.windows.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "n"])
 def queries_kernel(
     q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, n,
@@ -152,7 +152,7 @@ def _queries_image(
     return bad, added
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "nq", "nk"])
 def keys_kernel(
     q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, nq, nk,

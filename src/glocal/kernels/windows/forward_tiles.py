@@ -25,7 +25,7 @@ from glocal.kernels.windows.tile import (
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "n"])
 def forward_kernel(
     q, k, v, out, lse, q_tokens, k_tokens, masks, table, scale, heads, ratio, images, per, count, groups, n,
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,

@@ -17,11 +17,11 @@ from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-# Measured by bench/small_windows.py: tiles side by side in a program, one a warp; programs a launch at least.
+# Tiles side by side in a program, one a warp, and stages of its loop over images, forward; programs a launch at least.
 GROUP = 4
-PROGRAMS = 2048
 STAGES = 1
-PIECE = 64
+PROGRAMS = 2048
+PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -49,16 +49,23 @@ class _Work:
     table: tuple[Any, ...] | None
     turned: tuple[Any, ...] | None
 
-    def launches(self, tiles: Iterable[Tiles]) -> Iterable[tuple[Tiles, dict[str, Any], tuple[int, ...]]]:
+    def launches(
+        self, tiles: Iterable[Tiles], forward: bool = False
+    ) -> Iterable[tuple[Tiles, dict[str, Any], tuple[int, ...]]]:
         """Each set of tiles with its constants and (heads, ratio, images, images a program, tiles, groups)."""
         for t in tiles:
             count, n = len(t.rows), t.columns.shape[1]
             whole = t.rows.shape[1] > 16
-            group = GROUP if n <= 128 and not whole else 1  # wider rows do not fit the registers of one warp
+            group = (
+                (GROUP if forward else 4) if n <= 128 and not whole else 1
+            )  # wider rows do not fit the registers of one warp
             groups = -(-count // group)
             per = max(1, self.batch * self.heads * groups // PROGRAMS)
             constants = self.sizes | {"G": group, "M": t.rows.shape[1], "N": n}
-            constants |= {"num_warps": 4 if whole else group if group > 1 else max(1, n // 128), "num_stages": STAGES}
+            constants |= {
+                "num_warps": 4 if whole else group if group > 1 else max(1, n // 128),
+                "num_stages": STAGES if forward else 1,
+            }
             yield t, constants, (self.heads, self.ratio, self.batch, per, count, groups)
 
 
@@ -74,7 +81,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     with _device(q):
-        for t, constants, numbers in w.launches(w.tables.forward):
+        for t, constants, numbers in w.launches(w.tables.forward, forward=True):
             _start(
                 forward_kernel, numbers,
                 _strided(q), _strided(k), _strided(v), out, lse, t.rows, t.columns, t.masks, w.table,

@@ -42,8 +42,8 @@ class DepthwiseConv(nn.Module):
         return conv(self.dwconv, x)
 
     def added(self, x: Tensor) -> Tensor:
-        """x plus its convolution."""
-        return conv(self.dwconv, x, residual=True)
+        """x plus its convolution; on the CPU in the memory layout of the convolution, as published code adds them."""
+        return conv(self.dwconv, x, residual=True) if x.is_cuda else self(x) + x
 
 
 class ConvMlp(nn.Module):

@@ -66,7 +66,7 @@ class DiffusersHost(ABC):
             _FORWARDS[module] = forward
             follower.advance(forward)
 
-        hook = model.register_forward_pre_hook(before, with_kwargs=True)
+        hook = model.register_forward_pre_hook(torch.compiler.disable(before), with_kwargs=True)
 
         def undo() -> None:
             hook.remove()
@@ -123,7 +123,8 @@ class DiffusersHost(ABC):
         def placed(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> Tensor:
             return made(q, k, v, replace(call, site=site, state=state))
 
-        slot.core = placed
+        # A compiled model would take the method's state, patterns and choices for constants of its graph.
+        slot.core = torch.compiler.disable(placed)  # type: ignore[assignment]
         slot.enter(module)
 
         def undo() -> None:

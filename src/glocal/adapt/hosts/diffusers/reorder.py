@@ -111,17 +111,17 @@ def reorder(
             kwargs = {k: _token_levels(v, here.gather) if k == "temb" else v for k, v in kwargs.items()}
         return args, kwargs
 
+    off = torch.compiler.disable  # the order of this forward is no constant of a compiled graph
     hooks = [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.get_submodule(stream.enter).register_forward_pre_hook(enter, with_kwargs=True),
-        model.get_submodule(stream.leave).register_forward_pre_hook(leave),
+        model.register_forward_pre_hook(off(begin), with_kwargs=True),
+        model.get_submodule(stream.enter).register_forward_pre_hook(off(enter), with_kwargs=True),
+        model.get_submodule(stream.leave).register_forward_pre_hook(off(leave)),
     ]
     if stream.rotary:
-        hooks.append(model.get_submodule(stream.rotary).register_forward_hook(rotary))
+        hooks.append(model.get_submodule(stream.rotary).register_forward_hook(off(rotary)))
     if stream.levels:
-        hooks += [
-            block.register_forward_pre_hook(level, with_kwargs=True) for block in model.get_submodule(stream.levels)
-        ]
+        blocks: Any = model.get_submodule(stream.levels)
+        hooks += [block.register_forward_pre_hook(off(level), with_kwargs=True) for block in blocks]
 
     def undo() -> None:
         for hook in hooks:
