@@ -214,13 +214,20 @@ def device_table(name: str) -> DeviceTable:
     return _shipped(name.lower())
 
 
+_KIN = {"NVIDIA H200": "h100"}
+
+
 def table_for(title: str) -> DeviceTable | None:
-    """The table of the device that calls itself `title`: one measured on this machine, else a shipped one whose title
-    is part of it ("NVIDIA H100" of "NVIDIA H100 80GB HBM3"); None if there is none.
+    """The table to choose backends by on the device that calls itself `title`: one measured on this machine, else a
+    shipped one whose title is part of it ("NVIDIA H100" of "NVIDIA H100 80GB HBM3"); None if there is none. An H200
+    has the processors of an H100, whose table knows our own kernels.
     """
     measured = user_tables() / f"{slug(title)}.json"
     if measured.is_file():
         return load_table(measured)
+    for part, name in _KIN.items():
+        if part in title:
+            return _shipped(name)
     for name in device_names():
         found = _shipped(name) if resources.files("glocal.plan.devices").joinpath(f"{name}.json").is_file() else None
         if found is not None and found.title in title:
