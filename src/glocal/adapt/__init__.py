@@ -1,6 +1,7 @@
 """Methods put into other people's models and taken out again."""
 
 from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
+from glocal.adapt.freeswim import freeswim
 from glocal.adapt.gna import gna
 from glocal.adapt.host import HostAdapter, host_of, register_host
 from glocal.adapt.paro import paro
@@ -20,6 +21,7 @@ __all__ = [
     "SiteCall",
     "attach",
     "discover",
+    "freeswim",
     "gna",
     "host_of",
     "open_handles",
