@@ -217,7 +217,7 @@ ROWS: tuple[System, ...] = (
            ("window",), ("pooled",), ("gate",), ("pipeline",)),
     System("freeswim", "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free "
            "Ultra-High-Resolution Video Generation",
-           "2511.14712", "", "code", "generation", ("adapt/freeswim",),
+           "2511.14712", "", "code", "generation", ("adapt/freeswim", "adapt/freeswim_refine"),
            ("neighborhood",), ("cross override",), ("sequence",), ("pipeline",)),
     System("biformer", "BiFormer: Vision Transformer with Bi-Level Routing Attention",
            "2303.08810", "CVPR 2023", "code", "backbone", ("nn/biformer", "models/vision/biformer"),

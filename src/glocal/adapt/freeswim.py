@@ -218,8 +218,8 @@ def freeswim(
     """Put FreeSwim into a pipeline or model of Wan with text in cross attention.
 
     preset: of `PRESETS`; None takes the one without cache for the model's size. settings: instead of a preset.
-    changed: single fields of the settings, such as ``cache_steps=5``. `glocal.adapt.sdedit.refine` runs the whole
-    second stage. Raises ValueError for another class of model, an unknown preset or field.
+    changed: single fields of the settings, such as ``cache_steps=5``. The whole second stage is
+    `glocal.adapt.freeswim_refine.refine`. Raises ValueError for another class of model, an unknown preset or field.
     """
     found = list(parts(model).values()) if is_pipeline(model) else [model]
     for part in found:
