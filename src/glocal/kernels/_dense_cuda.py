@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.capability import installed
 from glocal.plan.blockplan import BlockLists, pack
 from glocal.plan.facts import OrderFacts, declare_order, declare_sound
 
@@ -93,9 +93,8 @@ def _cudnn(device: int | None) -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@lru_cache(maxsize=1)
 def _triton() -> bool:
-    return find_spec("triton") is not None
+    return installed("triton")
 
 
 def _planned(q: Tensor, k: Tensor, call: Call) -> Call:
