@@ -241,6 +241,68 @@ class TestUNets:
             with pytest.raises(ValueError, match="an attention mask arrives, which windows cannot take"):
                 self.noise(unet, (32, 32), attention_mask=torch.ones(1, 1024))
 
+    def test_a_compiled_unet_gives_the_same(self) -> None:
+        unet = self.unet(**SD, layers_per_block=1)
+
+        def run() -> list[Tensor]:
+            with hidiffusion(unet, steps=3):
+                return [self.noise(unet, (32, 32), t) for t in (999, 800)]
+
+        eager = run()
+        unet.compile(backend="eager")
+        for a, b in zip(run(), eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_a_pipeline_with_a_controlnet(self) -> None:
+        unet, diffusers = self.unet(**SD, layers_per_block=1), self.diffusers
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            controlnet = diffusers.ControlNetModel.from_unet(unet).eval()
+            for parameter in controlnet.parameters():
+                torch.nn.init.normal_(parameter, std=0.1)
+            down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+            vae = diffusers.AutoencoderKL(
+                latent_channels=4,
+                block_out_channels=(4,) * 4,
+                norm_num_groups=4,
+                down_block_types=down,
+                up_block_types=up,
+            )
+        none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
+        models = {"unet": unet, "vae": vae, "controlnet": controlnet, "scheduler": diffusers.DDIMScheduler()}
+        pipe = diffusers.StableDiffusionControlNetPipeline(**models, **none, requires_safety_checker=False)
+        pipe.set_progress_bar_config(disable=True)
+        words = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+        seen: list[tuple[int, ...]] = []
+        controlnet.conv_in.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
+        unet.mid_block.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[-2:])))
+
+        def generate(scale: float = 1.0) -> Tensor:
+            seen.clear()
+            return pipe(
+                prompt_embeds=words[:1],
+                negative_prompt_embeds=words[1:],
+                image=torch.rand(1, 3, 256, 192, generator=torch.Generator().manual_seed(2)),
+                height=256,
+                width=192,
+                num_inference_steps=5,
+                controlnet_conditioning_scale=scale,
+                output_type="latent",
+                generator=torch.Generator().manual_seed(1),
+            ).images
+
+        plain = generate()
+        with hidiffusion(pipe, control_side=16) as handle:
+            out = generate()
+            assert seen == [(16, 8), (2, 2)] * 2 + [(16, 8), (4, 3)] * 3
+            assert handle.state.total == 5
+            assert torch.equal(generate(), out)
+            assert not torch.equal(generate(0.5), out)
+        with hidiffusion(pipe, control_side=16, control_share=0.0):
+            assert torch.equal(generate(0.5), generate())  # the ControlNet has no say
+        assert torch.equal(generate(), plain)
+        assert seen == [(32, 24), (4, 3)] * 5
+
 
 def test_other_models_are_refused(model: VideoDiT) -> None:
     with pytest.raises(

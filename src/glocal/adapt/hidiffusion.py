@@ -76,11 +76,8 @@ class HiDiffusion(Method):
     def forward(self, original: Callable[..., Any], state: RunState) -> Callable[..., Any]:
         """The model's forward; what a ControlNet adds is kept for the stages, whose maps may be smaller."""
 
-        # A compiled model would take the step and the draws for constants of its graph.
-        decide: Callable[[RunState], None] = torch.compiler.disable(self._decide)  # type: ignore[assignment]
-
         def run(*args: Any, **kwargs: Any) -> Any:
-            decide(state)
+            self._decide(state)
             down, mid = kwargs.get(_DOWN), kwargs.get(_MID)
             if down is not None and mid is not None:
                 kwargs |= {_DOWN: None, _MID: None}
@@ -88,7 +85,7 @@ class HiDiffusion(Method):
                 state.store[_MINE, "control"] = (list(down), mid) if early else None
             return original(*args, **kwargs)
 
-        return run
+        return _eager(run)
 
     def draw(self, state: RunState) -> float:
         """A number in [0, 1) for one site and step."""
@@ -122,7 +119,7 @@ class HiDiffusion(Method):
             with _doubled(block.module):
                 return original(*args, **kwargs)
 
-        return run
+        return _eager(run)
 
     def _around(self, original: Callable[..., Any], block: Block, state: RunState) -> Callable[..., Any]:
         """The transformer of a level: its map is noted for the windows, pooled or restored behind it."""
@@ -140,12 +137,10 @@ class HiDiffusion(Method):
                 return (F.interpolate(out[0], size, mode="bicubic"), *out[1:])
             return out
 
-        return run
+        return _eager(run)
 
     def _windowed(self, original: Callable[..., Any], site: Site, state: RunState) -> Callable[..., Any]:
         """Self-attention in four windows. Rows of one step, guided or not, share the shift."""
-
-        quarters: Callable[[Site, RunState], int] = torch.compiler.disable(self._quarters)  # type: ignore[assignment]
 
         def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             given = dict(zip(("encoder_hidden_states", "attention_mask"), args)) | kwargs
@@ -159,16 +154,24 @@ class HiDiffusion(Method):
                 return original(windows, *args, **kwargs)
 
             grid = state.store[_MINE, "grid"]
-            return window_attention(hidden_states, grid, attend, quarters(site, state))
+            return window_attention(hidden_states, grid, attend, self._quarters(site, state))
 
-        return run
+        return _eager(run)
 
     def _quarters(self, site: Site, state: RunState) -> int:
         found = state.store.get((site.name, _MINE))
         if found is None or found[0] != state.step:
-            found = (state.step, int(4 * self.draw(state)))
+            draw: Callable[[RunState], float] = torch.compiler.disable(self.draw)  # type: ignore[assignment]
+            found = (state.step, int(4 * draw(state)))
             state.store[site.name, _MINE] = found
         return found[1]
+
+
+def _eager(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run` outside of compiled graphs, which would take step, draws and sizes for constants; what it calls may be in
+    one.
+    """
+    return torch.compiler.disable(run, recursive=False)
 
 
 def _transformers(blocks: tuple[Block, ...], stage: str) -> list[str]:
@@ -201,7 +204,7 @@ def _noting(original: Callable[..., Any], block: Block, state: RunState) -> Call
         state.store[_MINE, "sizes"] += [tuple(skip.shape[-2:]) for skip in out[1]]
         return out
 
-    return run
+    return _eager(run)
 
 
 def _forcing(original: Callable[..., Any], block: Block, state: RunState) -> Callable[..., Any]:
@@ -222,7 +225,7 @@ def _forcing(original: Callable[..., Any], block: Block, state: RunState) -> Cal
                 kwargs["hidden_states"] = _plus(kwargs["hidden_states"], mid)
         return original(*args, **kwargs)
 
-    return run
+    return _eager(run)
 
 
 def _plus(skip: Tensor, residual: Tensor) -> Tensor:

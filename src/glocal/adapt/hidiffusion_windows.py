@@ -33,7 +33,7 @@ def window_attention(x: Tensor, size: tuple[int, int], attend: Callable[[Tensor]
     height, width = size
     if x.shape[1] != height * width:
         raise ValueError(f"window_attention: x has {x.shape[1]} tokens; legal: {height * width} for size={size}.")
-    if quarters not in range(4):
+    if not 0 <= quarters <= 3:
         raise ValueError(f"window_attention: quarters={quarters!r}; legal: 0, 1, 2, 3.")
     sides = (-(-height // 2), -(-width // 2))
     even = (2 * sides[0], 2 * sides[1])
