@@ -24,15 +24,19 @@ DENSE = {"cuDNN dense": "dense", "FA4 dense": "fa4_dense"}
 def rows(path: Path) -> tuple[list[Measurement], str]:
     """Measurements of one results file, and its versions."""
     cases = {(case.name, case.passes): case for case in CASES}
-    found, versions = [], ""
+    found, versions, met = [], "", set()
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
             case = cases.get((row["case"], row["pass"]))
             if case is None or not row["ms"] or case.ordered or case.shards or row["contender"] == "NATTEN":
                 continue
             dense = row["contender"] in DENSE
-            if dense != (not case.window) or row["contender"] in ("glocal auto", "FlashAttention-2 dense"):
+            if row["contender"] in ("glocal auto", "FlashAttention-2 dense"):
                 continue
+            place = (row["contender"], case.canvas, case.passes)
+            if dense and place in met:  # the same dense call stands beside several windows
+                continue
+            met.add(place)
             kind: Kind = "dense" if dense else "masked" if 1 in case.stride else "full"
             direction: Direction = "forward" if case.passes == "forward" else "backward"
             versions = row["versions"]

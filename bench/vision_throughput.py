@@ -24,13 +24,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from glocal._files import write_atomic
+from glocal.kernels import windows
 from glocal.measure import compare_paired
 from glocal.models import create_model
 from glocal.models.checkpoints import fill
@@ -139,7 +140,8 @@ def calls(model: nn.Module, step: str, plan: Plan) -> Callable[[], object]:
 def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     """Measure one pair; its rows go to folder/name.json."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    note = ""
+    note = "kernels of small windows named" if windows.CAPABILITY.by_name_only is not None else ""
+    windows.CAPABILITY = replace(windows.CAPABILITY, by_name_only=None)
     try:
         ours, theirs, error = models_of(name, plan)
     except Exception as problem:  # figures without these kernels are worth more than none

@@ -202,6 +202,11 @@ def test_what_was_not_measured_follows_the_order(able: None) -> None:
     assert named.name == "flex" and named.why == "asked for by name"
 
 
+def test_a_table_that_does_not_know_the_usual_backend_decides_nothing(able: None) -> None:
+    table = device(row("flex", "full", 0.1))
+    assert registry.pick(SPARSE, "auto", blocks=None, kept=Visits(0.1), table=table).name == "triton"
+
+
 def test_gradients_count_both_passes(able: None) -> None:
     back = (row("triton", "full", 9.0, direction="backward"), row("flex", "full", 2.0, direction="backward"))
     table = device(*ROWS, *back)
@@ -223,9 +228,9 @@ def test_a_guest_runs_where_it_was_measured_to_be_fastest(able: None, monkeypatc
 
 def test_shipped_tables_are_found_by_the_name_a_card_gives_itself(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = table_for("NVIDIA H200")
-    assert found is not None and found.name == "h200"
-    assert table_for("NVIDIA H200 141GB") is found and table_for("Some Other Card") is None
+    found = table_for("NVIDIA H100 80GB HBM3")
+    assert found is not None and found.name == "h100" and {"triton", "gluon"} <= {m.kernel for m in found.measurements}
+    assert table_for("NVIDIA H200") is found and table_for("Some Other Card") is None
     mine = replace(device(*ROWS), title="Some Other Card", name="some-other-card")
     (tmp_path / "glocal" / "devices").mkdir(parents=True)
     (tmp_path / "glocal" / "devices" / "some-other-card.json").write_text(mine.to_json())

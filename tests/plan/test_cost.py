@@ -136,7 +136,7 @@ def test_forecast_says_when_blocks_are_smaller_than_measured():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"device": "h20"}, r"device='h20' has no table; legal: h200, or a \.json file .*; nearest: h200"),
+        ({"device": "h20"}, r"device='h20' has no table; legal: h100, h200, or a \.json file .*; nearest: h200"),
         ({"device": "nowhere.json"}, r"device='nowhere\.json': no such file; write one with `glocal env --measure`"),
         ({"dtype": "float64"}, r"dtype='float64' has no forecast; legal: float16, bfloat16, float32; nearest: float32"),
         ({"dtype": "float32"}, r"dtype='float32' was not measured on h200; legal: bfloat16; nearest: bfloat16"),
@@ -171,7 +171,7 @@ def test_tables_travel_through_files(tmp_path):
     assert load_table(path) == table == device_table(str(path))
     user_tables().mkdir(parents=True)
     (user_tables() / "mine.json").write_text(table.to_json())
-    assert device_names() == ("h200", "mine") and device_table("mine") == table
+    assert device_names() == ("h100", "h200", "mine") and device_table("mine") == table
     for text, message in (
         ("{", "not JSON"),
         ("[]", "schema=None; legal: 'glocal.device/1'"),

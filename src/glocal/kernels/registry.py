@@ -129,12 +129,16 @@ def pick(
 def _timed(
     table: DeviceTable, request: Request, blocks: tuple[int, int] | None, kept: Kept
 ) -> list[tuple[float, Picked]]:
-    """Backends that can run the call and were measured, fastest first, with their estimated seconds."""
+    """Backends that can run the call and were measured, fastest first, with their estimated seconds; none where the one
+    that would run without a table was not measured.
+    """
     found: list[tuple[float, Picked]] = []
+    usual = None
     for candidate in backends():
         c = candidate.capability
         if c.needs not in ("plan", "nothing") or _reasons(candidate, request, blocks):
             continue  # no table says what those would take
+        usual = c.name if usual is None and c.by_name_only is None else usual
         sizes = [None] if c.needs != "plan" else [blocks] if blocks is not None else _fitting(c, request)
         if not callable(kept) or max(request.nq, request.nk) > _COMPARE:
             sizes = sizes[:1]
@@ -149,6 +153,8 @@ def _timed(
         told = timing.seconds(table, "dense", request, None, Visits(1.0))
         if told is not None:
             found.append((told, Picked("dense", "", "counts")))
+    if all(p.name != usual for _, p in found):
+        return []
     found.sort(key=lambda entry: entry[0])
     words = ", ".join(f"{p.name} {told * 1e3:.3g} ms" for told, p in found)
     why = f"fastest by the table of {table.name}; estimated: {words}"

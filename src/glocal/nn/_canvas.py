@@ -38,6 +38,8 @@ def _name(*shape: int) -> str:
 def small_windows(x: Tensor, head_size: int, pattern: Pattern, dropout: float) -> bool:
     """Whether the kernels of small windows take attention over `pattern` on the map x: [B, *map, C], here and now."""
     able = windows.CAPABILITY
+    if able.by_name_only is not None:
+        return False
     if not x.is_cuda or x.dtype not in able.dtypes or dropout > 0 or windows.missing("cuda") is not None:
         return False
     if 0 in x.shape or not able.head_dims.allows(head_size):

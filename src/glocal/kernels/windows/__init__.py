@@ -7,20 +7,18 @@ from `glocal.plan.windows`. Triton is imported on the first call.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 
 CAPABILITY = Capability(
     name="windows",
     needs="windows",
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="own Triton kernels for small windows, forward and backward with table gradients, without atomics; not yet measured",
+    note="own Triton kernels for small windows with table gradients, no atomics; not yet measured on a GPU",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
     block_sizes=Sizes(16, 64, power=True),
@@ -35,7 +33,7 @@ CAPABILITY = Capability(
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed (pip install triton)"
     return None
 
