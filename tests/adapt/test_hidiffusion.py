@@ -241,6 +241,32 @@ class TestUNets:
             with pytest.raises(ValueError, match="an attention mask arrives, which windows cannot take"):
                 self.noise(unet, (32, 32), attention_mask=torch.ones(1, 1024))
 
+    def test_convolutions_with_a_lora_stride_together(self) -> None:
+        peft = pytest.importorskip("peft", reason="peft is not installed: pip install 'glocal[diffusers]'")
+        unet, target = self.unet(**SD), "down_blocks.0.downsamplers.0.conv"
+        tuned = self.unet(**SD)
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            tuned.add_adapter(peft.LoraConfig(r=2, target_modules=[target], init_lora_weights=False))
+        conv = tuned.get_submodule(target)
+        added = conv.get_delta_weight("default").detach()
+        with torch.no_grad():
+            unet.get_submodule(target).weight += added
+        with hidiffusion(unet, steps=3), hidiffusion(tuned, steps=3):
+            torch.testing.assert_close(self.noise(tuned, (32, 32)), self.noise(unet, (32, 32)), rtol=1e-4, atol=1e-5)
+
+    def test_a_unet_whose_weights_wait_elsewhere(self) -> None:
+        reason = "accelerate is not installed: pip install 'glocal[diffusers]'"
+        accelerate = pytest.importorskip("accelerate", reason=reason)
+        unet = self.unet(**SD)
+        plain = self.noise(unet, (32, 32))
+        with hidiffusion(unet, steps=3):
+            wanted = self.noise(unet, (32, 32))
+        accelerate.cpu_offload(unet, execution_device=torch.device("cpu"))
+        with hidiffusion(unet, steps=3):
+            assert torch.equal(self.noise(unet, (32, 32)), wanted)
+        assert torch.equal(self.noise(unet, (32, 32)), plain)
+
     def test_a_compiled_unet_gives_the_same(self) -> None:
         unet = self.unet(**SD, layers_per_block=1)
 
@@ -269,7 +295,12 @@ class TestUNets:
                 up_block_types=up,
             )
         none = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        models = {"unet": unet, "vae": vae, "controlnet": controlnet, "scheduler": diffusers.DDIMScheduler()}
+        models = {
+            "unet": unet,
+            "vae": vae,
+            "controlnet": controlnet,
+            "scheduler": diffusers.DDIMScheduler(steps_offset=1, clip_sample=False),
+        }
         pipe = diffusers.StableDiffusionControlNetPipeline(**models, **none, requires_safety_checker=False)
         pipe.set_progress_bar_config(disable=True)
         words = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
@@ -309,8 +340,12 @@ def test_other_models_are_refused(model: VideoDiT) -> None:
         ValueError, match="hidiffusion: VideoDiT with no down stages is not known; legal: a UNet of Stable"
     ):
         hidiffusion(model)
+    with pytest.raises(
+        ValueError, match="preset='sd' is for another UNet than this VideoDiT with no down .*; for it: none"
+    ):
+        hidiffusion(model, "sd")
     settings: HiSettings = PRESETS["sd"].settings
-    with pytest.raises(ValueError, match="hidiffusion: VideoDiT has no down stages"):
+    with pytest.raises(ValueError, match="hidiffusion: VideoDiT with no down stages; legal: a UNet"):
         hidiffusion(model, settings=settings)
 
 

@@ -259,7 +259,7 @@ def hidiffusion(
             raise ValueError(f"hidiffusion: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
     settings = replace(settings, **changed)
     if not stages_of(model):
-        raise ValueError(f"hidiffusion: {_named(model)} has no down stages; legal: a UNet of Stable Diffusion.")
+        raise ValueError(f"hidiffusion: {_seen(model)}; legal: a UNet.")
     if not settings.raunet and not settings.window_attention:
         raise ValueError("hidiffusion: raunet=False and window_attention=False leave nothing to do; legal: one True.")
     handle = attach(model, HiDiffusion(settings, generator=generator))
@@ -274,19 +274,19 @@ def hidiffusion(
 def _settings(model: Any, preset: str | None) -> HiSettings:
     name = recognised(model) if preset is None else preset
     if name is None:
-        stages = stages_of(model)
         raise ValueError(
-            f"hidiffusion: {_named(model)} with {'stages ' + ', '.join(stages) if stages else 'no down stages'} is "
-            f"not known; legal: a UNet of Stable Diffusion 1.5, 2.1 or XL. For another UNet give settings=."
+            f"hidiffusion: {_seen(model)} is not known; legal: a UNet of Stable Diffusion 1.5, 2.1 or XL. For another "
+            "UNet give settings=."
         )
     if name in PRESETS and not PRESETS[name].fits(model):
         mine = [n for n, p in PRESETS.items() if p.fits(model)]
         raise ValueError(
-            f"hidiffusion: preset={name!r} is for another UNet than this {_named(model)} with stages "
-            f"{', '.join(stages_of(model))}; for it: {', '.join(mine) if mine else 'none'}."
+            f"hidiffusion: preset={name!r} is for another UNet than this {_seen(model)}; for it: "
+            f"{', '.join(mine) if mine else 'none'}."
         )
     return chosen("hidiffusion", PRESETS, model, name)
 
 
-def _named(model: Any) -> str:
-    return type(model).__name__
+def _seen(model: Any) -> str:
+    stages = stages_of(model)
+    return f"{type(model).__name__} with {'stages ' + ', '.join(stages) if stages else 'no down stages'}"
