@@ -242,7 +242,9 @@ ROWS: tuple[System, ...] = (
            ("window",), ("descriptors",), ("sequence",), ("reconstruction",)),
     System("hidiffusion", "HiDiffusion: Unlocking Higher-Resolution Creativity and Efficiency in Pretrained Diffusion "
            "Models",
-           "2311.17528", "ECCV 2024", "code", "generation", ("adapt/hidiffusion",),
+           "2311.17528", "ECCV 2024", "code", "generation",
+           ("adapt/hidiffusion", "adapt/hidiffusion_schedule", "adapt/hidiffusion_windows",
+            "adapt/hidiffusion_control"),
            ("window",), ("pooled",), ("sequence",), ("pipeline",)),
     System("apet", "ApET: Approximation-Error Guided Token Compression for Efficient VLMs",
            "2602.19870", "CVPR 2026", "code", "vlm", ("adapt/apet",),
