@@ -12,17 +12,22 @@ import torch
 from glocal.canvas import Canvas
 from glocal.kernels.call import Call, PlanTensors
 from glocal.ops import Relative
-from glocal.patterns import Windows
+from glocal.patterns import Neighborhood, Pattern, Windows
 from glocal.plan.windows import window_plan
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def test_compiles_for_hopper() -> None:
+@pytest.mark.parametrize(
+    ("pattern", "product", "wide", "shared"),
+    [(Windows(7, roll=3), "HGMMA", 12, 48 << 10), (Neighborhood(7), "HMMA", 16, 72 << 10)],
+    ids=["a window is a tile", "tiles of 16 queries"],
+)
+def test_compiles_for_hopper(pattern: Pattern, product: str, wide: int, shared: int) -> None:
     from glocal.kernels.windows import launch
     from glocal.testing.hopper import compiling, read
 
-    made = window_plan(Windows(7, roll=3), Canvas((14, 14)))
+    made = window_plan(pattern, Canvas((14, 14)))
     table = Relative(torch.zeros(2, 13, 13, dtype=torch.bfloat16)).lower(made.layout)
     given: dict[str, Any] = {"q_block": made.q_block, "kv_block": made.kv_block, "bias": (table,)}
     call = Call("windows", 0.2, plan=PlanTensors(**made.tensors()), **given)
@@ -33,5 +38,5 @@ def test_compiles_for_hopper() -> None:
     found = [read(kernel, sass=True) for kernel in kernels]
     assert {one.name for one in found} == {"forward_kernel", "queries_kernel", "keys_kernel"}
     for one in found:
-        assert "HMMA" in one.sass and len(re.findall(r"LDG\.E\.128", one.sass)) >= 16
-        assert one.registers <= 255 and one.shared <= 48 << 10
+        assert product in one.sass and len(re.findall(r"LDG\.E\.128", one.sass)) >= wide
+        assert one.registers <= 255 and one.shared <= shared
