@@ -183,7 +183,7 @@ class ScaleDiT(Method):
         far = shape[0] // size[0] if settings.scale_positions else 1
         table = type(model.pos_embed)(model.pos_embed.theta * settings.ntk, model.pos_embed.axes_dim)
         ids = given["img_ids"]
-        rotary = table(torch.cat((words.to(ids), ids, _ids(size, ids) * far)))
+        rotary = table(torch.cat((words.to(ids), ids, position_ids(size, ids) * far)))
         canvas = guided_canvas(text.shape[1], shape, size)
         relation = settings.relation(canvas)
 
@@ -193,7 +193,7 @@ class ScaleDiT(Method):
         return Guided(low, level, rotary, core, self.lora, settings.tuned_image)
 
 
-def _ids(size: tuple[int, int], like: Tensor) -> Tensor:
+def position_ids(size: tuple[int, int], like: Tensor) -> Tensor:
     """Position ids [rows * columns, 3] of a raster: 0, row, column."""
     row = torch.arange(size[0], device=like.device)[:, None].expand(size).flatten()
     column = torch.arange(size[1], device=like.device).expand(size).flatten()

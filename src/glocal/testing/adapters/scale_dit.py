@@ -73,7 +73,10 @@ def model(case: Case, where: Run) -> dict[str, Tensor]:
     updates = {name: t for name, t in state.items() if ".lora_" in name}
     settings = settings_of(config)
     given = {n: case[f"in.{n}"] for n in ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")}
-    given |= {"img_ids": case["in.img_ids"], "txt_ids": case["in.img_ids"].new_zeros(config["text_seq_len"], 3)}
+    given |= {
+        "img_ids": case["in.img_ids"],
+        "txt_ids": case["in.img_ids"].new_zeros(case["in.encoder_hidden_states"].shape[1], 3),
+    }
     if "in.guidance" in case:
         given["guidance"] = case["in.guidance"]
     if "in.txt_ids" in case:
@@ -98,23 +101,23 @@ def model(case: Case, where: Run) -> dict[str, Tensor]:
 
 def settings_of(config: dict[str, Any]) -> ScaleDiTSettings:
     """The published switches in our words: training with a mask of tokens."""
-    patch = config["patch_size"]
+    patch = config.get("patch_size", 16)
     return ScaleDiTSettings(
         window=(config["window_size"][0] // patch, config["window_size"][1] // patch),
-        local="sliding" if config["use_sliding_window"] else "four",
+        local="sliding" if config.get("use_sliding_window", False) else "four",
         phase="training",
-        text_sees_low=config["text_attend_scale"] == "all",
-        guided=config["hi_res_attend_scale"] == "all",
-        window_first=config["permute_window_first"],
+        text_sees_low=config.get("text_attend_scale", "all") == "all",
+        guided=config.get("hi_res_attend_scale", "all") == "all",
+        window_first=config.get("permute_window_first", False),
         block=None,
-        scale_positions=config["scale_PE"],
-        ntk=config["ntk_factor"],
+        scale_positions=config.get("scale_PE", False),
+        ntk=config.get("ntk_factor", 1.0) * config.get("theta", 10000.0) / 10000.0,
     )
 
 
 def _mask(case: Case, settings: ScaleDiTSettings, size: tuple[int, int]) -> Tensor:
     """The mask of tokens in the sequence the image tokens arrive in."""
-    text, ids = case.config["model_config"]["text_seq_len"], case["in.img_ids"].long()
+    text, ids = case["in.encoder_hidden_states"].shape[1], case["in.img_ids"].long()
     rows, columns = (int(n) + 1 for n in ids[:, 1:].amax(0))
     canvas = guided_canvas(text, (rows, columns), size)
     image = text + ids[:, 1] * columns + ids[:, 2]
