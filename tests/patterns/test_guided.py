@@ -90,6 +90,28 @@ def test_the_published_table_leaves_out_what_fills_no_block() -> None:
     assert whole[0, 4:12, 24].all()
 
 
+def test_low_tokens_of_the_published_table_see_half_a_block_more() -> None:
+    canvas = guided_canvas(512, (48, 64), (12, 16))  # 3776 tokens: 29.5 blocks of queries, 59 of keys
+    table, whole = (
+        kept(guided_blocks(GuidedWindows(), canvas, full_only=True)),
+        kept(guided_blocks(GuidedWindows(), canvas)),
+    )
+    assert table.shape == (1, 29, 59)
+    assert not table[0, :28, 58].any()
+    assert table[0, 28, 58]
+    assert torch.equal(table[0, 28], whole[0, 28])
+
+
+def test_windows_of_low_tokens_may_be_given() -> None:
+    canvas = guided_canvas(0, (16, 16), (8, 8))
+    wide = sees(GuidedWindows((8, 8)), "low", "low", canvas).reshape(8, 8, 8, 8)
+    narrow = sees(GuidedWindows((8, 8), low_window=(2, 2)), "low", "low", canvas).reshape(8, 8, 8, 8)
+    assert (int(wide[4, 4].sum()), int(narrow[4, 4].sum())) == (25, 9)
+    ours = guided_blocks(GuidedWindows((8, 8), low_window=(2, 2)), canvas, 16, 16)
+    pattern = GuidedWindows((8, 8), low_window=(2, 2))
+    assert torch.equal(kept(ours), kept(coarsen(pattern, canvas, 16, 16, "any", guided_order(pattern, canvas))))
+
+
 def test_density_of_4096_pixels() -> None:
     mask = kept(guided_blocks(GuidedWindows(), guided_canvas(512, (256, 256), (64, 64))))
     assert mask.shape == (1, 548, 1096)

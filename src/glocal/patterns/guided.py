@@ -31,6 +31,8 @@ class GuidedWindows(Pattern):
         are seen by every image token and by each other, more only group by group; low tokens see the words.
     text_sees_low: words see low tokens too. guided: image tokens see low tokens at all.
     window_first: groups of training are windows one after another, not runs of the raster.
+    low_window: rows and columns of a window of low tokens at inference, for their order and how far they see each
+        other; None: the part of the low grid that lies under a window.
     """
 
     window: tuple[int, int] = (16, 16)
@@ -39,6 +41,7 @@ class GuidedWindows(Pattern):
     text_sees_low: bool = False
     guided: bool = True
     window_first: bool = False
+    low_window: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "window", tuple(self.window))
@@ -74,9 +77,12 @@ class GuidedWindows(Pattern):
         tall, wide = self.window
         return (row + 1) % shape[0] // tall, (column + 1) % shape[1] // wide
 
-    def near(self, ratio: tuple[int, int] = (1, 1)) -> tuple[int, int]:
-        """How far a sliding window reaches, in tokens of a grid that is `ratio` times smaller than the image."""
-        return self.window[0] // ratio[0] // 2, self.window[1] // ratio[1] // 2
+    def low_tile(self, layout: Layout) -> tuple[int, int]:
+        """Rows and columns of a window of low tokens."""
+        if self.low_window is not None:
+            return self.low_window
+        ratio = self.ratio(layout)
+        return self.window[0] // ratio[0], self.window[1] // ratio[1]
 
     def number(self, row: Tensor, column: Tensor, columns: int, ratio: tuple[int, int] = (1, 1)) -> Tensor:
         """Raster number of a token's window; `columns` and `ratio` of its grid."""
@@ -86,7 +92,7 @@ class GuidedWindows(Pattern):
     def within(self, q: Coords, k: Coords, shape: tuple[int, ...], layout: Layout, head: int | None) -> Tensor:
         (row, column), (row_k, column_k) = q.axes, k.axes
         if self.local == "sliding":
-            tall, wide = self.near()
+            tall, wide = half(self.window)
             image = ((row - row_k).abs() <= tall) & ((column - column_k).abs() <= wide)
         else:
             (a, b), (c, d) = self.cells(row, column, shape), self.cells(row_k, column_k, shape)
@@ -94,7 +100,7 @@ class GuidedWindows(Pattern):
         if LOW not in {p.name for p in layout.q.parts}:
             return image
         if self.phase == "inference":
-            tall, wide = self.near(self.ratio(layout))
+            tall, wide = half(self.low_tile(layout))
             low = ((row - row_k).abs() <= tall) & ((column - column_k).abs() <= wide)
         else:
             count = layout.q.parts[layout.q.number(LOW)].tokens
@@ -132,6 +138,11 @@ class GuidedWindows(Pattern):
         groups = max(low.tokens // area, 1)
         mine = (q.axes[0] * image.axes[1] + q.axes[1]) // (image.tokens // groups)
         return (mine == group) & (mine < groups)
+
+
+def half(window: tuple[int, int]) -> tuple[int, int]:
+    """How far a sliding window reaches to each side."""
+    return window[0] // 2, window[1] // 2
 
 
 def count_before(layout: Layout) -> int:

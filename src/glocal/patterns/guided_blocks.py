@@ -15,7 +15,7 @@ from torch import Tensor
 from glocal.canvas import Canvas, Layout, Order, Part
 from glocal.canvas.window_first import window_first
 from glocal.patterns.blocks import Blocks
-from glocal.patterns.guided import IMAGE, LOW, TEXT, GuidedWindows
+from glocal.patterns.guided import IMAGE, LOW, TEXT, GuidedWindows, half
 
 Near = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,8 +28,7 @@ def guided_order(pattern: GuidedWindows, canvas: Canvas) -> Order:
         if part.name == IMAGE:
             window = pattern.window
         elif part.name == LOW:
-            ratio = pattern.ratio(Layout.of(canvas))
-            window = pattern.window[0] // ratio[0], pattern.window[1] // ratio[1]
+            window = pattern.low_tile(Layout.of(canvas))
         else:
             pieces.append(index)
             continue
@@ -58,8 +57,8 @@ def guided_blocks(
     """The mask that keeps a block of the sequence if any pair of its tokens is visible.
 
     pattern: of phase "inference". order: of the tokens, without pads; None: window-first. full_only: the published
-    table, which ends with the last full block and leaves out the tokens behind the last full block of queries; it fits
-    sequences of whole blocks only.
+    table, which ends with the last full block, and in which image tokens see nothing behind the last full block of
+    queries; it fits sequences of whole blocks only.
     Raises ValueError for a pattern of training, and for windows that do not divide the image.
     """
     if pattern.phase != "inference":
@@ -67,17 +66,18 @@ def guided_blocks(
     layout = Layout.of(canvas)
     pattern.check(layout)
     order = guided_order(pattern, canvas) if order is None else order
-    size = canvas.size // q_block * q_block if full_only else canvas.size
     sides = (q_block, kv_block)
     counts = [canvas.size // b if full_only else -(-canvas.size // b) for b in sides]
+    cut = min(counts[0] * q_block, canvas.size)  # tokens in blocks of queries
+    last = min(counts[1] * kv_block, canvas.size)
     mask = torch.zeros(counts[0], counts[1], dtype=torch.bool)
     numbers = {p.name: n for n, p in enumerate(canvas.parts)}
-    here = canvas.coords(order.gather[:size])
-    place = torch.arange(size)
+    here = canvas.coords(order.gather)
+    place = torch.arange(canvas.size)
 
-    def atoms(part: str, block: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    def atoms(part: str, block: int, end: int, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
         """Blocks of one part and their runs (row, first column, last column), [runs] and [runs, 3], in order."""
-        of = here.part == numbers.get(part, -1)
+        of = (here.part == numbers.get(part, -1)) & (place < end)
         blocks, r, c = place[of] // block, rows[of], columns[of]
         if not blocks.numel():
             return blocks, blocks.new_zeros(0, 3)
@@ -88,7 +88,8 @@ def guided_blocks(
         return blocks[starts], torch.stack((r[starts], c[starts], c[ends]), 1)
 
     def put(q: str, k: str, near: Near, q_at: tuple[Tensor, Tensor], k_at: tuple[Tensor, Tensor]) -> None:
-        (a, mine), (b, theirs) = atoms(q, q_block, *q_at), atoms(k, kv_block, *k_at)
+        end = cut if q == IMAGE else last
+        (a, mine), (b, theirs) = atoms(q, q_block, cut, *q_at), atoms(k, kv_block, end, *k_at)
         if a.numel() and b.numel():
             _touch(mask, (a, mine), (b, theirs), near)
 
@@ -98,13 +99,13 @@ def guided_blocks(
     for q, k in ((TEXT, TEXT), (TEXT, IMAGE), (IMAGE, TEXT), *([(TEXT, LOW)] if pattern.text_sees_low else [])):
         put(q, k, _every, (flat, flat), (flat, flat))
     if pattern.local == "sliding":
-        put(IMAGE, IMAGE, _reach(*pattern.near()), at, at)
+        put(IMAGE, IMAGE, _reach(*half(pattern.window)), at, at)
     else:
         cells = pattern.cells(*at, image_shape)
         put(IMAGE, IMAGE, _cross, cells, cells)
     if LOW in numbers:
         ratio = pattern.ratio(layout)
-        put(LOW, LOW, _reach(*pattern.near(ratio)), at, at)
+        put(LOW, LOW, _reach(*half(pattern.low_tile(layout))), at, at)
         if pattern.guided:
             mine = pattern.number(*at, image_shape[1])
             theirs = pattern.number(*at, canvas.parts[numbers[LOW]].axes[1], ratio)

@@ -44,7 +44,7 @@ def masks(case: Case) -> dict[str, Tensor]:
     found = {}
     for number, one in enumerate(case.config):
         image, low = (tuple(n // 16 for n in one[name]) for name in ("image_size", "low_res"))
-        canvas, pattern = guided_canvas(one["text"], image, low), GuidedWindows()
+        canvas, pattern = guided_canvas(one["text"], image, low), GuidedWindows(low_window=(4, 4))
         blocks = guided_blocks(pattern, canvas, *one["block"], full_only=True)
         assert isinstance(blocks.kept, Tensor)
         found[f"out.block_mask{number}"] = blocks.kept[0].to(torch.uint8)
