@@ -218,7 +218,7 @@ ROWS: tuple[System, ...] = (
            ("window",), ("pooled",), ("gate",), ("pipeline",)),
     System("freeswim", "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free "
            "Ultra-High-Resolution Video Generation",
-           "2511.14712", "", "code", "generation", ("adapt/freeswim",),
+           "2511.14712", "", "code", "generation", ("adapt/freeswim", "adapt/freeswim_refine"),
            ("neighborhood",), ("cross override",), ("sequence",), ("pipeline",)),
     System("biformer", "BiFormer: Vision Transformer with Bi-Level Routing Attention",
            "2303.08810", "CVPR 2023", "code", "backbone", ("nn/biformer", "models/vision/biformer"),
@@ -243,7 +243,9 @@ ROWS: tuple[System, ...] = (
            ("window",), ("descriptors",), ("sequence",), ("reconstruction",)),
     System("hidiffusion", "HiDiffusion: Unlocking Higher-Resolution Creativity and Efficiency in Pretrained Diffusion "
            "Models",
-           "2311.17528", "ECCV 2024", "code", "generation", ("adapt/hidiffusion",),
+           "2311.17528", "ECCV 2024", "code", "generation",
+           ("adapt/hidiffusion", "adapt/hidiffusion_schedule", "adapt/hidiffusion_windows",
+            "adapt/hidiffusion_control"),
            ("window",), ("pooled",), ("sequence",), ("pipeline",)),
     System("apet", "ApET: Approximation-Error Guided Token Compression for Efficient VLMs",
            "2602.19870", "CVPR 2026", "code", "vlm", ("adapt/apet",),

@@ -1,7 +1,9 @@
 """Methods put into other people's models and taken out again."""
 
 from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
+from glocal.adapt.freeswim import freeswim
 from glocal.adapt.gna import gna
+from glocal.adapt.hidiffusion import hidiffusion
 from glocal.adapt.host import HostAdapter, host_of, register_host
 from glocal.adapt.paro import paro
 from glocal.adapt.private import discover, site
@@ -21,7 +23,9 @@ __all__ = [
     "SiteCall",
     "attach",
     "discover",
+    "freeswim",
     "gna",
+    "hidiffusion",
     "host_of",
     "open_handles",
     "paro",

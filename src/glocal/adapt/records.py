@@ -43,7 +43,8 @@ class Block:
     """A module without attention of its own at which methods may act: `Method.blocks` asks for them.
 
     name: path in its component. role: "down", "mid", "up" (stages of a UNet), "resnet", "downsampler", "upsampler",
-    "layer" (a transformer block). module: the module, for what its forward is made of.
+    "transformer" (the transformer blocks between two of them), "layer" (a transformer block). module: the module, for
+    what its forward is made of.
     """
 
     name: str

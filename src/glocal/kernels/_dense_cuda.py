@@ -9,19 +9,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from importlib.util import find_spec
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads, PlanTensors
+from glocal.kernels.capability import installed
 from glocal.plan.blockplan import BlockLists, pack
 from glocal.plan.facts import OrderFacts, declare_order, declare_sound
 
 Engine = Literal["cudnn", "flash", "tiles"]
 _ATEN = torch.ops.aten
 _BLOCK = 128
+_GRID = 65_535  # the end of the grid axes on which both count samples, cuDNN times heads: small windows reach it
 
 
 def engine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Engine | None:
@@ -31,7 +32,10 @@ def engine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Engine | None:
     bare = not (call.bias or call.segments is not None or call.softcap is not None)
     half = q.dtype in (torch.float16, torch.bfloat16)
     if bare and half and q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and call.scale > 0:
-        return "cudnn" if q.shape[3] <= 128 and _cudnn(q.device.index) else "flash"
+        if q.shape[0] * q.shape[1] <= _GRID and q.shape[3] <= 128 and _cudnn(q.device.index):
+            return "cudnn"
+        if q.shape[0] <= _GRID:
+            return "flash"
     own = q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256 and _triton()
     return "tiles" if own else None
 
@@ -89,9 +93,8 @@ def _cudnn(device: int | None) -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-@lru_cache(maxsize=1)
 def _triton() -> bool:
-    return find_spec("triton") is not None
+    return installed("triton")
 
 
 def _planned(q: Tensor, k: Tensor, call: Call) -> Call:

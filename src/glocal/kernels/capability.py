@@ -6,6 +6,8 @@ Nothing here asks the machine: devices and versions come in as values, so that a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -173,6 +175,13 @@ def refusals(
     return out
 
 
+@lru_cache(maxsize=64)
+def installed(module: str) -> bool:
+    """Whether a module can be imported. Looked up once a process: every call of attention asks."""
+    return find_spec(module) is not None
+
+
+@lru_cache(maxsize=64)
 def version(text: str) -> tuple[int, int]:
     """("2.11.0+cpu") -> (2, 11)."""
     major, minor = text.split("+")[0].split(".")[:2]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.nn.functional import pad
 from glocal.kernels import _blockwise
 from glocal.kernels._jobs import Limits
 from glocal.kernels.call import Bias, Call, DenseBias, Grads, PlanTensors
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 
 Mod = Callable[..., Tensor]
 
@@ -47,7 +46,7 @@ _BACKWARD = Limits(keys=1 << 18, scores=1 << 26)
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if device == "cuda" and find_spec("triton") is None:
+    if device == "cuda" and not installed("triton"):
         return "triton is not installed (pip install triton), which compiles FlexAttention"
     return None
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from torch import Tensor
 
+from glocal.kernels.capability import installed
 from glocal.plan import lists
 
 
 def register() -> None:
     """Once, where Triton is installed; without it CUDA runs the plain ones too."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return
     lists.compact.register_kernel("cuda")(_compact)
     lists.compact_columns.register_kernel("cuda")(_compact_columns)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from operator import index
 from typing import Any
@@ -316,7 +317,13 @@ def _pick_for(q_block: int, kv_block: int, masked: bool, facts: tuple[Any, ...],
 
 def _table(device: str) -> DeviceTable | None:
     """Measured calls of the current device of this kind, if there are any."""
-    return table_for(torch.cuda.get_device_name()) if device == "cuda" and torch.cuda.is_available() else None
+    return _named(torch.cuda.get_device_name()) if device == "cuda" and torch.cuda.is_available() else None
+
+
+@lru_cache(maxsize=16)
+def _named(title: str) -> DeviceTable | None:
+    """The table is read once a process: looking for its file takes as long as launching a kernel."""
+    return table_for(title)
 
 
 def _heads_fit(pattern: Pattern, request: Request) -> None:

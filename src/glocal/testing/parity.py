@@ -87,7 +87,7 @@ def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseR
 def check_all(
     paths: Iterable[str | Path], device: str, backends: Sequence[str], progress: Progress
 ) -> tuple[CaseResult, ...]:
-    """`check` for files and backends ("all": every one of the device that can run patterns).
+    """`check` for files and backends ("all": every one of the device that runs patterns exactly).
 
     A case that runs no attention, or has no adapter, runs once.
     """
@@ -107,7 +107,8 @@ def check_all(
 def backends_of(device: str) -> tuple[str, ...]:
     """The backends of a device that run patterns and lack nothing on this machine."""
     kind = torch.device(device).type
-    able = (b for b in registry.backends() if b.capability.sparse and kind in b.capability.devices)
+    exact = (b for b in registry.backends() if b.capability.sparse and not b.capability.quant)
+    able = (b for b in exact if kind in b.capability.devices)
     return tuple(b.name for b in able if b.missing(kind) is None)
 
 

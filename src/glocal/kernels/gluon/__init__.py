@@ -5,13 +5,11 @@ Gluon ships inside Triton, so nothing beyond torch's own Triton is needed. Both 
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 
 CAPABILITY = Capability(
     name="gluon",
@@ -33,7 +31,7 @@ CAPABILITY = Capability(
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if find_spec("triton") is None or find_spec("triton.experimental.gluon") is None:
+    if not installed("triton") or not installed("triton.experimental.gluon"):
         return "Triton with Gluon is not installed (pip install 'triton>=3.6')"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] != 9:
         found = "sm_{}{}".format(*torch.cuda.get_device_capability())

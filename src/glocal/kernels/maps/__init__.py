@@ -7,18 +7,18 @@ for eager calls: a compiled graph fuses the same work itself. Triton is imported
 from __future__ import annotations
 
 from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from glocal.kernels.capability import installed
+
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@cache
 def _triton() -> bool:
-    return find_spec("triton") is not None
+    return installed("triton")
 
 
 def usable(*tensors: Tensor | None) -> bool:

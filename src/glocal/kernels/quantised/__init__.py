@@ -6,13 +6,11 @@ runs: the definition. SageAttention (arXiv 2410.02367), PAROAttention (arXiv 250
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 from glocal.kernels.quantised import emulate
 from glocal.kernels.quantised.work import work_of
 
@@ -37,7 +35,7 @@ CAPABILITY = Capability(
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if device == "cuda" and find_spec("triton") is None:
+    if device == "cuda" and not installed("triton"):
         return "triton is not installed (pip install triton)"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         return f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))} (legal: from 8.9 on)"

@@ -5,13 +5,11 @@ The same kernels run under Triton's interpreter on the CPU, where they are exami
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 
 CAPABILITY = Capability(
     name="triton",
@@ -30,7 +28,7 @@ CAPABILITY = Capability(
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed (pip install triton)"
     if device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
         return "the card is older than compute capability 8.0"

@@ -7,13 +7,11 @@ from `glocal.plan.windows`. Triton is imported on the first call.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from glocal.kernels.call import Call, Grads
-from glocal.kernels.capability import Capability, Sizes
+from glocal.kernels.capability import Capability, Sizes, installed
 
 CAPABILITY = Capability(
     name="windows",
@@ -35,7 +33,7 @@ CAPABILITY = Capability(
 
 def missing(device: str) -> str | None:
     """What this machine lacks."""
-    if find_spec("triton") is None:
+    if not installed("triton"):
         return "triton is not installed (pip install triton)"
     return None
 

@@ -43,14 +43,18 @@ class UNetHost(DiffusersHost):
         return found
 
     def blocks(self, model: Any) -> Sequence[Block]:
-        """Stages ("down", "mid", "up"), and in them "resnet", "layer", "downsampler", "upsampler"."""
+        """Stages ("down", "mid", "up"), in them "resnet", "transformer" (the layers between two resnets),
+        "downsampler", "upsampler", and every "layer".
+        """
         found: list[Block] = []
         for role, name, stage in _stages(model):
             found.append(Block(name, role, stage, "unet"))
-            for kind, of in (("resnets", "resnet"), ("downsamplers", "downsampler"), ("upsamplers", "upsampler")):
-                inside = getattr(stage, kind, None)
+            for of in ("resnet", "downsampler", "upsampler"):
+                inside = getattr(stage, f"{of}s", None)
                 for n, module in enumerate(() if inside is None else inside):
-                    found.append(Block(f"{name}.{kind}.{n}", of, module, "unet"))
+                    found.append(Block(f"{name}.{of}s.{n}", of, module, "unet"))
+        held = dict.fromkeys(name.rpartition(".transformer_blocks.")[0] for name in _layers(model))
+        found += [Block(name, "transformer", model.get_submodule(name), "unet") for name in held]
         found += [Block(name, "layer", model.get_submodule(name), "unet") for name in _layers(model)]
         return found
 
