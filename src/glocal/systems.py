@@ -210,7 +210,8 @@ ROWS: tuple[System, ...] = (
            ("radial",), ("dilated",), ("lse",), ("pipeline",)),
     # Generators made fast or large
     System("scale_dit", "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention",
-           "2510.16325", "ECCV 2026", "code", "generation", ("adapt/scale_dit",),
+           "2510.16325", "ECCV 2026", "code", "generation",
+           ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_run"),
            ("window",), ("guide",), ("lse",), ("pipeline",)),
     System("ultragen", "UltraGen: High-Resolution Video Generation with Hierarchical Attention",
            "2510.18775", "", "paper", "generation", ("adapt/ultragen",),

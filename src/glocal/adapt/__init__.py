@@ -10,6 +10,7 @@ from glocal.adapt.private import discover, site
 from glocal.adapt.radial import radial
 from glocal.adapt.records import Block, RunState, Site, SiteCall
 from glocal.adapt.rectified_spaattn import rectified_spaattn
+from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.tile_windows import tile_windows
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "radial",
     "rectified_spaattn",
     "register_host",
+    "scale_dit",
     "site",
     "sites_of",
     "tile_windows",

@@ -7,6 +7,7 @@ from glocal.patterns.blocks import BlockPattern, Blocks, coarsen
 from glocal.patterns.causal import Causal, CausalWindow
 from glocal.patterns.csr import RowLists, kernel_rows, row_lists
 from glocal.patterns.grid import Axial, Grid
+from glocal.patterns.guided import GuidedWindows
 from glocal.patterns.neighborhood import Neighborhood
 from glocal.patterns.radial import RadialBlocks, RadialTokens
 from glocal.patterns.strided import StridedShards, cache_efficient
@@ -25,6 +26,7 @@ __all__ = [
     "CausalWindow",
     "Dense",
     "Grid",
+    "GuidedWindows",
     "Neighborhood",
     "Oversize",
     "Pattern",
