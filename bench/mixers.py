@@ -2,7 +2,7 @@
 
 python bench/mixers.py --device cuda --workers 6            # examine, then train all runs, several at once
 python bench/mixers.py --device cuda --examine              # only sizes, times and memory: alone on the device
-python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out /tmp/mixers
+python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 
 Runs lie in --out and are not repeated. Times of --examine are what the table shows; those that a training job measures
 while other runs share the device are not used.

@@ -6,7 +6,6 @@ for eager calls: a compiled graph fuses the same work itself. Triton is imported
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
