@@ -16,7 +16,7 @@ from torch import Tensor
 
 from glocal.adapt.attach import attach
 from glocal.adapt.records import Core, SiteCall
-from glocal.advise.objective import Coordinate, Output
+from glocal.advise.objective import Coordinate, OnePass, Output
 from glocal.advise.probe import MediaMethod
 from glocal.advise.workload import Sample, Workload
 from glocal.models.language import Decoder
@@ -47,7 +47,7 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class NextToken:
+class NextToken(OnePass):
     """A causal language model judged on one prefill; the main error is the root of the mean KL in nats.
 
     encode: a text to token ids, without marks for begin and end. begin: ids in front of every prompt. tokens: length of
@@ -78,23 +78,9 @@ class NextToken:
         return "prefill"
 
     @property
-    def restart(self) -> bool:
-        """One pass has no middle."""
-        return False
-
-    @property
     def higher(self) -> frozenset[str]:
         """Retrieval itself; what is lost of it is better when lower."""
         return frozenset({"retrieval"})
-
-    @property
-    def guidance(self) -> None:
-        """None."""
-        return None
-
-    def levels_of(self, model: Any, sample: Sample) -> tuple[float, ...]:
-        """One pass."""
-        return (1.0, 0.0)
 
     def check(self, model: Any, workload: Workload) -> None:
         """ValueError for the first sample that makes no prompt, with its id and what is legal."""

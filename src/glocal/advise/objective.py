@@ -121,6 +121,24 @@ class Objective(Protocol):
         ...
 
 
+class OnePass:
+    """What objectives of models of one pass have in common: no middle, no guidance, no noise levels."""
+
+    @property
+    def restart(self) -> bool:
+        """One pass has no middle."""
+        return False
+
+    @property
+    def guidance(self) -> None:
+        """None."""
+        return None
+
+    def levels_of(self, model: Any, sample: Sample) -> tuple[float, ...]:
+        """One pass."""
+        return (1.0, 0.0)
+
+
 @dataclass(frozen=True)
 class Latents:
     """A rectified-flow model judged by its last latent: relative L2.

@@ -14,7 +14,7 @@ from torch import Tensor
 from glocal.adapt.attach import attach
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.next_token import Finished
-from glocal.advise.objective import Coordinate, Output
+from glocal.advise.objective import Coordinate, OnePass, Output
 from glocal.advise.probe import MediaMethod
 from glocal.advise.workload import Sample, Workload
 from glocal.measure import relative_l2
@@ -23,7 +23,7 @@ _ARGUMENTS = ("image", "label", "file")
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class Segmentation(OnePass):
     """A model from images to class scores; the main error is the relative L2 distance of the scores.
 
     num_classes: of the scores. Samples hold `image` [C, H, W] and, if known, `label` [H, W] (classes, -1 ignored), or
@@ -44,23 +44,9 @@ class Segmentation:
         return "always"
 
     @property
-    def restart(self) -> bool:
-        """One pass has no middle."""
-        return False
-
-    @property
     def higher(self) -> frozenset[str]:
         """MIoU itself; what is lost of it is better when lower."""
         return frozenset({"miou"})
-
-    @property
-    def guidance(self) -> None:
-        """None."""
-        return None
-
-    def levels_of(self, model: Any, sample: Sample) -> tuple[float, ...]:
-        """One pass."""
-        return (1.0, 0.0)
 
     def check(self, model: Any, workload: Workload) -> None:
         """ValueError for the first sample without an image, with its id and what is legal."""
