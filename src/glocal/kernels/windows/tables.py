@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,21 +30,24 @@ class Tiles:
     columns: Tensor
     masks: Tensor
     tokens: int
+    _pieces: dict[int, list[Tiles]] = field(default_factory=dict, repr=False)
 
     def split(self, width: int) -> list[Tiles]:
-        """Columns in pieces of `width`, a multiple of 32, each a set of tiles."""
+        """Columns in pieces of `width`, a multiple of 32, each a set of tiles; the same ones at every call."""
         n = self.columns.shape[1]
         if n <= width:
             return [self]
-        return [
-            Tiles(
-                self.rows,
-                self.columns[:, at : at + width].contiguous(),
-                self.masks[:, :, at // 32 : (at + width) // 32].contiguous(),
-                self.tokens,
-            )
-            for at in range(0, n, width)
-        ]
+        if width not in self._pieces:
+            self._pieces[width] = [
+                Tiles(
+                    self.rows,
+                    self.columns[:, at : at + width].contiguous(),
+                    self.masks[:, :, at // 32 : (at + width) // 32].contiguous(),
+                    self.tokens,
+                )
+                for at in range(0, n, width)
+            ]
+        return self._pieces[width]
 
 
 @dataclass(frozen=True, eq=False)
