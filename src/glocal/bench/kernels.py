@@ -29,9 +29,9 @@ from glocal.plan.devices.table import device_table
 
 WORDS = "kernels: ours, guests and dense attention on windows, neighbourhoods and strided shards"
 COLUMNS = (
-    "case", "pass", "contender", "ms", "ms_low", "ms_high", "host_ms", "over_dense", "over_dense_low", "over_dense_high",
-    "dense", "ideal", "over_best_other", "best_other", "visible_tflops", "visited_tflops", "kept", "visited", "error", "note",
-    "device", "versions",
+    "case", "pass", "contender", "ms", "ms_low", "ms_high", "host_ms", "over_dense", "over_dense_low",
+    "over_dense_high", "dense", "ideal", "over_best_other", "best_other", "visible_tflops", "visited_tflops", "kept",
+    "visited", "error", "note", "device", "versions",
 )  # fmt: skip
 LIMIT = 2e-2  # of the largest entry, bfloat16
 OWN = ("triton", "gluon", "cpu")

@@ -180,7 +180,8 @@ def time_call(
 ) -> Timing:
     """Time `fn()` `repeats` times after `warmup` untimed calls (on a GPU at least 2).
 
-    On a GPU the time is the device's alone, unless `fn` waits for the device or fills its queue; `host` says what the host takes.
+    On a GPU the time is the device's alone, unless `fn` waits for the device or fills its queue; `host` says what the
+        host takes.
     flush (cuda): empty the level-2 cache before each.
     """
     if repeats < 1 or warmup < 0:
