@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.kernels.triton.lists import check
 from glocal.plan.blockplan import pack, unpack
@@ -60,12 +61,12 @@ class Tables:
 
 def tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
     """Of a checked plan; kept as long as the plan is and stays as it is. ValueError for a plan of another kind."""
-    mark = (blocks, nq, nk, *(0 if t.is_inference() else t._version for t in vars(plan).values()))
+    mark, tensors = (blocks, nq, nk), tuple(vars(plan).values())
     known = _KNOWN.get(plan.part_index)
-    if known is None or known[0] != mark:
+    if known is None or known[0] != mark or not known[1].still(tensors):
         check(plan, blocks)
-        known = _KNOWN[plan.part_index] = (mark, _tables(plan, blocks, nq, nk))
-    return known[1]
+        known = _KNOWN[plan.part_index] = (mark, Seen.of(tensors), _tables(plan, blocks, nq, nk))
+    return known[2]
 
 
 def _tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
