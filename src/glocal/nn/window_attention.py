@@ -131,8 +131,12 @@ class WindowAttention(nn.Module):
 
     def relative(self, size: tuple[int, int]) -> Relative | None:
         """The bias of the whole map."""
-        table, side = self.relative_position_bias_table, 2 * self.window - 1
+        table, side = self.table(), 2 * self.window - 1
         return None if table is None else Relative(table.T.reshape(self.heads, side, side), sign=-1)
+
+    def table(self) -> Tensor | None:
+        """The bias of every offset, query minus key, [(2 window - 1) ** 2, heads]; None for none."""
+        return self.relative_position_bias_table
 
     def cut(self, x: Tensor) -> Tensor:
         """x: [B, *size, dim] -> the groups of tokens that see each other, [B, groups, N, dim]."""
@@ -157,9 +161,9 @@ class WindowAttention(nn.Module):
 
         None, [1, heads, N, N], or [B * groups, heads | 1, N, N].
         """
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None].contiguous()
+        bias, table = None, self.table()
+        if table is not None:
+            bias = window_bias(table, self.index).to(q.dtype)[None].contiguous()
         if not (self.shift and self.spec.mask):
             return bias
         sides = (self.window, self.window)
