@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.relative import relative_index
 from glocal.nn.mixer import register_mixer
 from glocal.nn.window_attention import WindowAttention, WindowSpec
@@ -50,8 +51,8 @@ class CosineWindowAttention(WindowAttention):
     def project(self, groups: Tensor, count: int) -> tuple[Tensor, ...]:
         """As in `WindowAttention`: unit keys, and unit queries times the factor."""
         bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        parts = F.linear(groups, self.qkv.weight, bias)
-        q, k, v = parts.reshape(-1, groups.shape[-2], count, self.heads, self.dim // self.heads).permute(2, 0, 3, 1, 4)
+        rows = groups.reshape(-1, *groups.shape[-2:])
+        q, k, v = split_heads(F.linear(rows, self.qkv.weight, bias), count, self.heads)
         factor = self.logit_scale.clamp(max=_MOST).exp()
         return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), v
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
@@ -111,8 +112,7 @@ class WindowAttention(nn.Module):
 
     def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
         """x: [B, H, W, dim] -> queries, keys and values of the whole map, [B, heads, H * W, head size] each."""
-        parts = self.qkv(x).reshape(x.shape[0], x.shape[1] * x.shape[2], 3, self.heads, self.dim // self.heads)
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.qkv(x).flatten(1, 2), 3, self.heads)
 
     def by_pattern(self, x: Tensor, real: tuple[int, int], stage: object, backend: str) -> Tensor:
         """Attention of x: [B, *size, dim] on the whole map, of which `real` is no padding -> the same shape."""
@@ -153,8 +153,7 @@ class WindowAttention(nn.Module):
 
     def project(self, groups: Tensor, count: int) -> tuple[Tensor, ...]:
         """The `count` parts that the layer `qkv` makes of groups: [B, groups, N, dim], as in `split`."""
-        parts = self.qkv(groups).reshape(-1, groups.shape[2], count, self.heads, self.dim // self.heads)
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.qkv(groups).flatten(0, 1), count, self.heads)
 
     def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
         """What is added to the logits of q: [B * groups, heads, N, head size] on a map of `real` tokens, `size` padded.
