@@ -214,7 +214,7 @@ ROWS: tuple[System, ...] = (
            ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_run"),
            ("window",), ("guide",), ("lse",), ("pipeline",)),
     System("ultragen", "UltraGen: High-Resolution Video Generation with Hierarchical Attention",
-           "2510.18775", "", "paper", "generation", ("adapt/ultragen",),
+           "2510.18775", "", "paper", "generation", ("nn/ultragen", "adapt/ultragen", "adapt/ultragen_parts"),
            ("window",), ("pooled",), ("gate",), ("pipeline",)),
     System("freeswim", "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free "
            "Ultra-High-Resolution Video Generation",

@@ -12,6 +12,7 @@ from glocal.adapt.records import Block, RunState, Site, SiteCall
 from glocal.adapt.rectified_spaattn import rectified_spaattn
 from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.tile_windows import tile_windows
+from glocal.adapt.ultragen import ultragen
 
 __all__ = [
     "Block",
@@ -36,4 +37,5 @@ __all__ = [
     "site",
     "sites_of",
     "tile_windows",
+    "ultragen",
 ]
