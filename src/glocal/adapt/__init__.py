@@ -1,6 +1,7 @@
 """Methods put into other people's models and taken out again."""
 
 from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
+from glocal.adapt.c_upscale import c_upscale
 from glocal.adapt.freeswim import freeswim
 from glocal.adapt.gna import gna
 from glocal.adapt.hidiffusion import hidiffusion
@@ -23,6 +24,7 @@ __all__ = [
     "Site",
     "SiteCall",
     "attach",
+    "c_upscale",
     "discover",
     "freeswim",
     "gna",
