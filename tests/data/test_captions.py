@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from glocal.data import at_side, caption_of, caption_tokens, draw_layouts, draw_pictures, paint, picture_spec
-from glocal.data.captions import COLUMNS, LENGTH, ROWS, WORDS, read_caption
+from glocal.data.captions import COLUMNS, LENGTH, ROWS, WORDS
+from glocal.models.generation import picture_words
+
+
+def read_caption(text: str) -> torch.Tensor:
+    return picture_words.read_caption(text, WORDS, LENGTH)
 
 
 def pictures(count: int = 40, seed: int = 3):
@@ -50,7 +55,7 @@ def test_attributes_may_be_missing_in_words():
 def test_unknown_words_and_long_captions_are_refused():
     with pytest.raises(ValueError, match=r"word 'rad' is unknown; legal: plain.*nearest: 'red'"):
         read_caption("a rad disc")
-    with pytest.raises(ValueError, match=rf"has 21 words of content; legal: at most {LENGTH}"):
+    with pytest.raises(ValueError, match=rf"has 22 words of content; legal: at most {LENGTH}"):
         read_caption(" ".join(["red"] * 21))
     with pytest.raises(ValueError, match="room for 5 objects"):
         caption_tokens(draw_layouts(1, torch.Generator().manual_seed(0)))

@@ -12,7 +12,6 @@ from glocal.adapt.attach import sites_of
 from glocal.adapt.freeswim import FreeSwim, freeswim
 from glocal.adapt.hidiffusion_schedule import PRESETS, recognised
 from glocal.adapt.tile_windows import tile_windows
-from glocal.data import read_caption
 from glocal.data.captions import LENGTH, WORDS
 from glocal.models.generation import (
     PICTURE_SPEC,
@@ -20,6 +19,7 @@ from glocal.models.generation import (
     ImageDiTConfig,
     ImageUNet,
     ImageUNetConfig,
+    Painter,
     PictureModel,
     SampleSpec,
     draw_picture_noise,
@@ -47,7 +47,7 @@ def made(kind: str, seed: int = 0) -> PictureModel:
 
 
 def drawn(model: PictureModel, side: int = 32, spec: SampleSpec = SPEC) -> torch.Tensor:
-    tokens = read_caption("a plain red disc at the top left, on a night background").repeat(2, 1)
+    tokens = model.tokens(*["a plain red disc at the top left, on a night background"] * 2)
     return sample_pictures(model, draw_picture_noise([0, 1], side, side), tokens, spec)
 
 
@@ -97,18 +97,18 @@ def test_sampling_follows_seed_caption_and_size(kind: str) -> None:
     a = drawn(model)
     assert a.shape == (2, 12, 16, 16)
     assert torch.equal(a, drawn(model)) and not torch.equal(a[0], a[1])
-    one = sample_pictures(model, draw_picture_noise([1], 32, 32), read_caption("a blue ring"), SPEC)
+    one = sample_pictures(model, draw_picture_noise([1], 32, 32), model.tokens("a blue ring"), SPEC)
     assert not torch.allclose(one[0], a[1], atol=1e-3)
     assert drawn(model, 48).shape == (2, 12, 24, 24)
     seen = []
     half = sample_pictures(
         model,
         draw_picture_noise([0], 32, 32),
-        read_caption("a blue ring"),
+        model.tokens("a blue ring"),
         SPEC,
         callback=lambda s: seen.append(s.latent),
     )
-    again = sample_pictures(model, seen[0], read_caption("a blue ring"), SPEC, start=1)
+    again = sample_pictures(model, seen[0], model.tokens("a blue ring"), SPEC, start=1)
     assert torch.equal(again, half) and len(seen) == 3
 
 
@@ -123,9 +123,9 @@ def test_wrong_sizes_are_named() -> None:
     with pytest.raises(ValueError, match="30 x 32 px; legal: multiples of 4"):
         draw_picture_noise([0], 30, 32)
     with pytest.raises(ValueError, match="2 captions for 1 latents; legal: one each"):
-        sample_pictures(model, draw_picture_noise([0], 32, 32), read_caption("a ring").repeat(2, 1))
+        sample_pictures(model, draw_picture_noise([0], 32, 32), model.tokens("a ring", "a ring"))
     with pytest.raises(ValueError, match=r"start=3: must be a step in 0\.\.2"):
-        sample_pictures(model, draw_picture_noise([0], 32, 32), read_caption("a ring"), SPEC, start=3)
+        sample_pictures(model, draw_picture_noise([0], 32, 32), model.tokens("a ring"), SPEC, start=3)
     with pytest.raises(ValueError, match="multiples of the patch"):
         model.net(torch.zeros(1, 12, 1, 5, 4), torch.ones(1), torch.zeros(1, LENGTH, 64))
     unet = made("unet").net
@@ -190,9 +190,23 @@ def test_shipped_models_draw_what_the_caption_says(kind: str) -> None:
         pytest.skip("the trained image models are not shipped here")
     model = load_picture_model(kind)  # type: ignore[arg-type]
     colours = ["red", "green", "blue", "yellow"]
-    tokens = torch.cat([read_caption(f"a plain {c} disc at the middle centre, on a mist background") for c in colours])
+    tokens = model.tokens(*[f"a plain {c} disc at the middle centre, on a mist background" for c in colours])
     pictures = to_pictures(sample_pictures(model, draw_picture_noise(range(4)), tokens, PICTURE_SPEC))
     found = find_objects(pictures, torch.tensor(list(COLOURS.values())))
     names = list(COLOURS)
     right = [len(f) == 1 and names[f[0].colour] == c and abs(f[0].x - 0.5) < 0.25 for f, c in zip(found, colours)]
     assert sum(right) >= 3
+
+
+def test_painter_takes_words_and_pixels() -> None:
+    painter = Painter(made("dit"))
+    one = painter.generate(seed=1, steps=2, caption="a red disc", size="32")
+    assert one.shape == (1, 3, 32, 32) and torch.equal(
+        one, painter.generate(seed=1, steps=2, caption="red disc", size=32)
+    )
+    assert not torch.equal(one, painter.generate(seed=1, steps=2, caption="blue disc", size=32))
+    assert painter.model is painter.pictures.net
+    with pytest.raises(ValueError, match=r"size='x' pixels; legal: a multiple of 4; the model was trained on 64"):
+        painter.generate(size="x")
+    with pytest.raises(ValueError, match=r"word 'dog' is unknown; .*nearest:"):
+        painter.generate(caption="a dog")

@@ -35,6 +35,8 @@ TUNED = (
     "x_embedder", "norm1.linear", "norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2",
     "proj_mlp", "proj_out",
 )  # fmt: skip
+TUNED_IMAGE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.2")
+"""Layers of a block of the built-in image model that have updates."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,12 @@ def _blocks(pattern: GuidedWindows, canvas: Canvas, block: tuple[int, int]) -> B
 PRESETS: Mapping[str, Preset[ScaleDiTSettings]] = {
     "flux.1-dev": Preset(
         ScaleDiTSettings(), ("FluxTransformer2DModel",), "authors' repository, revision of arXiv 2510.16325v1"
+    ),
+    # The 256 tokens of a 64 x 64 px picture are seen by all others, as in the published training.
+    "demo-image": Preset(
+        ScaleDiTSettings(phase="training", window_first=False, block=None, ntk=1.0),
+        ("ImageDiT",),
+        "the published training, for the built-in model",
     ),
 }
 
@@ -227,7 +235,9 @@ def scale_dit(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put Scale-DiT into a FLUX.1 pipeline or transformer; nothing changes until `handle.method.give(latents, size)`.
+    """Put Scale-DiT into a FLUX.1 pipeline or transformer, or the built-in image model.
+
+    Nothing changes until `handle.method.give(latents, size)`; the built-in model's latents say their size.
 
     preset: of `PRESETS`; None takes the one of the class. settings: instead of a preset. changed: single fields of the
     settings, such as ``window=(8, 8)``. lora: the trained updates, a file, its tensors or a `PartLora`; None: none.
@@ -235,9 +245,11 @@ def scale_dit(
     Raises ValueError for another model, an unknown preset or field, and an update of a layer that has none.
     """
     transformer = next(iter(parts(model).values())) if is_pipeline(model) else model
-    if not any(c.__name__ == "FluxTransformer2DModel" for c in type(transformer).__mro__):
+    names = {c.__name__ for c in type(transformer).__mro__}
+    if not names & {"FluxTransformer2DModel", "ImageDiT"}:
         raise ValueError(
-            f"scale_dit: {type(transformer).__name__} is not built; legal: FluxTransformer2DModel or its pipelines."
+            f"scale_dit: {type(transformer).__name__} is not built; legal: FluxTransformer2DModel or its pipelines, "
+            "or the built-in ImageDiT."
         )
     found = chosen("scale_dit", PRESETS, model, preset) if settings is None else settings
     legal = list(ScaleDiTSettings.__dataclass_fields__)
@@ -250,7 +262,10 @@ def scale_dit(
         updates = lora if isinstance(lora, PartLora) else PartLora.read(lora_tensors(lora), alpha)
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)
-    return attach(model, ScaleDiT(transformer, replace(found, **changed), updates, backend=backend))
+    kind = ScaleDiT
+    if "ImageDiT" in names:
+        from glocal.adapt.scale_dit_image import ScaleDiTImage as kind
+    return attach(model, kind(transformer, replace(found, **changed), updates, backend=backend))
 
 
 def _fits(model: nn.Module, lora: PartLora) -> None:
@@ -270,5 +285,7 @@ def _fits(model: nn.Module, lora: PartLora) -> None:
 
 def tunable(path: str) -> bool:
     """Whether the method has an update for the linear layer at `path`: the image side of blocks, and the embedder."""
+    if path.startswith("blocks."):  # of the built-in image model
+        return path.split(".", 2)[2] in TUNED_IMAGE
     inside = path.split(".", 2)[2] if path.startswith(("transformer_blocks.", "single_transformer_blocks.")) else path
     return inside in TUNED and (inside != path or path == "x_embedder")

@@ -1,6 +1,6 @@
 """Data that is made on the spot: procedural moving scenes with everything known about them, and text to look up in."""
 
-from glocal.data.captions import caption_of, caption_tokens, read_caption
+from glocal.data.captions import caption_of, caption_tokens
 from glocal.data.objects import Layouts, SceneSpec, draw_layouts
 from glocal.data.pictures import at_side, draw_pictures, paint, picture_spec
 from glocal.data.render import Rendered, render
@@ -28,6 +28,5 @@ __all__ = [
     "make_text",
     "paint",
     "picture_spec",
-    "read_caption",
     "render",
 ]

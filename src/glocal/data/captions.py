@@ -1,14 +1,12 @@
-"""Says in words what a picture shows and where, and reads such words back as numbers for a text encoder.
+"""Says what a picture shows and where, in words and as numbers for a text encoder.
 
 "A striped red disc at the top left, a plain blue ring at the middle centre, on a night background." Only the words
-that carry content are tokens; small words are skipped, "and" and commas part the objects. An attribute may be left out.
+that carry content are tokens, and a comma behind every object. Attributes may be left out.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -17,8 +15,6 @@ from glocal.data.objects import BACKGROUNDS, COLOURS, SHAPES, TEXTURES, Layouts
 
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "centre", "right")
-SKIPPED = ("a", "an", "the", "at", "on", "in", "background")
-PARTED = (",", "and")
 WORDS = ("", ",", *TEXTURES, *COLOURS, *SHAPES, *ROWS, *COLUMNS, *BACKGROUNDS)
 """The vocabulary; word 0 pads, word 1 parts objects."""
 LENGTH = 20
@@ -87,29 +83,3 @@ def packed(words: Tensor) -> Tensor:
 def _ids(names: Iterable[str], numbers: Tensor) -> Tensor:
     table = torch.tensor([WORDS.index(name) for name in names], device=numbers.device)
     return table[numbers]
-
-
-def read_caption(text: str) -> Tensor:
-    """Tokens [1, LENGTH] long of a caption; "" gives no token at all.
-
-    Raises ValueError for a word that is not known (naming the nearest), and for more words than fit.
-    """
-    tokens: list[int] = []
-    for word in re.findall(r"[a-z]+|,", text.lower()):
-        if word in SKIPPED:
-            continue
-        if word in PARTED:
-            if tokens and tokens[-1] != 1:
-                tokens.append(1)
-        elif word in WORDS:
-            tokens.append(WORDS.index(word))
-        else:
-            near = get_close_matches(word, WORDS[2:], n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"caption {text!r}: word {word!r} is unknown; legal: {', '.join(WORDS[2:])}; nearest: {near!r}"
-            )
-    if len(tokens) > LENGTH:
-        raise ValueError(f"caption {text!r} has {len(tokens)} words of content; legal: at most {LENGTH}")
-    if tokens and WORDS[tokens[-1]] not in BACKGROUNDS and tokens[-1] != 1:
-        tokens.append(1)  # as in training, every object ends with a comma
-    return torch.tensor([tokens + [0] * (LENGTH - len(tokens))])[:, :LENGTH]

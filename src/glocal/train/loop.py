@@ -80,25 +80,16 @@ class Loop:
         until = self.spec.steps if until is None else min(until, self.spec.steps)
         saved = mark = time.monotonic()
         while self.step < until:
-            mark = now = self.advance(mark)
+            self._update()
+            now = time.monotonic()
+            self.seconds, mark = self.seconds + now - mark, now
+            if self.step % self.spec.every == 0 or self.step == self.spec.steps:
+                self._write_row()
             if now - saved >= self.spec.save or self.step == until:
                 self.save()
                 saved = now
                 if after is not None:
                     after(self)
-
-    def advance(self, mark: float | None = None) -> float:
-        """One update with its row of the curve and no saving, for runs that end by the clock.
-
-        mark: when the last update ended, for the count of seconds; None: now. Returns when this one ended.
-        """
-        mark = time.monotonic() if mark is None else mark
-        self._update()
-        now = time.monotonic()
-        self.seconds += now - mark
-        if self.step % self.spec.every == 0 or self.step == self.spec.steps:
-            self._write_row()
-        return now
 
     def _update(self) -> None:
         spec = self.spec

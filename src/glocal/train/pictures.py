@@ -39,16 +39,22 @@ def draw_batch(
 
 
 def picture_loss(
-    model: PictureModel, batch: Pictures, spec: FlowSpec, generator: torch.Generator, *, autocast: bool = False
+    model: PictureModel, batch: Pictures, spec: FlowSpec, generator: torch.Generator | None, *, autocast: bool = False
 ) -> Tensor:
-    """Mean velocity error of the predicted clean latents, a scalar. Levels come from `generator`, and so does the seed
-    of the noise, which is drawn where the latents are.
+    """Mean velocity error of the predicted clean latents, a scalar.
+
+    Levels come from `generator` (of the CPU), and so does the seed of the noise, which is drawn where the latents are.
+    None: everything comes from the device's own generator and nothing waits for it, as a CUDA graph needs.
     """
     clean, device = batch.latents, batch.latents.device
-    level = draw_levels(len(clean), spec, generator).to(device)
-    seed = int(torch.randint(2**31, (), generator=generator))
-    noise = torch.randn(clean.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
+    if generator is None:
+        level, noise = draw_levels(len(clean), spec, None, device), torch.randn_like(clean)
+    else:
+        level = draw_levels(len(clean), spec, generator).to(device)
+        seed = int(torch.randint(2**31, (), generator=generator))
+        noise = torch.randn(clean.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     share = level.view(-1, 1, 1, 1)
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+    # A graph replays casts of weights as they are: a cache of them would go stale.
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=generator is not None):
         found = model(torch.lerp(clean, noise, share), level, model.encoder(batch.tokens))
     return ((found.float() - clean) / share.clamp(min=spec.floor)).square().mean()

@@ -3,6 +3,7 @@
 from glocal.models.generation.conditions import Field, encode_condition
 from glocal.models.generation.image_dit import ImageDiT, ImageDiTConfig
 from glocal.models.generation.image_unet import ImageUNet, ImageUNetConfig
+from glocal.models.generation.painter import Painter, load_painter
 from glocal.models.generation.picture_model import PictureModel, draw_picture_noise, to_latents, to_pictures
 from glocal.models.generation.picture_sampler import PICTURE_SPEC, sample_pictures
 from glocal.models.generation.picture_weights import load_picture_model, save_picture_model
@@ -34,6 +35,7 @@ __all__ = [
     "ImageUNet",
     "ImageUNetConfig",
     "PICTURE_SPEC",
+    "Painter",
     "PictureModel",
     "SampleSpec",
     "SampleStep",
@@ -46,6 +48,7 @@ __all__ = [
     "encode_condition",
     "from_pixels",
     "load_demo",
+    "load_painter",
     "load_picture_model",
     "load_weights",
     "noise_levels",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from glocal.models.generation.image_dit import ImageDiT
 from glocal.models.generation.image_layers import CaptionEncoder
 from glocal.models.generation.image_unet import ImageUNet
+from glocal.models.generation.picture_words import read_caption
 
 PIXELS = 2
 """Pixels a side of a latent."""
@@ -35,6 +36,10 @@ class PictureModel(nn.Module):
         self.net, self.vocabulary, self.length = net, tuple(vocabulary), length
         dim = net.config.text_dim if isinstance(net, ImageDiT) else net.config.cross_attention_dim
         self.encoder = CaptionEncoder(len(self.vocabulary), length, dim)
+
+    def tokens(self, *captions: str) -> Tensor:
+        """Captions as tokens [len(captions), L]; see `read_caption`."""
+        return torch.cat([read_caption(text, self.vocabulary, self.length) for text in captions])
 
     def forward(self, latents: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         """See the class."""
