@@ -18,6 +18,7 @@ from torch.nn.functional import conv2d, interpolate, pad
 
 from glocal.adapt.attach import Handle
 from glocal.adapt.scale_dit import ScaleDiT, position_ids
+from glocal.adapt.tiled_vae import TiledVae
 
 WORDS = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds", "max_sequence_length")
 
@@ -105,7 +106,7 @@ def enlarged(pipe: Any, latents: Tensor, stages: Stages, generator: torch.Genera
     image = interpolate(image, size=stages.size, mode="bicubic", align_corners=False)
     image = image + stages.sharpen * (image - gaussian(image, stages.blur))
     image = ((image.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1  # as an image file would hold it
-    with _Tiled(pipe.vae):
+    with TiledVae(pipe.vae):
         found = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.sample(generator)
     found = (found - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return pipe._pack_latents(found, *found.shape).to(latents.dtype)
@@ -160,20 +161,5 @@ def _decoded(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """Packed latents -> image [B, 3, H, W] in [-1, 1]."""
     found = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     found = found / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    with _Tiled(pipe.vae):
+    with TiledVae(pipe.vae):
         return pipe.vae.decode(found.to(pipe.vae.dtype), return_dict=False)[0]
-
-
-class _Tiled:
-    """Large images go through the VAE tile by tile; afterwards it is as it was."""
-
-    def __init__(self, vae: Any) -> None:
-        self.vae, self.before = vae, getattr(vae, "use_tiling", None)
-
-    def __enter__(self) -> None:
-        if self.before is not None:
-            self.vae.use_tiling = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            self.vae.use_tiling = self.before
