@@ -91,6 +91,12 @@ PRESETS: Mapping[str, Preset[ScaleDiTSettings]] = {
         ("Flux2Transformer2DModel",),
         "authors' repository, second generation",
     ),
+    # The 256 tokens of a 64 x 64 px picture are seen by all others, as in the published training.
+    "demo-image": Preset(
+        ScaleDiTSettings(phase="training", window_first=False, block=None, ntk=1.0),
+        ("ImageDiT",),
+        "the published training, for the built-in model",
+    ),
 }
 
 
@@ -246,11 +252,12 @@ def scale_dit(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer.
+    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer, or the built-in image model.
 
-    Nothing changes until `handle.method.give(latents, size)`. preset: of `PRESETS`; None takes the one of the class.
-    settings: instead of a preset. changed: single fields of the settings, such as ``window=(8, 8)``. lora: the trained
-    updates, a file, its tensors or a `PartLora`; None: none.
+
+    Nothing changes until `handle.method.give(latents, size)`; the built-in model's latents say their size. preset: of
+    `PRESETS`; None takes the one of the class. settings: instead of a preset. changed: single fields of the settings,
+    such as ``window=(8, 8)``. lora: the trained updates, a file, its tensors or a `PartLora`; None: none.
     alpha: of the updates, None: their rank.
     Raises ValueError for another model, an unknown preset or field, and an update of a layer that has none.
     """
@@ -269,7 +276,8 @@ def scale_dit(
     _sensible(transformer, found)
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)
-    return attach(model, ScaleDiT(transformer, found, updates, backend=backend))
+    kind = getattr(_family(transformer), "ScaleDiTImage", ScaleDiT)
+    return attach(model, kind(transformer, found, updates, backend=backend))
 
 
 def _family(transformer: Any) -> Any:
@@ -277,8 +285,13 @@ def _family(transformer: Any) -> Any:
     for c in type(transformer).__mro__:
         if c.__name__ in _FAMILIES:
             return _FAMILIES[c.__name__]
+        if c.__name__ == "ImageDiT":
+            from glocal.adapt import scale_dit_image  # which builds on this file
+
+            return scale_dit_image
     raise ValueError(
-        f"scale_dit: {type(transformer).__name__} is not built; legal: {', '.join(_FAMILIES)} or their pipelines."
+        f"scale_dit: {type(transformer).__name__} is not built; legal: {', '.join(_FAMILIES)} or their pipelines, "
+        "or the built-in ImageDiT."
     )
 
 
