@@ -153,7 +153,7 @@ def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("demo", "--recipe", "none.json"), "recipe 'none.json' does not exist"),
-        (("demos",), "MODEL 'demos'; legal: demo, demo-language, package.module:factory"),
+        (("demos",), "MODEL 'demos'; legal: demo, demo-image, demo-image-unet, demo-language, package.module:factory"),
         (("nowhere:make",), "MODEL 'nowhere:make': No module named 'nowhere'"),
         (("toys:nothing",), "MODEL 'toys:nothing': "),
         (("toys:number",), "MODEL 'toys:number' is a int; legal: a function"),

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="demo, or package.module:factory")],
+    model: Annotated[str, typer.Argument(help="demo, demo-image, demo-image-unet, or package.module:factory")],
     recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`")] = None,
     method: Annotated[
         str | None, typer.Option(help="a system instead: gna, radial, rectified_spaattn, tile_windows")

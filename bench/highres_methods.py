@@ -1,0 +1,125 @@
+"""Ways to draw a large picture with a built-in image model trained on small ones; `highres.py` compares them.
+
+A way takes the model, captions and noise of the large size, and the small latents of the same seeds, and gives clean
+large latents. "naive" draws from noise at the large size with the model as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glocal.adapt.freeswim import freeswim
+from glocal.adapt.hidiffusion import hidiffusion
+from glocal.adapt.scale_dit import scale_dit
+from glocal.adapt.tile_windows import tile_windows
+from glocal.models.generation import PICTURE_SPEC, PictureModel, sample_pictures, to_latents, to_pictures
+from glocal.models.generation.sampler import noise_levels
+
+STRENGTH = 0.7
+"""Share of the steps that runs again on an enlarged picture (FreeSwim's published value)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """model, tokens [B, L], noise [B, 12, h, w] of the large size, small [B, 12, 32, 32] clean latents of the seeds."""
+
+    model: PictureModel
+    tokens: Tensor
+    noise: Tensor
+    small: Tensor
+
+    @property
+    def factor(self) -> int:
+        """Large side over small side."""
+        return self.noise.shape[-1] // self.small.shape[-1]
+
+
+Way = Callable[[Job], Tensor]
+
+
+def enlarged(job: Job) -> Tensor:
+    """The small picture, bicubic."""
+    side = [n * 2 for n in job.noise.shape[-2:]]
+    picture = F.interpolate(to_pictures(job.small), side, mode="bicubic", antialias=True).clamp(0, 1)
+    return to_latents(picture)
+
+
+def naive(job: Job) -> Tensor:
+    """From noise, the model as it is."""
+    return sample_pictures(job.model, job.noise, job.tokens, PICTURE_SPEC)
+
+
+def again(job: Job) -> Tensor:
+    """The enlarged small picture, noised part of the way and denoised (SDEdit, arXiv 2108.01073)."""
+    start = round((1 - STRENGTH) * PICTURE_SPEC.steps)
+    level = noise_levels(PICTURE_SPEC)[start]
+    mixed = (1 - level) * enlarged(job) + level * job.noise.to(job.small)
+    return sample_pictures(job.model, mixed, job.tokens, PICTURE_SPEC, start=start)
+
+
+def within(put: Callable[[Job], AbstractContextManager[Any]], way: Way) -> Way:
+    """`way` with a method in the model."""
+
+    def run(job: Job) -> Tensor:
+        with put(job):
+            return way(job)
+
+    return run
+
+
+def _guided(lora: Path | None) -> Callable[[Job], AbstractContextManager[Any]]:
+    def put(job: Job) -> AbstractContextManager[Any]:
+        handle = scale_dit(job.model.net, lora=lora)
+        handle.method.give(job.small)  # type: ignore[attr-defined]
+        return handle
+
+    return put
+
+
+def ways(kind: str, parts: Path | None) -> Mapping[str, Way]:
+    """Every way of a kind of model by name. parts: folder of trained parts, None where there is none."""
+    found: dict[str, Way] = {"naive": naive, "enlarged": enlarged, "enlarged, again": again}
+    if kind == "unet":
+        steps = PICTURE_SPEC.steps
+        found["hidiffusion"] = within(lambda j: hidiffusion(j.model.net, steps=steps), naive)
+        found["hidiffusion, RAU-Net alone"] = within(
+            lambda j: hidiffusion(j.model.net, steps=steps, window_attention=False), naive
+        )
+        return found
+    found["tile_windows"] = within(
+        lambda j: tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3)) if j.factor > 1 else nullcontext(), naive
+    )
+    found["freeswim"] = within(lambda j: freeswim(j.model.net), again)
+    found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net), naive)
+    found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0), naive)
+    found["scale_dit, untrained"] = within(_guided(None), naive)
+    file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
+    if file is not None and file.is_file():
+        found["scale_dit"] = within(_guided(file), naive)
+        found["scale_dit, enlarged"] = within(_guided(file), again)
+    return found
+
+
+def detail(pictures: Tensor, side: int) -> Tensor:
+    """How much of each picture [B, 3, H, W] is lost when it is reduced to `side`: mean absolute difference, [B]."""
+    small = F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+    back = F.interpolate(small, pictures.shape[-2:], mode="bilinear")
+    return (pictures - back).abs().mean((1, 2, 3))
+
+
+def drawn(model: PictureModel, tokens: Tensor, noise: Tensor) -> Tensor:
+    """Clean latents by the model as it is."""
+    return sample_pictures(model, noise, tokens, PICTURE_SPEC)
+
+
+def on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors on a device."""
+    return tuple(t.to(torch.device(device)) for t in tensors)

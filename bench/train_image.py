@@ -1,0 +1,277 @@
+"""Trains a built-in image model on procedural pictures and their captions, within a budget of seconds.
+
+    python bench/train_image.py --model unet --device cuda --seconds 200
+    python bench/train_image.py --model dit --device cuda --seconds 200 --cooldown 60
+
+Start it again with the same `--folder` and it goes on. Writes weights (the average), the loss curve and a sheet of
+samples. `--cooldown S` lowers the learning rate to nearly zero over the last S seconds of this run. Pictures come from
+a pool on the device, a part of which is painted anew all the time. On a GPU an update is one CUDA graph: the models
+are so small that launching their kernels one by one would take most of the time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from glocal._files import write_atomic
+from glocal.data.captions import LENGTH, WORDS, caption_of, caption_tokens
+from glocal.data.pictures import draw_pictures
+from glocal.models.generation.picture_model import PictureModel, draw_picture_noise, to_pictures
+from glocal.models.generation.picture_sampler import sample_pictures
+from glocal.models.generation.picture_weights import build_picture_model, save_picture_model
+from glocal.report.pictures import png_bytes
+from glocal.train import FlowSpec
+from glocal.train.pictures import Pictures, draw_batch, picture_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERY = 100  # updates a row of the curve; as often a part of the pool is painted anew
+WARMUP = 300  # updates
+
+
+class Pool:
+    """Pictures on the device. `draw(count)` takes any of them, `renew()` paints the oldest part anew."""
+
+    def __init__(self, size: int, part: int, device: str) -> None:
+        self.part, self.device, self.number = part, device, 0
+        made = [draw_batch(part, self._generator(), device) for _ in range(size // part)]
+        self.latents = torch.cat([m.latents for m in made]).bfloat16()
+        self.tokens = torch.cat([m.tokens for m in made])
+
+    def _generator(self) -> torch.Generator:
+        self.number += 1
+        return torch.Generator().manual_seed(1_000_003 + self.number)
+
+    def renew(self) -> None:
+        """Paint as many as `part` anew, in place."""
+        start = (self.number * self.part) % len(self.latents)
+        fresh = draw_batch(self.part, self._generator(), self.device)
+        self.latents[start : start + self.part] = fresh.latents
+        self.tokens[start : start + self.part] = fresh.tokens
+
+    def draw(self, count: int) -> Pictures:
+        """Any pictures, from the device's own generator."""
+        rows = torch.randint(len(self.latents), (count,), device=self.device)
+        return Pictures(self.latents[rows].float(), self.tokens[rows])
+
+
+class Trainer:
+    """Model, average, optimiser and curve. state() and load() carry all of it from run to run."""
+
+    def __init__(self, model: PictureModel, pool: Pool, options: argparse.Namespace) -> None:
+        self.model, self.pool, self.options = model, pool, options
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.means = [p.detach().clone() for p in self.parameters]
+        device = torch.device(options.device)
+        self.cuda = device.type == "cuda"
+        self.rate = torch.tensor(options.lr, device=device)
+        groups = [
+            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.01},
+            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        rate = self.rate if self.cuda else options.lr
+        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=self.cuda, capturable=self.cuda)
+        self.flow = FlowSpec(shift=options.shift, pure=0.03)
+        self.sums = torch.zeros(2, device=device)
+        self.step, self.seconds = 0, 0.0
+        self.curve: list[list[object]] = []
+
+    def update(self) -> None:
+        """One update, without any wait for the device."""
+        loss = picture_loss(self.model, self.pool.draw(self.options.batch), self.flow, None, autocast=self.cuda)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            torch._foreach_lerp_(self.means, self.parameters, 1e-3)
+            self.sums += torch.stack([loss.detach(), norm])
+
+    def compiled(self) -> Callable[[], None]:
+        """`update` as one CUDA graph; the updates that warm it up are undone."""
+        kept = copy.deepcopy(self.state())
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.update()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.update()
+        self._restore(kept)
+        self.sums.zero_()
+        return graph.replay
+
+    def _restore(self, kept: dict) -> None:
+        """Values of a state, written into the tensors that the graph knows."""
+        with torch.no_grad():
+            for p, value in zip(self.parameters, kept["parameters"], strict=True):
+                p.copy_(value)
+            for mean, value in zip(self.means, kept["means"], strict=True):
+                mean.copy_(value)
+            for number, p in enumerate(self.parameters):
+                mine = self.optimizer.state.get(p, {})
+                for name, tensor in mine.items():
+                    old = kept["optimizer"][number]
+                    tensor.copy_(old[name]) if old else tensor.zero_()
+
+    def factor(self, left: float) -> float:
+        """Of the learning rate, with so many seconds left."""
+        cool = self.options.cooldown
+        return min(1.0, (self.step + 1) / WARMUP, max(0.02, left / cool) if cool > 0 else 1.0)
+
+    def run(self, end: float) -> None:
+        """Update until the clock says `end`."""
+        update = self.update
+        if self.cuda and not self.options.eager:
+            update = self.compiled()
+            print(f"graph ready, {end - time.monotonic():.0f} s left", flush=True)
+        mark, saved = time.monotonic(), time.monotonic()
+        while time.monotonic() < end:
+            rate = self.options.lr * self.factor(end - time.monotonic())
+            self.rate.fill_(rate)
+            if not self.cuda:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+            update()
+            self.step += 1
+            if self.step < 1000:  # the average forgets where it began
+                with torch.no_grad():
+                    torch._foreach_lerp_(self.means, self.parameters, 1 / (1 + self.step) ** 0.75)
+            if self.step % EVERY == 0:
+                loss, norm = (self.sums / EVERY).tolist()
+                self.sums.zero_()
+                now = time.monotonic()
+                self.seconds, mark = self.seconds + now - mark, now
+                self.curve.append([self.step, f"{loss:.5f}", f"{norm:.4f}", f"{rate:.6f}", f"{self.seconds:.1f}"])
+                if loss != loss:
+                    raise FloatingPointError(f"step {self.step}: loss {loss}; lower the learning rate")
+                self.pool.renew()
+                if self.step % (5 * EVERY) == 0:
+                    print(self.options.model, *self.curve[-1], flush=True)
+            elif self.step % 10 == 0 and self.cuda:
+                torch.cuda.synchronize()  # else the clock is far ahead of the device
+            if time.monotonic() - saved > 60:
+                publish(self, self.options.folder)
+                saved = time.monotonic()
+
+    def state(self) -> dict:
+        """Everything, on the device."""
+        return {
+            "parameters": [p.detach() for p in self.parameters],
+            "means": self.means,
+            "optimizer": [dict(self.optimizer.state.get(p, {})) for p in self.parameters],
+            "step": self.step,
+            "seconds": self.seconds,
+            "curve": self.curve,
+        }
+
+    def load(self, state: dict) -> None:
+        """Go on from a saved state."""
+        with torch.no_grad():
+            for p, value, mean, old in zip(
+                self.parameters, state["parameters"], self.means, state["means"], strict=True
+            ):
+                p.copy_(value)
+                mean.copy_(old)
+        for p, values in zip(self.parameters, state["optimizer"], strict=True):
+            self.optimizer.state[p] = {n: v.to(p.device) for n, v in values.items()}
+        self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
+
+
+def publish(trainer: Trainer, folder: Path) -> PictureModel:
+    """Write weights (the average) and the curve; the averaged model."""
+    shadow = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for p, mean in zip(shadow.parameters(), trainer.means, strict=True):
+            p.copy_(mean)
+    options = trainer.options
+    notes = {"steps": str(trainer.step), "batch": str(options.batch), "seconds": f"{trainer.seconds:.0f}"}
+    save_picture_model(shadow, folder / f"image_{options.model}.safetensors", notes)
+    write_curve(trainer, folder / f"train_image_{options.model}.csv")
+    return shadow.eval()
+
+
+def samples(model: PictureModel, count: int, device: str) -> tuple[Tensor, list[str]]:
+    """Pictures [count, 3, 64, 64] of captions that training never drew, and the captions."""
+    layouts = draw_pictures(count, torch.Generator().manual_seed(99))
+    tokens = caption_tokens(layouts)
+    found = sample_pictures(model, draw_picture_noise(range(count)).to(device), tokens)
+    return to_pictures(found).cpu(), [caption_of(layouts, i) for i in range(count)]
+
+
+def sheet(pictures: Tensor, across: int = 6) -> bytes:
+    """PNG of pictures [n, 3, H, W] in rows of `across`."""
+    across = min(across, len(pictures))
+    rows = [torch.cat(list(pictures[i : i + across]), 2) for i in range(0, len(pictures) - across + 1, across)]
+    whole = torch.cat(rows, 1).mul(255).round().byte().permute(1, 2, 0)
+    return png_bytes(whole.numpy())
+
+
+def write_curve(trainer: Trainer, path: Path) -> None:
+    """One row for every `EVERY` updates, with batch, hardware and versions."""
+    options = trainer.options
+    device = torch.cuda.get_device_name() if trainer.cuda else platform.machine()
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    names = ["step", "loss", "gradient_norm", "rate", "seconds"]
+    writer.writerow(["model", "batch", *names, "device", "torch", "python"])
+    for row in trainer.curve:
+        writer.writerow([options.model, options.batch, *row, device, torch.__version__, platform.python_version()])
+    write_atomic(path, table.getvalue())
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=("unet", "dit"), required=True)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seconds", type=float, default=200.0, help="of this run, saving not included")
+    parser.add_argument("--cooldown", type=float, default=0.0, help="last seconds in which the learning rate falls")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--pool", type=int, default=65536, help="pictures on the device")
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--shift", type=float, default=2.0, help="of training's noise levels")
+    parser.add_argument("--folder", type=Path, help="resumable state, curve, samples; default out/train_image/MODEL")
+    parser.add_argument("--samples", type=int, default=24)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    options = parser.parse_args()
+    if options.folder is None:
+        options.folder = ROOT / "out" / "train_image" / options.model
+    options.folder.mkdir(parents=True, exist_ok=True)
+
+    end = time.monotonic() + options.seconds
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    torch.set_num_threads(2)
+    model = build_picture_model(options.model, {}, WORDS, LENGTH).to(options.device)
+    trainer = Trainer(model, Pool(options.pool, min(4096, options.pool), options.device), options)
+    saved = options.folder / "state.pt"
+    if saved.is_file():
+        trainer.load(torch.load(saved, map_location=options.device, weights_only=True))
+    print(f"{options.model}: from step {trainer.step}, {end - time.monotonic():.0f} s left", flush=True)
+    begun = trainer.step
+    trainer.run(end)
+    content = io.BytesIO()
+    torch.save(trainer.state(), content)
+    write_atomic(saved, content.getvalue())
+    shadow = publish(trainer, options.folder)
+    made, captions = samples(shadow, options.samples, options.device)
+    write_atomic(options.folder / f"samples_{options.model}.png", sheet(made))
+    write_atomic(options.folder / "captions.txt", "\n".join(captions) + "\n")
+    print(f"{options.model}: steps {begun}..{trainer.step}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
