@@ -23,6 +23,7 @@ from glocal.adapt.pipelines import is_pipeline, parts
 from glocal.adapt.presets import Preset, chosen
 from glocal.adapt.records import Block, RunState, Site
 from glocal.adapt.scale_dit_flux import Guided
+from glocal.adapt.sparse import Ran
 from glocal.canvas import Canvas
 from glocal.canvas.orders import raster
 from glocal.canvas.window_first import inverse
@@ -101,7 +102,10 @@ PRESETS: Mapping[str, Preset[ScaleDiTSettings]] = {
 
 
 class ScaleDiT(Method):
-    """The method in one model. `give` a small image to switch it on, `give(None)` to switch it off."""
+    """The method in one model. `give` a small image to switch it on, `give(None)` to switch it off.
+
+    ran: calls with a small image, and what they kept.
+    """
 
     def __init__(self, model: nn.Module, settings: ScaleDiTSettings, lora: PartLora, *, backend: str = "auto") -> None:
         self.model: Any = model
@@ -109,6 +113,7 @@ class ScaleDiT(Method):
         self._low: tuple[Tensor, tuple[int, int]] | None = None
         self._now: Guided | None = None
         self._kept: scale_dit_flux2.Kept = {}
+        self.ran = Ran(self.model.config.num_attention_heads)
 
     @property
     def family(self) -> Any:
@@ -207,7 +212,11 @@ class ScaleDiT(Method):
         relation = settings.relation(canvas)
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, k, v, relation, canvas=canvas, backend=self.backend).out
+            done = attend(q, k, v, relation, canvas=canvas, backend=self.backend)
+            self.ran.calls += 1
+            if done.plan is not None:
+                self.ran.add(done.plan, done.picked.name, True)
+            return done.out
 
         if self.family is scale_dit_flux:
             return scale_dit_flux.begin(model, given, latents, rotary, core, self.lora, image=settings.tuned_image)
