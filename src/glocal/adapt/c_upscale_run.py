@@ -61,10 +61,11 @@ def upscale(
 ) -> Tensor:
     """Pictures [B, 3, height, width] in [0, 1]; output_type "latent": latents.
 
-    pipe: a pipeline of Stable Diffusion 1.5, 2, XL or PixArt, or a `Denoiser`; it is left as it was. picture: [3, h, w]
-    or [B, 3, h, w] in [0, 1], or an image of PIL; of the size the model was trained for. prompt, negative: text, or
-    words that are encoded already (one row, or one a picture). prompter: writes the prompt of each region; None: the
-    global one. settings, changed: see `CUpscaleSettings`. generator: of all noise, on the CPU or the model's device.
+    pipe: a pipeline of Stable Diffusion 1.5, 2, XL or PixArt, a built-in `PictureModel` or `Painter`, or a `Denoiser`;
+    it is left as it was. picture: [3, h, w] or [B, 3, h, w] in [0, 1], or an image of PIL; of the size the model was
+    trained for. prompt, negative: text, or words that are encoded already (one row, or one a picture). prompter: writes
+    the prompt of each region; None: the global one. settings, changed: see `CUpscaleSettings`. generator: of all noise,
+    on the CPU or the model's device.
     Raises ValueError for sizes, words or settings that do not fit.
     """
     denoiser = denoiser_of(pipe)
