@@ -252,9 +252,15 @@ def test_refusals(picture: Tensor) -> None:
     with pytest.raises(ValueError, match="prompt has 3 rows for 1 pictures; legal: 1 or as many"):
         large(pipe, picture, prompt=text(1).rows([0, 0, 0]))
     with pytest.raises(ValueError, match="words of Stable Diffusion XL need pooled embeddings"):
-        large(pipe, picture, prompt=Words(text(1).embeds))
+        large(pipe, picture, prompt=Words(text(1).embeds), negative=Words(text(2).embeds))
     with pytest.raises(ValueError, match=r"the prompter's words are \(5, 32\), the prompt's \(7, 32\)"):
         large(pipe, picture, prompter=lambda region, prompt: Words(torch.zeros(1, 5, 32)))
+    with pytest.raises(ValueError, match=r"the negative words are \(5, 32\), the prompt's \(7, 32\)"):
+        large(pipe, picture, negative=Words(torch.zeros(1, 5, 32)))
+    with pytest.raises(ValueError, match="the negative words have no pooled, unlike the prompt's; legal: both or"):
+        large(pipe, picture, negative=Words(torch.zeros(1, 7, 32)))
+    with pytest.raises(ValueError, match="the prompter's words have a mask, unlike the prompt's"):
+        large(pipe, picture, prompter=lambda region, prompt: Words(torch.zeros(1, 7, 32), torch.ones(1, 7)))
     with pytest.raises(ValueError, match="Linear is no generator it knows; legal: pipelines of Stable Diffusion"):
         large(torch.nn.Linear(1, 1), picture)
 

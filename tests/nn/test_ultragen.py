@@ -255,3 +255,16 @@ def test_refusals(host: Plain, x: Tensor) -> None:
         UltraGenSettings(cross_window="swin")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ffn_lora=True with rank=None has no size; legal: rank=64"):
         UltraGenSettings(rank=None, ffn_lora=True)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu(host: Plain, x: Tensor) -> None:
+    for conv in ("dense", "depthwise"):
+        module, rotary = shaken(UltraGenSettings(rank=3, conv=conv), 1), table()  # type: ignore[arg-type]
+        wanted = module(x, AXES, LEVEL, host, rotary)
+        there: Rotary = (rotary[0].cuda(), rotary[1].cuda())
+        found = module.cuda()(x.cuda(), AXES, LEVEL.cuda(), host.cuda(), there)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-4)
+        half = module.bfloat16()(x.cuda().bfloat16(), AXES, LEVEL.cuda(), host.bfloat16(), there)
+        assert bool((half.float().cpu() - wanted).abs().max() < 0.05 * wanted.abs().max())
+        host = host.float().cpu()
