@@ -2,6 +2,7 @@
 Wan2.1-1.3B blocks with random weights, beside the best dense kernel, into results/ultragen.csv.
 
 python bench/ultragen.py                              # 1080P 81 frames and 4K 29 frames on the GPU
+python bench/ultragen.py --device cpu --heads 2 --grid 4 64 64 --variant depthwise
 python bench/ultragen.py --tiny --device cpu --out /dev/stdout
 
 Two blocks are built, an even and an odd one (K and K + 1 windows), so a forward of a part is a part of a forward: no
@@ -248,17 +249,23 @@ def main() -> None:
     parser.add_argument("--variant", action="append", help=f"only these: {', '.join(VARIANTS)}")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--grid", type=int, nargs=3, help="frames, rows and columns of tokens, in place of the paper's")
+    parser.add_argument("--heads", type=int, default=HEADS)
     parser.add_argument("--tiny", action="store_true", help="small grids, to see that it runs")
     parser.add_argument("--out", type=Path, default=CSV)
     args = parser.parse_args()
     variants = {n: s for n, s in VARIANTS.items() if args.variant is None or n in args.variant}
     rows: list[dict[str, object]] = []
-    for case in CASES:
+    cases = CASES
+    if args.grid is not None:
+        frames, height, width = args.grid
+        cases = (Case(f"{args.heads} heads, {frames} x {height} x {width} tokens", (frames, height, width), ""),)
+    for case in cases:
         if args.case not in case.name:
             continue
         here = replace(case, grid=(2, 17, 16)) if args.tiny else case
         try:
-            rows += measure(here, variants, args.rounds, torch.device(args.device), 1 if args.tiny else HEADS)
+            rows += measure(here, variants, args.rounds, torch.device(args.device), 1 if args.tiny else args.heads)
         except torch.OutOfMemoryError as error:
             print(f"{case.name}: {str(error)[:200]}", file=sys.stderr)
         if rows:
