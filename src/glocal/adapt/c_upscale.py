@@ -159,7 +159,7 @@ class CUpscale(Method):
             return inner(q, k, v, call)  # a second call of a site is that to an image prompt
         if now == "whole":
             seen = Capture(q, k, canvas=call.layout, score=Score(scale=call.site.scale)).rows()  # [B, H, N, words]
-            self.maps[call.site.name] = seen.transpose(2, 3).unflatten(3, call.layout.q.grid.axes)
+            self.maps[call.site.name] = seen.transpose(2, 3).unflatten(3, call.layout.q.grid.axes[-2:])
             return inner(q, k, v, call)
         return self._composed(q, k, v, call, now)
 
@@ -189,7 +189,7 @@ class CUpscale(Method):
         if now.rap == "off":
             by_words = read(guided, first)
         else:
-            grid = call.layout.q.grid.axes
+            grid = call.layout.q.grid.axes[-2:]  # of the one frame, where a model has frames
             maps = [crop(self.maps[call.site.name][row.picture], row.box, (grid[0], grid[1])) for row in now.rows]
             if now.rap == "replace":
                 by_words = torch.stack(maps).to(v.dtype) @ v[guided][:, :, first]
