@@ -82,9 +82,9 @@ def within(put: Callable[[Job], AbstractContextManager[Any]], way: Way) -> Way:
     return run
 
 
-def _guided(lora: Path | None) -> Callable[[Job], AbstractContextManager[Any]]:
+def _guided(lora: Path | None, backend: str) -> Callable[[Job], AbstractContextManager[Any]]:
     def put(job: Job) -> AbstractContextManager[Any]:
-        handle = scale_dit(job.model.net, lora=lora)
+        handle = scale_dit(job.model.net, lora=lora, backend="mask" if backend == "reference" else backend)
         handle.method.give(job.small)  # type: ignore[attr-defined]
         return handle
 
@@ -115,8 +115,11 @@ def regions(**more: Any) -> Way:
     return run
 
 
-def ways(kind: str, parts: Path | None) -> Mapping[str, Way]:
-    """Every way of a kind of model by name. parts: folder of trained parts, None where there is none."""
+def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, Way]:
+    """Every way of a kind of model by name. parts: folder of trained parts, None where there is none.
+
+    backend: of sparse attention; "reference" is the definition, which needs no compiler.
+    """
     found: dict[str, Way] = {"naive": naive, "enlarged": enlarged, "enlarged, again": again}
     if kind == "unet":
         steps = PICTURE_SPEC.steps
@@ -124,26 +127,31 @@ def ways(kind: str, parts: Path | None) -> Mapping[str, Way]:
         found["hidiffusion, RAU-Net alone"] = within(
             lambda j: hidiffusion(j.model.net, steps=steps, window_attention=False), naive
         )
-    found["regions, no priors"] = regions(rap="off", structure=0.0)
-    found["c_upscale"] = regions()
-    found["c_upscale, regional prompts"] = regions(prompter=described)
+    found["regions, no priors"] = regions(rap="off", structure=0.0, region_batch=16)
+    found["c_upscale"] = regions(region_batch=16)
+    found["c_upscale, regional prompts"] = regions(prompter=described, region_batch=16)
     if kind == "unet":
         return found
     found["tile_windows"] = within(
-        lambda j: tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3)) if j.factor > 1 else nullcontext(), naive
+        lambda j: (
+            tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3), backend=backend)
+            if j.factor > 1
+            else nullcontext()
+        ),
+        naive,
     )
-    found["freeswim"] = within(lambda j: freeswim(j.model.net), again)
-    found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net), naive)
-    found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0), naive)
-    found["scale_dit, untrained"] = within(_guided(None), naive)
+    found["freeswim"] = within(lambda j: freeswim(j.model.net, backend=backend), again)
+    found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net, backend=backend), naive)
+    found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0, backend=backend), naive)
+    found["scale_dit, untrained"] = within(_guided(None, backend), naive)
     file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
     if file is not None and file.is_file():
-        found["scale_dit"] = within(_guided(file), naive)
-        found["scale_dit, enlarged"] = within(_guided(file), again)
+        found["scale_dit"] = within(_guided(file, backend), naive)
+        found["scale_dit, enlarged"] = within(_guided(file, backend), again)
     file = None if parts is None else parts / "image_dit_ultragen.safetensors"
     if file is not None and file.is_file():
-        found["ultragen"] = within(lambda j: ultragen(j.model.net, parts=file), naive)
-        found["ultragen, enlarged"] = within(lambda j: ultragen(j.model.net, parts=file), again)
+        found["ultragen"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), naive)
+        found["ultragen, enlarged"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), again)
     return found
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from glocal._files import write_atomic
 from glocal.adapt.attach import Handle
 from glocal.adapt.scale_dit import TUNED_IMAGE, scale_dit
-from glocal.adapt.ultragen import UltraGenSettings, ultragen
+from glocal.adapt.ultragen import UltraGen, UltraGenSettings, ultragen
 from glocal.data.captions import caption_tokens
 from glocal.data.pictures import at_side, draw_pictures, paint
 from glocal.models.generation import PictureModel, load_picture_model, to_latents
@@ -65,6 +66,12 @@ def put(part: str, model: PictureModel, options: argparse.Namespace) -> tuple[Ha
     raise ValueError(f"part={part!r}; legal: scale_dit, ultragen")
 
 
+def parts_of(handle: Handle) -> nn.Module:
+    """What was trained."""
+    method: Any = handle.method
+    return method.parts if isinstance(method, UltraGen) else method.lora
+
+
 class Large:
     """Large pictures with captions and the small latents of the same scenes, on the device; `renew` draws others."""
 
@@ -100,24 +107,23 @@ def unwatched(net: nn.Module) -> None:
     net._forward_pre_hooks.clear()
 
 
-def train(model: PictureModel, options: argparse.Namespace) -> tuple[Handle, list[list[object]]]:
-    """Update the parts until the time is over; the open handle with the averaged parts, and rows of the loss curve."""
+def train(model: PictureModel, sides: list[tuple[Large, int]], options: argparse.Namespace) -> tuple[Handle, list]:
+    """Update the parts until the time is over; the open handle with the averaged parts, and rows of the loss curve.
+
+    sides: pictures, and how many of them a batch.
+    """
     begun = time.monotonic()
     handle, parameters = put(options.part, model, options)
     unwatched(model.net)
     updates = Updates(list(parameters), options.lr, average=0.99, decay=0.0)
     flow = FlowSpec(shift=options.shift, pure=0.05)
-    sides = [
-        (Large(f, max(4, size // options.shrink), options.device), max(1, n // options.shrink))
-        for f, n, size in FACTORS
-    ]
 
     def loss_of(side: Large, count: int) -> Loss:
         def loss() -> Tensor:
             batch, small = side.draw(count)
             if options.part == "scale_dit":
                 handle.method.give(small)  # type: ignore[attr-defined]
-            return picture_loss(model, batch, flow, None, autocast=updates.cuda)
+            return picture_loss(model, batch, flow, None)
 
         return loss
 
@@ -126,7 +132,8 @@ def train(model: PictureModel, options: argparse.Namespace) -> tuple[Handle, lis
         loss = loss_of(side, count)
         steps.append(updates.graphed(loss) if updates.cuda and not options.eager else partial(updates.update, loss))
     print(f"ready after {time.monotonic() - begun:.0f} s", flush=True)
-    end, step, rows = begun + options.seconds, 0, []
+    left = options.seconds if options.until is None else options.until - time.time()
+    end, step, rows = time.monotonic() + left, 0, []
     while time.monotonic() < end:
         left = end - time.monotonic()
         rate = min(1.0, (step + 1) / 50) * (min(1.0, max(0.02, left / options.cooldown)) if options.cooldown else 1.0)
@@ -144,6 +151,7 @@ def train(model: PictureModel, options: argparse.Namespace) -> tuple[Handle, lis
             side.renew()
             if step % (10 * EVERY) in (0, EVERY):
                 print(*rows[-1], flush=True)
+    parts_of(handle).float()
     with torch.no_grad():
         for p, mean in zip(updates.parameters, updates.means, strict=True):
             p.copy_(mean)
@@ -156,6 +164,8 @@ def main() -> None:
     parser.add_argument("--part", choices=("scale_dit", "ultragen"), default="scale_dit")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=100.0)
+    parser.add_argument("--until", type=float, help="instead: until this time, in seconds since 1970")
+    parser.add_argument("--wait", action="store_true", help="for the file of the model to be written")
     parser.add_argument("--cooldown", type=float, default=40.0)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--rank", type=int, default=16)
@@ -167,14 +177,23 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = True
+    sides = [
+        (Large(f, max(4, size // options.shrink), options.device), max(1, n // options.shrink))
+        for f, n, size in FACTORS
+    ]
+    while options.wait and not options.model.is_file():
+        time.sleep(0.2)
     model = load_picture_model(options.model, options.device).requires_grad_(False)
-    handle, rows = train(model, options)
+    if options.device.startswith("cuda"):
+        model.bfloat16()
+    handle, rows = train(model, sides, options)
     options.folder.mkdir(parents=True, exist_ok=True)
+    file = options.folder / f"image_dit_{options.part}.safetensors"
+    parts: Any = parts_of(handle).cpu()
     if options.part == "scale_dit":
-        tensors = {n: t.half().cpu().contiguous() for n, t in handle.method.lora.write().items()}  # type: ignore[attr-defined]
-        write_atomic(options.folder / "image_dit_scale_dit.safetensors", save(tensors))
+        write_atomic(file, save({n: t.half().contiguous() for n, t in parts.write().items()}))
     else:
-        handle.method.parts.half().save(options.folder / "image_dit_ultragen.safetensors")  # type: ignore[attr-defined]
+        parts.half().save(file)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")

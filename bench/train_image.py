@@ -41,15 +41,15 @@ WARMUP = 300  # updates
 class Pool:
     """Pictures on the device. `draw(count)` takes any of them, `renew()` paints the oldest part anew."""
 
-    def __init__(self, size: int, part: int, device: str) -> None:
-        self.part, self.device, self.number = part, device, 0
+    def __init__(self, size: int, part: int, device: str, seed: int = 0) -> None:
+        self.part, self.device, self.number, self.seed = part, device, 0, seed
         made = [draw_batch(part, self._generator(), device) for _ in range(size // part)]
         self.latents = torch.cat([m.latents for m in made]).bfloat16()
         self.tokens = torch.cat([m.tokens for m in made])
 
     def _generator(self) -> torch.Generator:
         self.number += 1
-        return torch.Generator().manual_seed(1_000_003 + self.number)
+        return torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + self.number)
 
     def renew(self) -> None:
         """Paint as many as `part` anew, in place."""
@@ -77,7 +77,7 @@ class Trainer:
     def loss(self) -> Tensor:
         """Of pictures from the pool."""
         drawn = self.pool.draw(self.options.batch)
-        return picture_loss(self.model, drawn, self.flow, None, autocast=self.updates.cuda)
+        return picture_loss(self.model, drawn, self.flow, None)
 
     def factor(self, left: float) -> float:
         """Of the learning rate, with so many seconds left."""
@@ -113,7 +113,7 @@ class Trainer:
                     print(self.options.model, *self.curve[-1], flush=True)
             elif self.step % 10 == 0 and self.updates.cuda:
                 torch.cuda.synchronize()  # else the clock is far ahead of the device
-            if time.monotonic() - saved > 60:
+            if time.monotonic() - saved > 40:
                 publish(self, self.options.folder)
                 saved = time.monotonic()
 
@@ -129,7 +129,7 @@ class Trainer:
 
 def publish(trainer: Trainer, folder: Path) -> PictureModel:
     """Write weights (the average) and the curve; the averaged model."""
-    shadow = copy.deepcopy(trainer.model)
+    shadow = copy.deepcopy(trainer.model).float()
     with torch.no_grad():
         for p, mean in zip(shadow.parameters(), trainer.updates.means, strict=True):
             p.copy_(mean)
@@ -175,14 +175,16 @@ def main() -> None:
     parser.add_argument("--model", choices=("unet", "dit"), required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=200.0, help="of this run, saving not included")
+    parser.add_argument("--until", type=float, help="instead: until this time, in seconds since 1970")
     parser.add_argument("--cooldown", type=float, default=0.0, help="last seconds in which the learning rate falls")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pool", type=int, default=65536, help="pictures on the device")
+    parser.add_argument("--pool", type=int, default=16384, help="pictures on the device")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--shift", type=float, default=2.0, help="of training's noise levels")
     parser.add_argument("--folder", type=Path, help="resumable state, curve, samples; default out/train_image/MODEL")
     parser.add_argument("--state", type=Path, help="folder of the resumable state, if not that of the results")
     parser.add_argument("--start", type=Path, help="weights to begin with, where there is no state")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     options = parser.parse_args()
@@ -190,19 +192,20 @@ def main() -> None:
         options.folder = ROOT / "out" / "train_image" / options.model
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    end = time.monotonic() + options.seconds
-    torch.manual_seed(0)
+    left = options.seconds if options.until is None else options.until - time.time()
+    end = time.monotonic() + left
+    # Another run draws other pictures and noises than the one it goes on from.
+    torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
     torch.set_num_threads(min(torch.get_num_threads(), 2))
     model = build_picture_model(options.model, {}, WORDS, LENGTH).to(options.device)
-    trainer = Trainer(model, Pool(options.pool, min(4096, options.pool), options.device), options)
+    if options.start is not None:
+        model.load_state_dict(load_picture_model(options.start, options.device).state_dict())
+    if options.device.startswith("cuda"):
+        model.bfloat16()
+    trainer = Trainer(model, Pool(options.pool, min(4096, options.pool), options.device, options.seed), options)
     saved = (options.folder if options.state is None else options.state) / "state.pt"
     saved.parent.mkdir(parents=True, exist_ok=True)
-    if options.start is not None:
-        begin = load_picture_model(options.start, options.device)
-        model.load_state_dict(begin.state_dict())
-        trainer.updates.means = [p.detach().clone() for p in trainer.updates.parameters]
     if saved.is_file():
         trainer.load(torch.load(saved, map_location=options.device, weights_only=True))
     print(f"{options.model}: from step {trainer.step}, {end - time.monotonic():.0f} s left", flush=True)

@@ -20,21 +20,25 @@ Loss = Callable[[], Tensor]
 class Updates:
     """AdamW on `parameters`, gradients clipped to norm 1, and a running average of the parameters.
 
-    means: the averages. sums [2]: loss and gradient norm, added up until `read`. decay: of matrices.
+    Parameters of low precision are copies of `masters` in float32, which the optimiser changes; others are masters
+    themselves. means: averages of the masters. sums [2]: loss and gradient norm, added up until `read`. decay: of
+    matrices.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], rate: float, *, average: float = 0.999, decay: float = 0.01
     ) -> None:
         self.parameters = list(parameters)
-        self.means = [p.detach().clone() for p in self.parameters]
+        low = any(p.dtype != torch.float32 for p in self.parameters)
+        self.masters = [p.detach().float().clone() for p in self.parameters] if low else self.parameters
+        self.means = [p.detach().clone() for p in self.masters]
         device = self.parameters[0].device
         self.cuda = device.type == "cuda"
         self._rate = torch.tensor(rate, device=device)
         self._forget, self.count = 1 - average, 0
         groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": decay},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in self.masters if p.ndim > 1], "weight_decay": decay},
+            {"params": [p for p in self.masters if p.ndim <= 1], "weight_decay": 0.0},
         ]
         first = self._rate if self.cuda else rate
         self.optimizer = torch.optim.AdamW(
@@ -53,18 +57,24 @@ class Updates:
         """One update."""
         found = loss()
         found.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        if self.masters is not self.parameters:
+            for master, p in zip(self.masters, self.parameters, strict=True):
+                master.grad = None if p.grad is None else p.grad.float()
+                p.grad = None
+        norm = nn.utils.clip_grad_norm_(self.masters, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_lerp_(self.means, self.parameters, self._forget)
+            if self.masters is not self.parameters:
+                torch._foreach_copy_(self.parameters, self.masters)
+            torch._foreach_lerp_(self.means, self.masters, self._forget)
             self.sums += torch.stack([found.detach(), norm])
 
     def young(self) -> None:
         """Call it after each of the first updates: the average forgets where the parameters began."""
         self.count += 1
         with torch.no_grad():
-            torch._foreach_lerp_(self.means, self.parameters, 1 / (1 + self.count) ** 0.75)
+            torch._foreach_lerp_(self.means, self.masters, 1 / (1 + self.count) ** 0.75)
 
     def graphed(self, loss: Loss) -> Callable[[], None]:
         """`update(loss)` as a CUDA graph; the updates that warm it up are taken back. Raises RuntimeError for a loss
@@ -91,26 +101,28 @@ class Updates:
         return loss, norm
 
     def state(self) -> dict[str, Any]:
-        """Parameters, averages and the optimiser's tensors, as they are (not copied)."""
+        """Masters, averages and the optimiser's tensors, as they are (not copied)."""
         return {
-            "parameters": [p.detach() for p in self.parameters],
+            "masters": [p.detach() for p in self.masters],
             "means": self.means,
-            "optimizer": [dict(self.optimizer.state.get(p, {})) for p in self.parameters],
+            "optimizer": [dict(self.optimizer.state.get(p, {})) for p in self.masters],
         }
 
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a saved state."""
-        for p, values in zip(self.parameters, state["optimizer"], strict=True):
+        for p, values in zip(self.masters, state["optimizer"], strict=True):
             self.optimizer.state[p] = {n: v.to(p.device) for n, v in values.items()}
         self._write(state)
 
     @torch.no_grad()
     def _write(self, state: dict[str, Any]) -> None:
         """Values of a state into the tensors that graphs know."""
-        for p, value, mean, old in zip(self.parameters, state["parameters"], self.means, state["means"], strict=True):
+        for p, value, mean, old in zip(self.masters, state["masters"], self.means, state["means"], strict=True):
             p.copy_(value)
             mean.copy_(old)
-        for p, values in zip(self.parameters, state["optimizer"], strict=True):
+        if self.masters is not self.parameters:
+            torch._foreach_copy_(self.parameters, self.masters)
+        for p, values in zip(self.masters, state["optimizer"], strict=True):
             for name, tensor in self.optimizer.state.get(p, {}).items():
                 if values:
                     tensor.copy_(values[name])
