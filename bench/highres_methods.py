@@ -7,7 +7,7 @@ large latents. "naive" draws from noise at the large size with the model as it i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def _guided(lora: Path | None, backend: str) -> Callable[[Job], AbstractContextM
 
 def described(region: Tensor, prompt: str) -> str:
     """What C-Upscale's language model would do: the colours in a region [3, h, w] and where they are in it."""
-    found = find_objects(region[None], torch.tensor(list(COLOURS.values())))[0][:3]
+    found = find_objects(region[None].cpu(), torch.tensor(list(COLOURS.values())))[0][:3]
     names = list(COLOURS)
     return ", ".join(f"a {names[o.colour]} at the {ROWS[int(o.y * 3)]} {COLUMNS[int(o.x * 3)]}" for o in found)
 
@@ -115,6 +115,15 @@ def regions(**more: Any) -> Way:
     return run
 
 
+def _regional() -> dict[str, Way]:
+    """Ways that work region by region."""
+    return {
+        "c_upscale": regions(region_batch=16),
+        "regions, no priors": regions(rap="off", structure=0.0, region_batch=16),
+        "c_upscale, regional prompts": regions(prompter=described, region_batch=16),
+    }
+
+
 def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, Way]:
     """Every way of a kind of model by name. parts: folder of trained parts, None where there is none.
 
@@ -127,23 +136,15 @@ def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, W
         found["hidiffusion, RAU-Net alone"] = within(
             lambda j: hidiffusion(j.model.net, steps=steps, window_attention=False), naive
         )
-    found["regions, no priors"] = regions(rap="off", structure=0.0, region_batch=16)
-    found["c_upscale"] = regions(region_batch=16)
-    found["c_upscale, regional prompts"] = regions(prompter=described, region_batch=16)
-    if kind == "unet":
-        return found
+        return found | _regional()
     found["tile_windows"] = within(
-        lambda j: (
-            tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3), backend=backend)
-            if j.factor > 1
-            else nullcontext()
-        ),
-        naive,
+        lambda j: tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3), backend=backend), naive
     )
     found["freeswim"] = within(lambda j: freeswim(j.model.net, backend=backend), again)
+    found["scale_dit, untrained"] = within(_guided(None, backend), naive)
+    found |= _regional()
     found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net, backend=backend), naive)
     found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0, backend=backend), naive)
-    found["scale_dit, untrained"] = within(_guided(None, backend), naive)
     file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
     if file is not None and file.is_file():
         found["scale_dit"] = within(_guided(file, backend), naive)
