@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.c_upscale_hosts import denoiser_of
-from glocal.adapt.c_upscale_pictures import Pictures
+from glocal.adapt.c_upscale_pictures import PictureDenoiser
 from glocal.adapt.c_upscale_run import upscale
 from glocal.data.captions import LENGTH, WORDS
 from glocal.models.generation import (
@@ -95,7 +95,7 @@ def test_regions_have_captions_of_their_own(model: PictureModel, picture: Tensor
 
 def test_padding_and_commas_are_no_content(model: PictureModel) -> None:
     denoiser = denoiser_of(model)
-    assert isinstance(denoiser, Pictures)
+    assert isinstance(denoiser, PictureDenoiser)
     content = denoiser.words([CAPTION]).content
     assert content is not None and content.sum() == 5 and content[0, :5].all()
 

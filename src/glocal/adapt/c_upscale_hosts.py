@@ -241,9 +241,9 @@ def denoiser_of(pipe: Any) -> Denoiser:
         return PixArt(pipe)
     pictures = getattr(pipe, "pictures", pipe)  # of a painter
     if isinstance(pictures, PictureModel):
-        from glocal.adapt.c_upscale_pictures import Pictures
+        from glocal.adapt.c_upscale_pictures import PictureDenoiser
 
-        return Pictures(pictures)
+        return PictureDenoiser(pictures)
     if all(hasattr(pipe, name) for name in ("predict", "encode", "levels", "noised", "step")):
         return pipe
     raise ValueError(

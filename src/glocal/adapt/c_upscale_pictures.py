@@ -1,4 +1,4 @@
-"""The built-in image models as generators for C-Upscale (arXiv 2505.16976): rectified flow, latents without a VAE."""
+"""The built-in image models as generators for C-Upscale (arXiv 2505.16976)."""
 
 from __future__ import annotations
 
@@ -9,52 +9,59 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.c_upscale_hosts import Words
-from glocal.models.generation.picture_model import PIXELS, SIDE, PictureModel, to_latents, to_pictures
+from glocal.models.generation import ImageDiT, ImageUNet, PictureModel, SampleSpec, noise_levels
+from glocal.models.generation.picture_model import PIXELS, SIDE, to_latents
 from glocal.models.generation.picture_sampler import PICTURE_SPEC
-from glocal.models.generation.picture_words import COMMA
-from glocal.models.generation.sampler import SampleSpec, noise_levels
 
 Level = tuple[float, float]
-"""Noise level now and after the step."""
+"""Noise level of a step, and the one behind it."""
 
 
-class Pictures:
-    """A `PictureModel`; see `glocal.adapt.c_upscale_hosts.Denoiser`. shift: of its schedule."""
+class PictureDenoiser:
+    """A `Denoiser`: ``upscale(PictureDenoiser(pictures), picture, 256, 256, "a red disc at the top left")``.
 
-    factor = PIXELS
-    side = 2 * PIXELS
+    Predictions are clean latents; levels are those of the model's own sampler, moved by `shift`.
+    """
+
     window: tuple[int, int] = (SIDE // PIXELS, SIDE // PIXELS)
+    side = 2 * PIXELS
+    factor = PIXELS
 
     def __init__(self, pictures: PictureModel, shift: float = PICTURE_SPEC.shift) -> None:
-        self.pictures, self.model, self.shift = pictures, pictures.net, shift
-        self._like = next(pictures.parameters())
+        self.pictures, self.shift = pictures, shift
+        self.model: ImageUNet | ImageDiT = pictures.net
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.pictures.parameters()).device
 
     def encode(self, picture: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Nothing is drawn."""
-        return to_latents((picture + 1) / 2).to(self._like)
+        """picture [B, 3, H, W] in [-1, 1] -> latents; nothing is drawn."""
+        return to_latents(picture / 2 + 0.5).to(self._device)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The inverse."""
-        return to_pictures(latents) * 2 - 1
+        """Latents -> picture [B, 3, H, W] in about [-1, 1]."""
+        return torch.nn.functional.pixel_shuffle(latents, PIXELS)
 
     def words(self, prompts: Sequence[str]) -> Words:
-        """Captions; padding and commas are no content."""
-        tokens = self.pictures.tokens(*prompts).to(self._like.device)
-        return Words(self.pictures.encoder(tokens), content=tokens > COMMA)
+        """Captions, encoded; padding and commas name nothing."""
+        tokens = self.pictures.tokens(*prompts).to(self._device)
+        return Words(self.pictures.encoder(tokens), content=tokens > 1)
 
     def levels(self, steps: int, run: int) -> Sequence[Level]:
-        """Pairs of noise levels."""
-        found = noise_levels(SampleSpec(steps, self.shift))
-        return list(pairwise(found))[-run:]
+        """The last `run` of `steps` steps."""
+        every = noise_levels(SampleSpec(steps, self.shift))
+        return list(pairwise(every))[-run:]
 
     def noised(self, latents: Tensor, noise: Tensor, level: Level) -> Tensor:
-        """A mix of both."""
+        """Clean latents with noise of a level."""
         return (1 - level[0]) * latents + level[0] * noise
 
     def predict(self, latents: Tensor, level: Level, words: Words) -> Tensor:
         """Clean latents."""
-        return self.pictures(latents, torch.full((len(latents),), level[0], device=latents.device), words.embeds)
+        sigma = torch.full((len(latents),), level[0], device=latents.device)
+        return self.pictures(latents, sigma, words.embeds)
 
     def step(self, prediction: Tensor, level: Level, latents: Tensor) -> Tensor:
-        """Towards the clean latents."""
+        """An Euler step: the noise is kept, the shares change."""
         return prediction + (level[1] / level[0]) * (latents - prediction)
