@@ -1,7 +1,7 @@
 """Pictures of one, two and four times the trained side by every high-resolution method, into results/highres.csv.
 
     python bench/highres.py --device cuda                      # 64 seeds, minutes
-    python bench/highres.py --seeds 2 --sides 128 --out /tmp/highres.csv --pictures /tmp/highres
+    python bench/highres.py --seeds 2 --sides 128 --models unet --out /tmp/highres.csv --pictures /tmp/highres
 
 The captions say count, colour and place of objects that training never saw together; objects are found in the pictures
 by their hue (`glocal.measure.find_objects`) and compared with them:
@@ -12,8 +12,8 @@ share of the named objects; detail: what a picture loses when it is reduced to t
 scene of the caption loses (1 is as sharp as painted; above 1 there is more texture than there should be).
 
 Every method has the same captions and noises. gain is the mean of paired differences to "naive" at the same side, with
-a t interval of 90 % over seeds; better says whether the whole interval lies on the good side. First every method's
-picture of the trained side is compared with the model's own where the two must be equal.
+a t interval of 90 % over seeds; better says whether the whole interval lies on the good side. First the measure is
+checked: in the painted scenes every object must be found, once, in its place, and nothing else.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import time
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -72,6 +74,12 @@ def judged(pictures: Tensor, layouts: Layouts) -> dict[str, list[float]]:
     return measures
 
 
+def check(painted: Tensor, layouts: Layouts) -> None:
+    """AssertionError unless painted scenes are judged to be perfect."""
+    got = judged(painted, layouts)
+    assert min(got["whole"]) == 1.0 and max(got["extra"]) == 0.0, f"painted scenes are judged as {got}"
+
+
 def draw(way: Way, model: PictureModel, layouts: Layouts, side: int, small: Tensor, batch: int) -> Tensor:
     """Pictures [B, 3, side, side] of all scenes, some at a time."""
     from highres_methods import Job
@@ -113,53 +121,73 @@ def sheet(rows: list[Tensor], cell: int = 128) -> bytes:
     return png_bytes(whole.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def write_rows(rows: list[list], path: Path) -> None:
+    """The table, whole or not at all."""
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    header = ["model", "method", "side", "measure", "seeds", "mean", "low", "high"]
+    writer.writerow([*header, "gain", "gain_low", "gain_high", "better", "device", "torch"])
+    writer.writerows(rows)
+    write_atomic(path, table.getvalue())
+
+
+def _first(layouts: Layouts, count: int) -> Layouts:
+    """The first scenes of a batch."""
+    return replace(layouts, **{f.name: getattr(layouts, f.name)[:count] for f in fields(layouts) if f.name != "spec"})
+
+
 def main() -> None:
     """Parse the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seeds", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[64], help="one number, or one a side")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--models", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--ways", nargs="+", help="these methods alone, beside naive")
+    parser.add_argument("--backend", default="auto", help="of sparse attention; reference needs no compiler")
+    parser.add_argument("--wait", action="store_true", help="for the files of the models to be written")
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of image_unet and image_dit")
     parser.add_argument("--parts", type=Path, default=FOLDER, help="folder of trained parts")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "highres.csv")
     parser.add_argument("--pictures", type=Path, default=ROOT / "results" / "highres")
     options = parser.parse_args()
-    layouts = draw_pictures(options.seeds, torch.Generator().manual_seed(SCENES))
+    seeds = options.seeds if len(options.seeds) > 1 else options.seeds * len(options.sides)
+    layouts = draw_pictures(max(seeds), torch.Generator().manual_seed(SCENES))
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
     rows: list[list] = []
     for kind in options.models:
-        model = load_picture_model(options.weights / f"image_{kind}.safetensors", options.device)
+        file = options.weights / f"image_{kind}.safetensors"
+        while options.wait and not file.is_file():
+            time.sleep(0.2)
+        model = load_picture_model(file, options.device)
         tokens = caption_tokens(layouts).to(options.device)
-        noise = draw_picture_noise(range(options.seeds)).to(options.device)
-        small = torch.cat([drawn(model, t, n) for t, n in zip(tokens.split(64), noise.split(64), strict=True)])
-        for side in options.sides:
+        small = drawn(model, tokens, draw_picture_noise(range(max(seeds))).to(options.device))
+        for side, count in zip(options.sides, seeds, strict=True):
             base: dict[str, list[float]] = {}
-            shown: list[Tensor] = [paint(at_side(layouts, side))[:SHOWN]]
+            scenes = _first(layouts, count)
+            painted = paint(at_side(scenes, side))
+            check(painted, scenes)
+            shown: list[Tensor] = [painted[:SHOWN]]
             names = ["painted"]
-            for method, way in ways(kind, options.parts).items():
-                if side == SIDE and method != "naive":
+            for method, way in ways(kind, options.parts, options.backend).items():
+                wanted_here = options.ways is None or method in (*options.ways, "naive")
+                if not wanted_here or (side == SIDE and method != "naive"):
                     continue
-                pictures = draw(way, model, layouts, side, small, options.batch if side < 256 else options.batch // 2)
-                got = judged(pictures, layouts)
+                pictures = draw(way, model, scenes, side, small, options.batch)
+                got = judged(pictures, scenes)
                 base = got if method == "naive" else base
                 found = rows_of(kind, method, side, got, base)
-                rows += found
+                rows += [[*row, name, torch.__version__] for row in found]
                 shown.append(pictures[:SHOWN].cpu())
                 names.append(method)
                 print(kind, side, method, {r[3]: r[5] for r in found}, flush=True)
-            write_atomic(options.pictures / f"{kind}_{side}.png", sheet(shown))
-            write_atomic(options.pictures / f"{kind}_{side}.txt", "\n".join(names) + "\n")
-    write_atomic(
-        options.pictures / "captions.txt", "\n".join(caption_of(layouts, i) for i in range(min(SHOWN, len(layouts))))
-    )
-    table = io.StringIO()
-    writer = csv.writer(table, lineterminator="\n")
-    header = ["model", "method", "side", "measure", "seeds", "mean", "low", "high"]
-    writer.writerow([*header, "gain", "gain_low", "gain_high", "better", "device", "torch"])
-    writer.writerows([*row, name, torch.__version__] for row in rows)
-    write_atomic(options.out, table.getvalue())
+                # After every method, so that a run that is cut short leaves what it has.
+                write_rows(rows, options.out)
+                write_atomic(options.pictures / f"{kind}_{side}.png", sheet(shown))
+                write_atomic(options.pictures / f"{kind}_{side}.txt", "\n".join(names) + "\n")
+    words = [caption_of(layouts, i) for i in range(min(SHOWN, len(layouts)))]
+    write_atomic(options.pictures / "captions.txt", "\n".join(words) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ large latents. "naive" draws from noise at the large size with the model as it i
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.adapt.c_upscale_hosts import Words
+from glocal.adapt.c_upscale_pictures import PictureDenoiser
+from glocal.adapt.c_upscale_run import upscale
 from glocal.adapt.freeswim import freeswim
 from glocal.adapt.hidiffusion import hidiffusion
 from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.tile_windows import tile_windows
+from glocal.adapt.ultragen import ultragen
+from glocal.data.captions import COLUMNS, ROWS
+from glocal.data.objects import COLOURS
+from glocal.measure import find_objects
 from glocal.models.generation import PICTURE_SPEC, PictureModel, sample_pictures, to_latents, to_pictures
 from glocal.models.generation.sampler import noise_levels
 
@@ -75,17 +82,53 @@ def within(put: Callable[[Job], AbstractContextManager[Any]], way: Way) -> Way:
     return run
 
 
-def _guided(lora: Path | None) -> Callable[[Job], AbstractContextManager[Any]]:
+def _guided(lora: Path | None, backend: str) -> Callable[[Job], AbstractContextManager[Any]]:
     def put(job: Job) -> AbstractContextManager[Any]:
-        handle = scale_dit(job.model.net, lora=lora)
+        handle = scale_dit(job.model.net, lora=lora, backend="mask" if backend == "reference" else backend)
         handle.method.give(job.small)  # type: ignore[attr-defined]
         return handle
 
     return put
 
 
-def ways(kind: str, parts: Path | None) -> Mapping[str, Way]:
-    """Every way of a kind of model by name. parts: folder of trained parts, None where there is none."""
+def described(region: Tensor, prompt: str) -> str:
+    """What C-Upscale's language model would do: the colours in a region [3, h, w] and where they are in it."""
+    found = find_objects(region[None].cpu(), torch.tensor(list(COLOURS.values())))[0][:3]
+    names = list(COLOURS)
+    return ", ".join(f"a {names[o.colour]} at the {ROWS[int(o.y * 3)]} {COLUMNS[int(o.x * 3)]}" for o in found)
+
+
+def regions(**more: Any) -> Way:
+    """C-Upscale from the small picture; `more` goes to `upscale`."""
+
+    def run(job: Job) -> Tensor:
+        denoiser = PictureDenoiser(job.model)
+        tokens = job.tokens.to(job.small.device)
+        words = Words(job.model.encoder(tokens), content=tokens > 1)
+        silent = Words(job.model.encoder(torch.zeros_like(tokens)), content=tokens > 1)
+        side = job.noise.shape[-1] * denoiser.factor
+        settings = {"steps": PICTURE_SPEC.steps, "guidance": PICTURE_SPEC.guidance} | more
+        return upscale(
+            denoiser, to_pictures(job.small), side, side, words, negative=silent, output_type="latent", **settings
+        )
+
+    return run
+
+
+def _regional() -> dict[str, Way]:
+    """Ways that work region by region."""
+    return {
+        "c_upscale": regions(region_batch=16),
+        "regions, no priors": regions(rap="off", structure=0.0, region_batch=16),
+        "c_upscale, regional prompts": regions(prompter=described, region_batch=16),
+    }
+
+
+def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, Way]:
+    """Every way of a kind of model by name. parts: folder of trained parts, None where there is none.
+
+    backend: of sparse attention; "reference" is the definition, which needs no compiler.
+    """
     found: dict[str, Way] = {"naive": naive, "enlarged": enlarged, "enlarged, again": again}
     if kind == "unet":
         steps = PICTURE_SPEC.steps
@@ -93,18 +136,23 @@ def ways(kind: str, parts: Path | None) -> Mapping[str, Way]:
         found["hidiffusion, RAU-Net alone"] = within(
             lambda j: hidiffusion(j.model.net, steps=steps, window_attention=False), naive
         )
-        return found
+        return found | _regional()
     found["tile_windows"] = within(
-        lambda j: tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3)) if j.factor > 1 else nullcontext(), naive
+        lambda j: tile_windows(j.model.net, tile=(1, 8, 8), window=(1, 3, 3), backend=backend), naive
     )
-    found["freeswim"] = within(lambda j: freeswim(j.model.net), again)
-    found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net), naive)
-    found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0), naive)
-    found["scale_dit, untrained"] = within(_guided(None), naive)
+    found["freeswim"] = within(lambda j: freeswim(j.model.net, backend=backend), again)
+    found["scale_dit, untrained"] = within(_guided(None, backend), naive)
+    found |= _regional()
+    found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net, backend=backend), naive)
+    found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0, backend=backend), naive)
     file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
     if file is not None and file.is_file():
-        found["scale_dit"] = within(_guided(file), naive)
-        found["scale_dit, enlarged"] = within(_guided(file), again)
+        found["scale_dit"] = within(_guided(file, backend), naive)
+        found["scale_dit, enlarged"] = within(_guided(file, backend), again)
+    file = None if parts is None else parts / "image_dit_ultragen.safetensors"
+    if file is not None and file.is_file():
+        found["ultragen"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), naive)
+        found["ultragen, enlarged"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), again)
     return found
 
 
@@ -118,8 +166,3 @@ def detail(pictures: Tensor, side: int) -> Tensor:
 def drawn(model: PictureModel, tokens: Tensor, noise: Tensor) -> Tensor:
     """Clean latents by the model as it is."""
     return sample_pictures(model, noise, tokens, PICTURE_SPEC)
-
-
-def on(device: str, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors on a device."""
-    return tuple(t.to(torch.device(device)) for t in tensors)

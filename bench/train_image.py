@@ -17,20 +17,20 @@ import csv
 import io
 import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from glocal._files import write_atomic
 from glocal.data.captions import LENGTH, WORDS, caption_of, caption_tokens
 from glocal.data.pictures import draw_pictures
 from glocal.models.generation.picture_model import PictureModel, draw_picture_noise, to_pictures
 from glocal.models.generation.picture_sampler import sample_pictures
-from glocal.models.generation.picture_weights import build_picture_model, save_picture_model
+from glocal.models.generation.picture_weights import build_picture_model, load_picture_model, save_picture_model
 from glocal.report.pictures import png_bytes
 from glocal.train import FlowSpec
+from glocal.train.graphed import Updates
 from glocal.train.pictures import Pictures, draw_batch, picture_loss
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,15 +41,15 @@ WARMUP = 300  # updates
 class Pool:
     """Pictures on the device. `draw(count)` takes any of them, `renew()` paints the oldest part anew."""
 
-    def __init__(self, size: int, part: int, device: str) -> None:
-        self.part, self.device, self.number = part, device, 0
+    def __init__(self, size: int, part: int, device: str, seed: int = 0) -> None:
+        self.part, self.device, self.number, self.seed = part, device, 0, seed
         made = [draw_batch(part, self._generator(), device) for _ in range(size // part)]
         self.latents = torch.cat([m.latents for m in made]).bfloat16()
         self.tokens = torch.cat([m.tokens for m in made])
 
     def _generator(self) -> torch.Generator:
         self.number += 1
-        return torch.Generator().manual_seed(1_000_003 + self.number)
+        return torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + self.number)
 
     def renew(self) -> None:
         """Paint as many as `part` anew, in place."""
@@ -65,65 +65,19 @@ class Pool:
 
 
 class Trainer:
-    """Model, average, optimiser and curve. state() and load() carry all of it from run to run."""
+    """Model, updates and curve. state() and load() carry all of it from run to run."""
 
     def __init__(self, model: PictureModel, pool: Pool, options: argparse.Namespace) -> None:
         self.model, self.pool, self.options = model, pool, options
-        self.parameters: list[Tensor] = list(model.parameters())
-        self.means = [p.detach().clone() for p in self.parameters]
-        device = torch.device(options.device)
-        self.cuda = device.type == "cuda"
-        self.rate = torch.tensor(options.lr, device=device)
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim > 1], "weight_decay": 0.01},
-            {"params": [p for p in self.parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ]
-        rate = self.rate if self.cuda else options.lr
-        self.optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=self.cuda, capturable=self.cuda)
+        self.updates = Updates(list(model.parameters()), options.lr)
         self.flow = FlowSpec(shift=options.shift, pure=0.03)
-        self.sums = torch.zeros(2, device=device)
         self.step, self.seconds = 0, 0.0
         self.curve: list[list[object]] = []
 
-    def update(self) -> None:
-        """One update, without any wait for the device."""
-        loss = picture_loss(self.model, self.pool.draw(self.options.batch), self.flow, None, autocast=self.cuda)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            torch._foreach_lerp_(self.means, self.parameters, 1e-3)
-            self.sums += torch.stack([loss.detach(), norm])
-
-    def compiled(self) -> Callable[[], None]:
-        """`update` as one CUDA graph; the updates that warm it up are undone."""
-        kept = copy.deepcopy(self.state())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.update()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.update()
-        self._restore(kept)
-        self.sums.zero_()
-        return graph.replay
-
-    def _restore(self, kept: dict) -> None:
-        """Values of a state, written into the tensors that the graph knows."""
-        with torch.no_grad():
-            for p, value in zip(self.parameters, kept["parameters"], strict=True):
-                p.copy_(value)
-            for mean, value in zip(self.means, kept["means"], strict=True):
-                mean.copy_(value)
-            for number, p in enumerate(self.parameters):
-                mine = self.optimizer.state.get(p, {})
-                for name, tensor in mine.items():
-                    old = kept["optimizer"][number]
-                    tensor.copy_(old[name]) if old else tensor.zero_()
+    def loss(self) -> Tensor:
+        """Of pictures from the pool."""
+        drawn = self.pool.draw(self.options.batch)
+        return picture_loss(self.model, drawn, self.flow, None)
 
     def factor(self, left: float) -> float:
         """Of the learning rate, with so many seconds left."""
@@ -132,25 +86,23 @@ class Trainer:
 
     def run(self, end: float) -> None:
         """Update until the clock says `end`."""
-        update = self.update
-        if self.cuda and not self.options.eager:
-            update = self.compiled()
+
+        def update() -> None:
+            self.updates.update(self.loss)
+
+        if self.updates.cuda and not self.options.eager:
+            update = self.updates.graphed(self.loss)
             print(f"graph ready, {end - time.monotonic():.0f} s left", flush=True)
-        mark, saved = time.monotonic(), time.monotonic()
+        mark = saved = time.monotonic()
         while time.monotonic() < end:
             rate = self.options.lr * self.factor(end - time.monotonic())
-            self.rate.fill_(rate)
-            if not self.cuda:
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+            self.updates.rate(rate)
             update()
             self.step += 1
-            if self.step < 1000:  # the average forgets where it began
-                with torch.no_grad():
-                    torch._foreach_lerp_(self.means, self.parameters, 1 / (1 + self.step) ** 0.75)
+            if self.step < 1000:
+                self.updates.young()
             if self.step % EVERY == 0:
-                loss, norm = (self.sums / EVERY).tolist()
-                self.sums.zero_()
+                loss, norm = self.updates.read(EVERY)
                 now = time.monotonic()
                 self.seconds, mark = self.seconds + now - mark, now
                 self.curve.append([self.step, f"{loss:.5f}", f"{norm:.4f}", f"{rate:.6f}", f"{self.seconds:.1f}"])
@@ -159,41 +111,27 @@ class Trainer:
                 self.pool.renew()
                 if self.step % (5 * EVERY) == 0:
                     print(self.options.model, *self.curve[-1], flush=True)
-            elif self.step % 10 == 0 and self.cuda:
+            elif self.step % 10 == 0 and self.updates.cuda:
                 torch.cuda.synchronize()  # else the clock is far ahead of the device
-            if time.monotonic() - saved > 60:
+            if time.monotonic() - saved > 40:
                 publish(self, self.options.folder)
                 saved = time.monotonic()
 
     def state(self) -> dict:
-        """Everything, on the device."""
-        return {
-            "parameters": [p.detach() for p in self.parameters],
-            "means": self.means,
-            "optimizer": [dict(self.optimizer.state.get(p, {})) for p in self.parameters],
-            "step": self.step,
-            "seconds": self.seconds,
-            "curve": self.curve,
-        }
+        """Everything."""
+        return self.updates.state() | {"step": self.step, "seconds": self.seconds, "curve": self.curve}
 
     def load(self, state: dict) -> None:
         """Go on from a saved state."""
-        with torch.no_grad():
-            for p, value, mean, old in zip(
-                self.parameters, state["parameters"], self.means, state["means"], strict=True
-            ):
-                p.copy_(value)
-                mean.copy_(old)
-        for p, values in zip(self.parameters, state["optimizer"], strict=True):
-            self.optimizer.state[p] = {n: v.to(p.device) for n, v in values.items()}
+        self.updates.load(state)
         self.step, self.seconds, self.curve = state["step"], state["seconds"], state["curve"]
 
 
 def publish(trainer: Trainer, folder: Path) -> PictureModel:
     """Write weights (the average) and the curve; the averaged model."""
-    shadow = copy.deepcopy(trainer.model)
+    shadow = copy.deepcopy(trainer.model).float()
     with torch.no_grad():
-        for p, mean in zip(shadow.parameters(), trainer.means, strict=True):
+        for p, mean in zip(shadow.parameters(), trainer.updates.means, strict=True):
             p.copy_(mean)
     options = trainer.options
     notes = {"steps": str(trainer.step), "batch": str(options.batch), "seconds": f"{trainer.seconds:.0f}"}
@@ -221,7 +159,7 @@ def sheet(pictures: Tensor, across: int = 6) -> bytes:
 def write_curve(trainer: Trainer, path: Path) -> None:
     """One row for every `EVERY` updates, with batch, hardware and versions."""
     options = trainer.options
-    device = torch.cuda.get_device_name() if trainer.cuda else platform.machine()
+    device = torch.cuda.get_device_name() if trainer.updates.cuda else platform.machine()
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     names = ["step", "loss", "gradient_norm", "rate", "seconds"]
@@ -237,12 +175,16 @@ def main() -> None:
     parser.add_argument("--model", choices=("unet", "dit"), required=True)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=200.0, help="of this run, saving not included")
+    parser.add_argument("--until", type=float, help="instead: until this time, in seconds since 1970")
     parser.add_argument("--cooldown", type=float, default=0.0, help="last seconds in which the learning rate falls")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--pool", type=int, default=65536, help="pictures on the device")
+    parser.add_argument("--pool", type=int, default=16384, help="pictures on the device")
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--shift", type=float, default=2.0, help="of training's noise levels")
     parser.add_argument("--folder", type=Path, help="resumable state, curve, samples; default out/train_image/MODEL")
+    parser.add_argument("--state", type=Path, help="folder of the resumable state, if not that of the results")
+    parser.add_argument("--start", type=Path, help="weights to begin with, where there is no state")
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--samples", type=int, default=24)
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     options = parser.parse_args()
@@ -250,14 +192,20 @@ def main() -> None:
         options.folder = ROOT / "out" / "train_image" / options.model
     options.folder.mkdir(parents=True, exist_ok=True)
 
-    end = time.monotonic() + options.seconds
-    torch.manual_seed(0)
+    left = options.seconds if options.until is None else options.until - time.time()
+    end = time.monotonic() + left
+    # Another run draws other pictures and noises than the one it goes on from.
+    torch.manual_seed(options.seed)
     torch.backends.cuda.matmul.allow_tf32 = True
-    torch.backends.cudnn.benchmark = True
-    torch.set_num_threads(2)
+    torch.set_num_threads(min(torch.get_num_threads(), 2))
     model = build_picture_model(options.model, {}, WORDS, LENGTH).to(options.device)
-    trainer = Trainer(model, Pool(options.pool, min(4096, options.pool), options.device), options)
-    saved = options.folder / "state.pt"
+    if options.start is not None:
+        model.load_state_dict(load_picture_model(options.start, options.device).state_dict())
+    if options.device.startswith("cuda"):
+        model.bfloat16()
+    trainer = Trainer(model, Pool(options.pool, min(4096, options.pool), options.device, options.seed), options)
+    saved = (options.folder if options.state is None else options.state) / "state.pt"
+    saved.parent.mkdir(parents=True, exist_ok=True)
     if saved.is_file():
         trainer.load(torch.load(saved, map_location=options.device, weights_only=True))
     print(f"{options.model}: from step {trainer.step}, {end - time.monotonic():.0f} s left", flush=True)

@@ -31,6 +31,7 @@ def test_a_perfect_model_has_no_loss_and_the_error_is_one_of_velocity():
         def __init__(self, off: float) -> None:
             super().__init__()
             self.off = off
+            self.unused = torch.nn.Parameter(torch.zeros(1))
 
         def forward(self, x, sigma, words):
             return given.latents + self.off * sigma.clamp(min=0.2).view(-1, 1, 1, 1)

@@ -13,27 +13,25 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.adapt.records import Block, RunState, Site
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.scale_dit_flux import Guided
-from glocal.canvas import Canvas
+from glocal.canvas import Canvas, Layout
 from glocal.models.generation.image_dit import DiTBlock, ImageDiT, RotaryPositions, turned
 from glocal.ops import attend
+from glocal.patterns import Pattern
 from glocal.patterns.guided_blocks import guided_canvas
-
-TUNED = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.2")
-"""Layers of a block that have updates."""
-
-
-def tunable(path: str) -> bool:
-    """Whether the method has an update for the linear layer at `path`."""
-    return path.startswith("blocks.") and path.split(".", 2)[2] in TUNED
 
 
 class ScaleDiTImage(ScaleDiT):
-    """The method in an `ImageDiT`; `give` takes its clean latents [B or 1, C, h, w], `give(None)` switches it off."""
+    """The method in an `ImageDiT`; `give` takes its clean latents [B or 1, C, h, w], `give(None)` switches it off.
+
+    backend: of the attention, or "mask": torch's own under the whole mask of tokens, which a CUDA graph of a training
+    step can hold.
+    """
 
     def give(self, latents: Tensor | None, size: tuple[int, int] | None = None) -> None:
         """latents: of the small picture. size: left out, they say it."""
@@ -114,6 +112,8 @@ class ScaleDiTImage(ScaleDiT):
         relation = settings.relation(canvas)
 
         def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.backend == "mask":
+                return F.scaled_dot_product_attention(q, k, v, _mask(relation, canvas, str(q.device)))
             return attend(q, k, v, relation, canvas=canvas, backend=self.backend).out
 
         return Guided(low, level, (cos, sin), core, self.lora, settings.tuned_image)
@@ -122,6 +122,11 @@ class ScaleDiTImage(ScaleDiT):
 @lru_cache(maxsize=16)
 def _canvas(shape: tuple[int, int], size: tuple[int, int]) -> Canvas:
     return guided_canvas(0, shape, size)
+
+
+@lru_cache(maxsize=4)
+def _mask(relation: Pattern, canvas: Canvas, device: str) -> Tensor:
+    return relation.mask(Layout.of(canvas), device)  # [N + L, N + L]
 
 
 def guided_block(

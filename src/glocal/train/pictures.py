@@ -38,13 +38,12 @@ def draw_batch(
     return Pictures(to_latents(paint(layouts.to(device))), tokens.to(device))
 
 
-def picture_loss(
-    model: PictureModel, batch: Pictures, spec: FlowSpec, generator: torch.Generator | None, *, autocast: bool = False
-) -> Tensor:
+def picture_loss(model: PictureModel, batch: Pictures, spec: FlowSpec, generator: torch.Generator | None) -> Tensor:
     """Mean velocity error of the predicted clean latents, a scalar.
 
     Levels come from `generator` (of the CPU), and so does the seed of the noise, which is drawn where the latents are.
-    None: everything comes from the device's own generator and nothing waits for it, as a CUDA graph needs.
+    None: everything comes from the device's own generator and nothing waits for it, as a CUDA graph needs. The model
+    computes in the precision of its parameters, the loss in float32.
     """
     clean, device = batch.latents, batch.latents.device
     if generator is None:
@@ -54,7 +53,6 @@ def picture_loss(
         seed = int(torch.randint(2**31, (), generator=generator))
         noise = torch.randn(clean.shape, generator=torch.Generator(device).manual_seed(seed), device=device)
     share = level.view(-1, 1, 1, 1)
-    # A graph replays casts of weights as they are: a cache of them would go stale.
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast, cache_enabled=generator is not None):
-        found = model(torch.lerp(clean, noise, share), level, model.encoder(batch.tokens))
+    mixed = torch.lerp(clean, noise, share).to(next(model.parameters()).dtype)
+    found = model(mixed, level, model.encoder(batch.tokens))
     return ((found.float() - clean) / share.clamp(min=spec.floor)).square().mean()
