@@ -211,7 +211,7 @@ ROWS: tuple[System, ...] = (
     # Generators made fast or large
     System("scale_dit", "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention",
            "2510.16325", "ECCV 2026", "code", "generation",
-           ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_run"),
+           ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_flux2", "adapt/scale_dit_run"),
            ("window",), ("guide",), ("lse",), ("pipeline",)),
     System("ultragen", "UltraGen: High-Resolution Video Generation with Hierarchical Attention",
            "2510.18775", "", "paper", "generation", ("nn/ultragen", "adapt/ultragen", "adapt/ultragen_parts"),

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
+from glocal.adapt import scale_dit_flux2
 from glocal.adapt.attach import Handle
-from glocal.adapt.scale_dit import ScaleDiT, position_ids
+from glocal.adapt.scale_dit import ScaleDiT
+from glocal.adapt.scale_dit_flux import position_ids
 from glocal.adapt.tiled_vae import TiledVae
 
 WORDS = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds", "max_sequence_length")
@@ -61,15 +63,20 @@ def generate(
 ) -> Any:
     """Images [batch] of the pipeline's `output_type`; "latent": packed latents.
 
-    prompt: the words as the pipeline takes them, names of `WORDS`. stages: None takes the published 4096 x 4096 pixels.
+    prompt: the words as the pipeline takes them, names of `WORDS`. stages: None takes the published 4096 x 4096 pixels;
+    for FLUX.2 those are `KLEIN` and `KLEIN_BASE` of `glocal.adapt.scale_dit_run_flux2`, by the pipeline.
     Raises ValueError for a handle of another method or model, and sizes that fill no tokens.
     """
-    stages = Stages() if stages is None else stages
     method = handle.method
     if not isinstance(method, ScaleDiT) or method.model is not pipe.transformer:
         raise ValueError(
             "generate: the handle is not of scale_dit on this pipeline; legal: handle = scale_dit(pipe, ...)."
         )
+    if method.family is scale_dit_flux2:
+        from glocal.adapt import scale_dit_run_flux2
+
+        return scale_dit_run_flux2.generate(pipe, method, prompt, stages, generator, output_type)
+    stages = Stages() if stages is None else stages
     for name in prompt:
         if name not in WORDS:
             raise ValueError(f"generate: prompt has {name!r}; legal: {', '.join(WORDS)}.")
