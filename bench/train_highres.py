@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="for the file of the model to be written")
     parser.add_argument("--cooldown", type=float, default=40.0)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--rank", type=int, default=6)
+    parser.add_argument("--rank", type=int, default=5)
     parser.add_argument("--shift", type=float, default=2.0)
     parser.add_argument("--shrink", type=int, default=1, help="divide the batches, for a trial on a CPU")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
