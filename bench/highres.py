@@ -88,8 +88,8 @@ def draw(way: Way, model: PictureModel, layouts: Layouts, side: int, small: Tens
     tokens = caption_tokens(layouts).to(device)
     made = []
     for start in range(0, len(layouts), batch):
-        rows = slice(start, start + batch)
-        noise = draw_picture_noise(range(start, min(start + batch, len(layouts))), side, side).to(device)
+        rows = slice(start, min(start + batch, len(layouts)))
+        noise = draw_picture_noise(range(start, rows.stop), side, side).to(device)
         made.append(to_pictures(way(Job(model, tokens[rows], noise, small[rows]))))
     return torch.cat(made)
 

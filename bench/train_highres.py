@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from glocal._files import write_atomic
 from glocal.adapt.attach import Handle
-from glocal.adapt.scale_dit import TUNED_IMAGE, scale_dit
+from glocal.adapt.scale_dit import scale_dit
+from glocal.adapt.scale_dit_image_blocks import TUNED
 from glocal.adapt.ultragen import UltraGen, UltraGenSettings, ultragen
 from glocal.data.captions import caption_tokens
 from glocal.data.pictures import at_side, draw_pictures, paint
@@ -46,7 +47,7 @@ def lora_of(model: PictureModel, rank: int) -> PartLora:
     """Fresh updates of every layer Scale-DiT tunes."""
     updates = {}
     for number, block in enumerate(model.net.blocks):  # type: ignore[union-attr, arg-type]
-        for name in TUNED_IMAGE:
+        for name in TUNED:
             base = block.get_submodule(name)
             assert isinstance(base, nn.Linear)
             updates[f"blocks.{number}.{name}"] = LowRank.fresh(base, rank)
@@ -168,7 +169,7 @@ def main() -> None:
     parser.add_argument("--wait", action="store_true", help="for the file of the model to be written")
     parser.add_argument("--cooldown", type=float, default=40.0)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int, default=5)
     parser.add_argument("--shift", type=float, default=2.0)
     parser.add_argument("--shrink", type=int, default=1, help="divide the batches, for a trial on a CPU")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")

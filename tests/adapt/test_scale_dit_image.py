@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glocal.adapt.scale_dit import PRESETS, TUNED_IMAGE, scale_dit, tunable
+from glocal.adapt.scale_dit import PRESETS, scale_dit
+from glocal.adapt.scale_dit_image_blocks import TUNED, tunable
 from glocal.models.generation import ImageDiT, ImageDiTConfig
 from glocal.nn.lora import LowRank, PartLora
 
@@ -84,7 +85,7 @@ def test_positions_of_low_tokens_are_scaled(model: ImageDiT) -> None:
 
 def test_updates_are_trained_and_come_back(model: ImageDiT) -> None:
     model.requires_grad_(False)
-    paths = [f"blocks.{n}.{name}" for n in range(2) for name in TUNED_IMAGE]
+    paths = [f"blocks.{n}.{name}" for n in range(2) for name in TUNED]
     lora = PartLora({path: LowRank.fresh(model.get_submodule(path), 2) for path in paths})  # type: ignore[arg-type]
     with scale_dit(model, lora=lora, backend="reference") as handle:
         handle.method.give(LOW)  # type: ignore[attr-defined]

@@ -213,3 +213,14 @@ def test_a_method_in_place_of_a_recipe(tmp_path: Path) -> None:
 def test_bad_methods_are_named(words: tuple[str, ...], says: str) -> None:
     code, _, err = run("demo", *words)
     assert code == 2 and says in " ".join(err.split())
+
+
+def test_a_picture_from_a_caption(tmp_path: Path) -> None:
+    words = ("demo-image", "--method", "tile_windows", "--set", "tile=[1,4,4]", "--set", "window=[1,1,1]", "--quiet")
+    words += ("-c", "caption=a red disc", "-c", "size=32", "--steps", "2")
+    code, _, _ = run(*words, "-o", str(tmp_path / "out"))
+    assert code == 0 and (tmp_path / "out" / "frames.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run(*words, "-c", "captoin=a ring")
+    assert code == 2 and "unknown field 'captoin'; legal: caption, size; nearest: caption" in err
+    code, _, err = run(*words, "-c", "caption=a red dics")
+    assert code == 2 and "word 'dics' is unknown" in err and "nearest: 'disc'" in err

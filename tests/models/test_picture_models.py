@@ -63,7 +63,7 @@ def test_unet_is_diffusers_unet(size: tuple[int, int]) -> None:
         **asdict(net.config),
     )
     other.load_state_dict(net.state_dict(), strict=True)
-    x, words = torch.randn(2, 12, *size), torch.randn(2, LENGTH, 64)
+    x, words = torch.randn(2, 12, *size), torch.randn(2, LENGTH, net.config.cross_attention_dim)
     level = torch.tensor([990.0, 3.0])
     torch.testing.assert_close(net(x, level, words)[0], other(x, level, words).sample, rtol=0, atol=1e-5)
 

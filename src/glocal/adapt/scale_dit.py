@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.adapt import scale_dit_flux, scale_dit_flux2
+from glocal.adapt import scale_dit_flux, scale_dit_flux2, scale_dit_image_blocks
 from glocal.adapt.attach import Handle, Method, attach
 from glocal.adapt.lora import lora_tensors
 from glocal.adapt.pipelines import is_pipeline, parts
@@ -33,8 +34,11 @@ from glocal.patterns import Blocks, Pattern
 from glocal.patterns.guided import GuidedWindows
 from glocal.patterns.guided_blocks import guided_blocks, guided_canvas
 
-TUNED_IMAGE = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ffn.net.2")
-"""Layers of a block of the built-in image model that have updates."""
+_FAMILIES = {
+    "FluxTransformer2DModel": scale_dit_flux,
+    "Flux2Transformer2DModel": scale_dit_flux2,
+    "ImageDiT": scale_dit_image_blocks,
+}
 
 
 @dataclass(frozen=True)
@@ -253,16 +257,16 @@ def scale_dit(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer, or into the built-in image model.
+    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer, or the built-in image model.
 
-    Nothing changes until `handle.method.give(latents, size)`; the built-in model's latents say their size. preset: of
-    `PRESETS`; None takes the one of the class. settings: instead of a preset. changed: single fields of the settings,
-    such as ``window=(8, 8)``. lora: the trained updates, a file, its tensors or a `PartLora`; None: none.
+    Nothing changes until `handle.method.give(latents, size)`. preset: of `PRESETS`; None takes the one of the class.
+    settings: instead of a preset. changed: single fields of the settings, such as ``window=(8, 8)``. lora: the trained
+    updates, a file, its tensors or a `PartLora`; None: none.
     alpha: of the updates, None: their rank.
     Raises ValueError for another model, an unknown preset or field, and an update of a layer that has none.
     """
     transformer = next(iter(parts(model).values())) if is_pipeline(model) else model
-    family = _family(transformer)
+    _family(transformer)
     found = chosen("scale_dit", PRESETS, model, preset) if settings is None else settings
     legal = list(ScaleDiTSettings.__dataclass_fields__)
     for name in changed:
@@ -277,8 +281,8 @@ def scale_dit(
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)
     kind = ScaleDiT
-    if family is _Image:
-        from glocal.adapt.scale_dit_image import ScaleDiTImage as kind
+    if _family(transformer) is scale_dit_image_blocks:
+        kind = import_module("glocal.adapt.scale_dit_image").ScaleDiTImage
     return attach(model, kind(transformer, found, updates, backend=backend))
 
 
@@ -288,7 +292,7 @@ def _family(transformer: Any) -> Any:
         if c.__name__ in _FAMILIES:
             return _FAMILIES[c.__name__]
     raise ValueError(
-        f"scale_dit: {type(transformer).__name__} is not built; legal: {', '.join(_FAMILIES)}, or a pipeline of them."
+        f"scale_dit: {type(transformer).__name__} is not built; legal: {', '.join(_FAMILIES)} or their pipelines."
     )
 
 
@@ -300,9 +304,7 @@ def _sensible(transformer: Any, settings: ScaleDiTSettings) -> None:
             "scale_dit: tuned_image=True in FLUX.2, whose updates act on low tokens alone; legal: tuned_image=False."
         )
     if settings.cache_low and not second:
-        raise ValueError(
-            f"scale_dit: cache_low=True in {type(transformer).__name__}; legal: FLUX.2, or cache_low=False."
-        )
+        raise ValueError("scale_dit: cache_low=True in another model than FLUX.2; legal: FLUX.2, or cache_low=False.")
     if settings.cache_low and settings.phase != "inference":
         raise ValueError(
             f"scale_dit: cache_low=True with phase={settings.phase!r}, in which low tokens read the words; legal: "
@@ -326,22 +328,3 @@ def _fits(model: nn.Module, lora: PartLora) -> None:
                 f"scale_dit: the update of {path!r} maps {sizes[1]} to {sizes[0]} channels; legal: {base.in_features} "
                 f"to {base.out_features}."
             )
-
-
-def tunable(path: str) -> bool:
-    """Whether the method has an update for the linear layer at `path` of the built-in image model."""
-    return path.startswith("blocks.") and path.split(".", 2)[2] in TUNED_IMAGE
-
-
-class _Image:
-    """The built-in image model, which `ScaleDiTImage` knows."""
-
-    TUNED = TUNED_IMAGE
-    tunable = staticmethod(tunable)
-
-
-_FAMILIES: Mapping[str, Any] = {
-    "FluxTransformer2DModel": scale_dit_flux,
-    "Flux2Transformer2DModel": scale_dit_flux2,
-    "ImageDiT": _Image,
-}

@@ -67,6 +67,10 @@ def command(
         print(f"\nwritten: {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
+PAINTED = ("caption", "size")
+"""What the built-in image models can be asked for."""
+
+
 @dataclass(frozen=True)
 class _Settings:
     seed: int
@@ -136,11 +140,19 @@ class _Foreign:
 
 def _generator(name: str, device: str, settings: _Settings) -> _Demo | _Foreign:
     from glocal.cli._models import load_model
-    from glocal.models.generation import VideoDiT
+    from glocal.models.generation import Painter, VideoDiT
 
     made = load_model(name, device)
     if isinstance(made, VideoDiT):
         return _Demo(made, settings)
+    if isinstance(made, Painter):
+        for given in settings.condition:
+            if given not in PAINTED:
+                near = get_close_matches(given, PAINTED, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"--condition {given}={settings.condition[given]}: unknown field {given!r}; legal: "
+                    f"{', '.join(PAINTED)}; nearest: {near}"
+                )
     if not callable(getattr(made, "generate", None)):
         raise ValueError(
             f"MODEL {name!r} is a {type(made).__name__} without generate(); legal: an object with "

@@ -30,9 +30,9 @@ class ImageUNetConfig:
 
     in_channels: int = 12
     out_channels: int = 12
-    block_out_channels: tuple[int, int, int] = (32, 32, 40)
+    block_out_channels: tuple[int, int, int] = (24, 24, 32)
     attention_head_dim: int = 4
-    cross_attention_dim: int = 64
+    cross_attention_dim: int = 48
     norm_num_groups: int = GROUPS
     layers_per_block: int = 1
 
