@@ -53,7 +53,7 @@ def check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
     """
     if declared_sound(plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask):
         return
-    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *_versions(plan))
+    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *versions(plan))
     known = _CHECKED.get(plan.full_index)
     if known is not None and known == mark:
         return
@@ -69,7 +69,7 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
         every = torch.arange(made[0].numel(), dtype=torch.int32, device=none.device) * made[1].shape[-1]
         return Turned(every, made[0], made[1], None), Turned(every, torch.zeros_like(made[0]), none, none)
     capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
-    mark = (kv_blocks, *_versions(plan))
+    mark = (kv_blocks, *versions(plan))
     known = None if capturing else _TURNED.get(plan.full_index)
     if known is not None and known[0] == mark:
         return known[1]
@@ -83,8 +83,14 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
 
 
 def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
-    lists, rows, most = index.shape
+    most = index.shape[-1]
     live = torch.arange(most, device=index.device) < count[..., None]
+    return by_key(live, index, mask, kv_blocks)
+
+
+def by_key(live: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
+    """Turned lists of the live entries of `index` [lists, rows, most], whose values are key blocks; no wait."""
+    lists, rows, most = index.shape
     first = torch.arange(lists, device=index.device)[:, None, None] * kv_blocks
     key = torch.where(live, index + first, lists * kv_blocks).flatten()  # [U * rows * most]
     order = key.argsort(stable=True)
@@ -95,6 +101,7 @@ def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> 
     return Turned(begin, ends.diff(), row.flatten()[order], None if mask is None else mask.flatten()[order])
 
 
-def _versions(plan: PlanTensors) -> tuple[tuple[int, int], ...]:
+def versions(plan: PlanTensors) -> tuple[tuple[int, int], ...]:
+    """Marks of the lists and masks of a plan, other ones after a change."""
     lists = plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in lists)
