@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
-from glocal.kernels.triton.lists import Turned, by_key, versions
+from glocal.kernels.triton.lists import Turned, by_key
 from glocal.plan.blockplan import unpack
 
 PARTS = 2  # of the keys of a block, at most, one a warp group
@@ -25,15 +26,13 @@ def steps(plan: PlanTensors, blocks: tuple[int, int], tile: int, keys: int) -> T
     for each plan unless it changes; no wait for the device.
     """
     capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
-    masks = plan.masks
-    table = masks.data_ptr(), 0 if masks.is_inference() else masks._version
-    mark = (blocks, tile, keys, table, versions(plan))
+    mark, tensors = (blocks, tile, keys), (plan.part_count, plan.part_index, plan.part_mask, plan.masks)
     known = None if capturing else _KNOWN.get(plan.part_index)
-    if known is not None and known[0] == mark:
-        return known[1]
+    if known is not None and known[0] == mark and known[1].still(tensors):
+        return known[2]
     found = _steps(plan, blocks, tile, keys)
     if not capturing:
-        _KNOWN[plan.part_index] = (mark, found)
+        _KNOWN[plan.part_index] = (mark, Seen.of(tensors), found)
     return found
 
 
