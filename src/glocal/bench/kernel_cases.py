@@ -64,8 +64,8 @@ class Case:
 
     @property
     def free(self) -> bool:
-        """Whether the planner chooses the boxes: where windows move token by token, no boxes are aligned to them."""
-        return bool(self.stride) and max(self.stride) == 1
+        """Whether the planner chooses the boxes: none are aligned to windows that move token by token."""
+        return bool(self.stride) and max(self.stride) == 1 and not self.ordered
 
     @property
     def small(self) -> Case:
