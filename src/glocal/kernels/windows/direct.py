@@ -229,8 +229,8 @@ def table_of(
 ):  # fmt: skip
     """float32 [G, M, N]: table entry / scale of the seen pairs, -inf elsewhere.
 
-    masks: int32 [tiles, M, SPLIT * ALL / 32], N of each ALL columns. mine [G, M], theirs [G, N]: tokens. table: (values,
-    head stride, width, codes of rows, codes of columns) or None.
+    masks: int32 [tiles, M, SPLIT * ALL / 32], N columns of each ALL. mine [G, M], theirs [G, N]: tokens. table:
+    (values, head stride, width, codes of rows, codes of columns) or None.
     """
     L: gl.constexpr = products(G, M)
     WORDS: gl.constexpr = SPLIT * ALL // 32
