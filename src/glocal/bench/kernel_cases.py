@@ -128,9 +128,9 @@ _SHARDS = tuple(
 CASES = (
     *_windows("image256", IMAGE256, (80, 80), (16, 16), (16, 8), (8, 8), 8, 128),
     *_windows("image128d64", IMAGE128, (48, 48), (16, 16), (16, 8), (8, 8), 16, 64),
-    *_SHARDS,
     *_windows("video", VIDEO, (18, 24, 24), (6, 8, 8), (2, 8, 8), (1, 8, 8), 8, 128),
     *_DENSE,
+    *_SHARDS,
 )
 
 
