@@ -1,12 +1,12 @@
 """The eleven token mixers in one small backbone on equal terms, into results/mixers.csv and results/mixers.svg.
 
-python bench/mixers.py --device cuda --workers 11           # examine, then train all runs, several at once
-python bench/mixers.py --device cuda --examine              # only sizes, times and memory: alone on the device
+python bench/mixers.py --device cuda --workers 11           # train all runs, several at once
+python bench/mixers.py --device cuda --examine              # sizes, times and memory: alone on the device
 python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
-Runs lie in --out and are not repeated. Scenes are painted once and handed to the workers in a file. Times of --examine
-are what the table shows; those that a training job measures while other runs share the device are not used.
+Runs lie in --out and are not repeated. Scenes are painted once and handed to the workers in a file. Times and memory in
+the table are those of --examine, before or after training; without it they are left out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 
 from glocal._files import write_atomic
 from glocal.bench.mixer_suite import COLUMNS, COUNTS, SPEC, picture, table
-from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, examine, run_folder, task_of, trained
+from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, examine, planned, run_folder, task_of, trained
 from glocal.bench.suites import table as as_csv
 from glocal.data.labelled import Stored
 
@@ -120,15 +120,17 @@ def main() -> None:
         few = task_of(a.task, size=a.size, device="cpu", counts=(1, 1))
         work(a, loaded(scenes, few, a.device), spec, known(examined))
         return
-    task = task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test))
+    names = a.mixers.split(",")
     if a.examine or not examined.is_file():
-        found = examine(a.mixers.split(","), task, spec)
+        few = task_of(a.task, size=a.size, device=a.device, counts=(a.batch, 1))
+        found = examine(names, few, spec) if a.examine or a.match == "latency" else planned(names, few, spec)
         write_atomic(examined, json.dumps([asdict(e) for e in found.values()], indent=1).encode())
         for e in found.values():
-            print(e.mixer, e.reason or f"{e.step_seconds * 1e3:.1f} ms a step, {e.images_s:.0f} images/s", flush=True)
-    failed = []
+            timed = f", {e.step_seconds * 1e3:.1f} ms a step, {e.images_s:.0f} images/s" if e.images_s > 0 else ""
+            print(e.mixer, e.reason or f"{e.params:,} parameters, MLPs of {e.mlp_ratio}{timed}", flush=True)
+    failed, task = [], task_of(a.task, size=a.size, device="cpu", counts=(1, 1))
     if not a.examine:
-        saved(task, scenes)
+        saved(task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test)), scenes)
         command = [sys.executable, *sys.argv]
         children = [subprocess.Popen([*command, "--child", str(i)]) for i in range(a.workers)]
         failed = [child.args for child in children if child.wait() != 0]
@@ -138,7 +140,8 @@ def main() -> None:
         raise SystemExit(bool(failed))
     lines = table(entries, task, replace(spec, seeds=max(len(e.scores) for e in entries)))
     write_atomic(a.csv, as_csv(COLUMNS, lines).encode())
-    write_atomic(a.csv.with_suffix(".svg"), picture(entries, task.score).encode())
+    if any(e.images_s > 0 for e in entries):
+        write_atomic(a.csv.with_suffix(".svg"), picture(entries, task.score).encode())
     for line in lines:
         row = dict(zip(COLUMNS, line, strict=True))
         print({k: row[k] for k in ("mixer", "mean", "spread", "params", "mmacs", "images_s", "step_ms", "step_mib")})

@@ -24,7 +24,7 @@ COLUMNS = (
     "mmacs", "mlp_ratio", "images_s", "step_ms", "step_mib", "train_s", "steps", "batch", "seeds", "match", "reason",
     "device", "versions",
 )  # fmt: skip
-SPEC = MixerSpec(steps=800)
+SPEC = MixerSpec(steps=500)
 SIZE, COUNTS = 112, (20_000, 2_000)  # px; scenes to learn from and to test on
 FOLDER = Path("out/mixers")
 
@@ -64,5 +64,5 @@ def table(found: Iterable[Entry], task: Task, spec: MixerSpec) -> list[tuple[Any
 
 def picture(found: Iterable[Entry], score: str) -> str:
     """SVG: images a second against the mean score, with its spread over seeds."""
-    dots = [Dot(Path(e.mixer).name, e.images_s, e.mean, e.spread) for e in found if e.scores]
+    dots = [Dot(Path(e.mixer).name, e.images_s, e.mean, e.spread) for e in found if e.scores and e.images_s > 0]
     return scatter(dots, "images a second, forward", score)

@@ -208,6 +208,31 @@ def examine(entries: Sequence[str], task: Task, spec: MixerSpec, progress: Progr
     return found
 
 
+def planned(entries: Sequence[str], task: Task, spec: MixerSpec) -> dict[str, Entry]:
+    """The widths of the MLPs, parameters and multiply-adds of every entry, from shapes: nothing runs on the device.
+
+    Raises ValueError where entries are to be matched by measured time.
+    """
+    if spec.match == "latency":
+        raise ValueError("planned: match='latency' is measured, by `examine`; legal here: none, params, flops.")
+    found: dict[str, Entry] = {}
+    for name in dict.fromkeys(entries):
+        first = next((e for e in found.values() if not e.reason), None)
+        try:
+            frame = spec.frame
+            with torch.device("meta"):
+                if first is not None and spec.match != "none":
+                    frame = _matched(name, task, spec, first)
+                model = build(name, task, frame)
+            macs = count_macs(model, task.size)
+        except Exception as error:  # as in `examine`
+            found[name] = Entry(name, reason=f"{type(error).__name__}: {error}")
+        else:
+            params = sum(p.numel() for p in model.parameters())
+            found[name] = Entry(name, mlp_ratio=frame.mlp_ratio, params=params, macs=macs)
+    return found
+
+
 def compared(entries: Sequence[Entry], baseline: str) -> dict[str, tuple[float, float, float]]:
     """Mean difference of scores to `baseline`, paired by seed, and its interval at 95 % over all comparisons together.
 
