@@ -26,6 +26,7 @@ from glocal.bench.mixer_suite import COLUMNS, COUNTS, SPEC, picture, table
 from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, examine, planned, run_folder, task_of, trained
 from glocal.bench.suites import table as as_csv
 from glocal.data.labelled import Stored
+from glocal.train.vision import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "results" / "mixers.csv"
@@ -37,10 +38,15 @@ def work(a: argparse.Namespace, task: Task, spec: MixerSpec, found: dict[str, En
     for number, (seed, entry) in enumerate(runs):
         if number % a.workers == a.child:
             frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
-            begin = time.monotonic()
-            score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out)
+            begin, name = time.monotonic(), f"{entry.mixer} seed {seed}"
+
+            def told(trainer: Trainer, name: str = name) -> None:
+                row = trainer.curve[-1]
+                print(f"{name}: {row.step} updates, loss {row.loss:.3f}, {row.seconds:.0f} s", flush=True)
+
+            score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out, told)
             spent = time.monotonic() - begin
-            print(f"{entry.mixer} seed {seed}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
+            print(f"{name}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
 
 
 def saved(task: Task, path: Path) -> None:
@@ -130,7 +136,9 @@ def main() -> None:
             print(e.mixer, e.reason or f"{e.params:,} parameters, MLPs of {e.mlp_ratio}{timed}", flush=True)
     failed, task = [], task_of(a.task, size=a.size, device="cpu", counts=(1, 1))
     if not a.examine:
+        begin = time.monotonic()
         saved(task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test)), scenes)
+        print(f"scenes painted in {time.monotonic() - begin:.0f} s", flush=True)
         command = [sys.executable, *sys.argv]
         children = [subprocess.Popen([*command, "--child", str(i)]) for i in range(a.workers)]
         failed = [child.args for child in children if child.wait() != 0]

@@ -375,8 +375,18 @@ def _autocast(spec: MixerSpec) -> Any:
     return torch.autocast(torch.device(spec.device).type, torch.bfloat16, enabled=spec.precision == "bf16")
 
 
-def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None) -> tuple[float, float]:
-    """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun."""
+def trained(
+    name: str,
+    task: Task,
+    spec: MixerSpec,
+    seed: int,
+    out: Path | None,
+    after: Callable[[Trainer], None] | None = None,
+) -> tuple[float, float]:
+    """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun.
+
+    after: called whenever a twentieth of the updates is done.
+    """
     assert spec.steps is not None
     folder = None if out is None else run_folder(out, name, seed)
     recipe = Recipe(
@@ -398,7 +408,7 @@ def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None)
     torch.manual_seed(seed)
     where = accelerator_for(cpu=spec.device == "cpu")
     trainer = Trainer(build(name, task, spec.frame), task.train, recipe, folder, where)
-    trainer.run()
+    trainer.run(after=after)
     score = trainer.evaluate(task.test)[task.score]
     if done is not None:
         curve = [asdict(row) for row in trainer.curve]
