@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,6 +60,7 @@ PAIRS = {
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 GRADIENTS = 2e-2
 ROW = 3  # calls in a row
+SLOTS = 3  # first training steps at once
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,39 @@ def in_a_row(run: Callable[[], object], plan: Plan) -> Callable[[], None]:
     return several
 
 
+def without_windows(name: str, problem: Exception) -> str:
+    """Leave out the kernels of small windows: figures without them are worth more than none."""
+    print(f"{name}: {type(problem).__name__}: {str(problem)[:600]}", file=sys.stderr, flush=True)
+    for module in (window_attention, neighborhood):
+        setattr(module, "small_windows", lambda *call: False)  # noqa: B010
+    return "without the kernels of small windows"
+
+
+@contextmanager
+def slot(folder: Path, step: str) -> Iterator[None]:
+    """A place among SLOTS: so many training steps at once fit into the memory of a GPU."""
+    if step == "infer":
+        yield
+        return
+    files = [(folder / f"slot{i}").open("w") for i in range(SLOTS)]
+    held = None
+    while held is None:
+        for file in files:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            held = file
+            break
+        else:
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
 def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     """Measure one pair; its rows go to folder/name.json."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -158,11 +193,8 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     windows.CAPABILITY = replace(windows.CAPABILITY, by_name_only=None)
     try:
         ours, theirs, error = models_of(name, plan)
-    except Exception as problem:  # figures without these kernels are worth more than none
-        print(f"{name}: {type(problem).__name__}: {str(problem)[:600]}", file=sys.stderr, flush=True)
-        note = "without the kernels of small windows"
-        for module in (window_attention, neighborhood):
-            setattr(module, "small_windows", lambda *call: False)  # noqa: B010
+    except Exception as problem:
+        note = without_windows(name, problem)
         ours, theirs, error = models_of(name, plan)
     contenders: dict[tuple[str, str], dict[str, Callable[[], object]]] = {}
     seconds: dict[str, float] = {}
@@ -175,12 +207,19 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
                 wrapped = torch.compile(model) if mode == "compiled" else model
                 run = calls(wrapped, step, plan)
                 begin = time.monotonic()
-                run()
+                with slot(folder, step):
+                    try:
+                        run()
+                    except Exception as problem:
+                        if who == "timm":
+                            raise
+                        note = without_windows(name, problem)
+                        run()
+                    if plan.device == "cuda":
+                        model.zero_grad(set_to_none=True)
+                        torch.cuda.empty_cache()
                 seconds[f"{mode} {step} {who}"] = time.monotonic() - begin
                 ready[who] = run
-                if plan.device == "cuda":
-                    model.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
             contenders[mode, step] = ready
     (folder / f"{name}.ready").touch()
     limit = time.monotonic() + plan.patience

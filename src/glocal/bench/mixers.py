@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -206,6 +207,15 @@ def examine(entries: Sequence[str], task: Task, spec: MixerSpec, progress: Progr
             found[name] = Entry(name, reason=f"{type(error).__name__}: {error}")
         bar.step()
     return found
+
+
+def measured(entry: Entry, task: Task, spec: MixerSpec, alone: Callable[[], AbstractContextManager[Any]]) -> Entry:
+    """The entry with times and memory of its model; `alone` makes a context that holds the device for the timing."""
+    model = build(entry.mixer, task, replace(spec.frame, mlp_ratio=entry.mlp_ratio))
+    _figures(model, task, spec)  # what is compiled or allocated on first use
+    with alone():
+        found = _figures(model, task, spec)
+    return replace(found, mixer=entry.mixer, mlp_ratio=entry.mlp_ratio)
 
 
 def planned(entries: Sequence[str], task: Task, spec: MixerSpec) -> dict[str, Entry]:
