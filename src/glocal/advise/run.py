@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
+from glocal.advise.calibrate import counted_by, finalists, gains, step_error, summed
 from glocal.advise.dropped import Dropped, broken_records
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.farm import Farm, Task
@@ -47,6 +48,7 @@ from glocal.advise.weights import (
     fit_weights,
     make_buckets,
     one_bucket,
+    phase_of,
     residual_total,
     weight_run,
 )
@@ -61,7 +63,8 @@ class Advice:
 
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
     rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
-    shrunk: where the probe had to do with less memory.
+    gains: how far the errors of a method add up, over the mean; predictions count by it. shrunk: where the probe had
+    to do with less memory.
     """
 
     recipe: Recipe
@@ -75,6 +78,7 @@ class Advice:
     dropped: Mapping[str, str]
     methods: Mapping[str, MethodSpec]
     weights: Weights | None = None
+    gains: Mapping[str, float] = field(default_factory=dict)
     ladder: tuple[Rung, ...] = ()
     chosen: Rung | None = None
     anchors: tuple[float, float] | None = None
@@ -232,11 +236,32 @@ def _advise(run: Run, split: Split) -> Advice:
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
     base = replace(base, records=tuple(records), shrunk=shrunk)
 
-    fallback = Fallback(min_tokens=options.min_tokens)
     run.stage("step weights", len(buckets) * len(plain) * len(others))
+    fallback = Fallback(min_tokens=options.min_tokens)
     weights = _step_weights(run, split.weights, others, (buckets, plain, records, fallback))
     found = Found(records, times, weights, methods, base_rules(records), fallback)
-    return _climbed(run, replace(base, weights=weights), found, split, probed)
+    gain = _gains(run, found, (probe_sample_, probed[0]), before, list(plain))
+    found = counted_by(found, gain)
+    return _climbed(run, replace(base, weights=found.weights, gains=gain), found, split, probed)
+
+
+def _gains(
+    run: Run, found: Found, known: tuple[Sample, Probed], before: Preflight, plain: Sequence[str]
+) -> dict[str, float]:
+    """Of the finalists, each by one step of the whole model."""
+    sample, probed = known
+    again = run.objective.restart
+    step = probed.steps[len(probed.steps) // 2] if again else probed.steps[0]
+    bucket = next(b for b in found.buckets if b.first <= step <= b.last)
+    levels = before.levels
+    phase = phase_of(bucket.coordinate, levels[step + 1], levels[step])
+    at = (step, probed.latents[step - 1] if again and step else None, probed.latents[step])
+    names = finalists(found, run.effort.budgets, run.effort.finalists, plain)
+    run.stage("calibration", len(names))
+    recipes = [found.recipe([n], [replace(r, use=n, phase=phase) for r in found.base]) for n in names]
+    tasks = [Task(f"gain/{n}", step_error, (sample, recipe, at)) for n, recipe in zip(names, recipes, strict=True)]
+    changed = dict(zip(names, run.farm.map(tasks), strict=True))
+    return gains(changed, {n: summed(found.records, n, step, sample.id) for n in names})
 
 
 def _probes(
@@ -404,8 +429,9 @@ def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
 
 
 def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[str, MethodSpec]:
-    """Position methods of middling density, spread over what they keep."""
-    ranked = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
+    """Position methods of middling density that leave something out, spread over what they keep."""
+    patterns = [n for n, m in methods.items() if m.kind == "pattern" and times.methods[n].kept < 1]
+    ranked = sorted(patterns, key=lambda n: times.methods[n].visited)
     middle = [n for n in ranked if 0.15 <= times.methods[n].visited <= 0.6]
     pool = middle if len(middle) >= count else ranked
     if not pool:

@@ -76,6 +76,7 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
     out += [{"kind": "time", **asdict(t)} for t in (advice.times.dense, *advice.times.methods.values())]
     if advice.weights is not None:
         out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
+    out += [{"kind": "gain", "method": name, "gain": value} for name, value in advice.gains.items()]
     for rung in advice.ladder:
         out.append(
             {
@@ -404,7 +405,7 @@ def _sites(advice: Advice) -> Table | None:
             for head in range(site.heads):
                 name = _method_of(recipe, site, head, bucket)
                 found = by_cell.get((f"{site.component}.{site.name}", head, bucket.number, name))
-                share = 0.0 if found is None else (advice.weights.weight[bucket.number] * found[0].residual) ** 2
+                share = 0.0 if found is None else _share(advice, bucket.number, found[0]) ** 2
                 total += share
                 rows_out.append((site.layer, head, _range(bucket), name, found, share))
     columns = (
@@ -423,6 +424,12 @@ def _sites(advice: Advice) -> Table | None:
         mass, out, res = (None, None, None) if found is None else (found[0].mass, found[0].output, found[0].residual)
         table.append((layer, head, level, words, mass, out, res, share / total if total and found else None))
     return Table(columns, tuple(table))
+
+
+def _share(advice: Advice, bucket: int, record: Any) -> float:
+    """What one head's error adds to the predicted one, before squares are summed."""
+    assert advice.weights is not None
+    return advice.weights.weight[bucket] * record.residual * advice.gains.get(record.method, 1.0)
 
 
 def _pictures(advice: Advice) -> tuple[Picture, ...]:
