@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
+from glocal.advise.advice import Advice
 from glocal.advise.methods import candidates
-from glocal.advise.run import Advice
 from glocal.advise.timing import MethodTime, Times, blocks_of
 from glocal.models.generation import SampleSpec, VideoDiT
 

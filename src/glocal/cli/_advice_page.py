@@ -31,8 +31,8 @@ from glocal.report import (
 
 if TYPE_CHECKING:
     from glocal.adapt.records import Site
+    from glocal.advise.advice import Advice
     from glocal.advise.recipe import Recipe
-    from glocal.advise.run import Advice
     from glocal.advise.weights import Bucket
     from glocal.canvas import Layout
     from glocal.measure.stats import Interval
