@@ -141,7 +141,7 @@ def _advise(run: Run, split: Split) -> Advice:
 
     run.stage("step weights", len(buckets) * len(plain) * len(others))
     fallback = Fallback(min_tokens=options.min_tokens)
-    weights = step_weights(run, split.weights, others, (buckets, plain, records, fallback))
+    weights = step_weights(run, split.weights, others, (before, buckets, plain, records, fallback))
     found = Found(records, times, weights, methods, base_rules(records), fallback)
     gain = measured_gains(run, found, (probe_sample_, probed[0]), before, list(plain))
     found = counted_by(found, gain)

@@ -16,6 +16,7 @@ from glocal.advise.methods import MethodSpec
 from glocal.advise.preflight import AdviceError, Preflight
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback
+from glocal.advise.reduced import agree, reduced_sample
 from glocal.advise.search import Found, base_rules
 from glocal.advise.tasks import Looks, Probed, probe_sample
 from glocal.advise.timing import Times
@@ -81,26 +82,53 @@ def step_weights(
     run: Run,
     samples: Workload,
     probed: Sequence[Probed],
-    known: tuple[Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
+    known: tuple[Preflight, Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
 ) -> Weights:
-    """One bucket sparse at a time, on every step-weight sample."""
-    buckets, plain, records, fallback = known
+    """One bucket sparse at a time, on every step-weight sample; on a reduced canvas where that says the same."""
+    before, buckets, plain, records, fallback = known
     rules = base_rules(records)
-    tasks, places = [], []
-    for sample, dense in zip(samples.samples, probed, strict=True):
-        for bucket in buckets:
-            for name, method in plain.items():
-                recipe = one_bucket(bucket, name, method, rules, fallback)
-                reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
-                task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
-                tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
-                places.append((sample, bucket, name))
-    ends = run.farm.map(tasks)
-    runs = []
-    for (sample, bucket, name), (end, one) in zip(places, ends, strict=True):
-        mine = [r for r in records if r.sample == sample.id]
-        runs.append(StepWeight(bucket.number, name, end, one, residual_total(mine, name, bucket.number)))
-    return fit_weights(buckets, runs)
+
+    def measured(where: Sequence[tuple[Sample, Probed]], which: Sequence[Bucket]) -> list[StepWeight]:
+        tasks, places = [], []
+        for sample, dense in where:
+            own = kept(run, dense.records)
+            for bucket in which:
+                for name, method in plain.items():
+                    recipe = one_bucket(bucket, name, method, rules, fallback)
+                    reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
+                    task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
+                    tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
+                    places.append((bucket.number, name, residual_total(own, name, bucket.number)))
+        ends = run.farm.map(tasks)
+        return [StepWeight(n, name, *end, total) for (n, name, total), end in zip(places, ends, strict=True)]
+
+    full = list(zip(samples.samples, probed, strict=True))
+    small = _reduced(run, samples, before, plain, buckets)
+    if small is None or len(buckets) < 3:
+        return fit_weights(buckets, measured(full, buckets))
+    runs = measured(small, buckets)
+    ends = measured(full, [buckets[0], buckets[-1]])
+    middle = buckets[1:-1]
+    if agree(ends, runs):
+        return fit_weights(buckets, ends + [r for r in runs if r.bucket in {b.number for b in middle}])
+    return fit_weights(buckets, ends + measured(full, middle))
+
+
+def _reduced(
+    run: Run, samples: Workload, before: Preflight, plain: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
+) -> list[tuple[Sample, Probed]] | None:
+    """The step-weight samples on a reduced canvas, probed; None where the canvas is small or cannot be told."""
+    sizes = getattr(run.objective, "sizes", None)
+    if sizes is None:
+        return None
+    made = [reduced_sample(s, sizes(s), before.shape, run.effort.reduced) for s in samples.samples]
+    small = [s for s in made if s is not None]
+    if not small or len(small) < len(made):
+        return None
+    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
+    return list(
+        zip(small, run.farm.map([Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in small]), strict=True)
+    )
 
 
 def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:
