@@ -100,7 +100,7 @@ def step_weights(
                     tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
                     places.append((bucket.number, name, residual_total(own, name, bucket.number)))
         ends = run.farm.map(tasks)
-        return [StepWeight(n, name, *end, total) for (n, name, total), end in zip(places, ends, strict=True)]
+        return [StepWeight(n, name, end, one, total) for (n, name, total), (end, one) in zip(places, ends, strict=True)]
 
     full = list(zip(samples.samples, probed, strict=True))
     small = _reduced(run, samples, before, plain, buckets)
