@@ -306,7 +306,7 @@ def test_less_memory_stands_in_the_evidence(
     model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from glocal.advise import probe
-    from glocal.cli._advice_page import rows
+    from glocal.cli._advice_rows import rows
     from glocal.cli._advise_job import evidence
 
     true_sums = probe.partial_sums

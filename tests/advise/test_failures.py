@@ -81,7 +81,8 @@ def test_a_failing_candidate_is_dropped_with_its_error(
     objective: Frames,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from glocal.cli._advice_page import advice_page, rows
+    from glocal.cli._advice_page import advice_page
+    from glocal.cli._advice_rows import rows
     from glocal.report import render_advice
 
     ids = {LISTED[i].id for i in broken}
