@@ -1,0 +1,177 @@
+"""One case: build, check every method against the definition, then run dense and sparse forwards in turn."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from generation.cases import Case
+from generation.entries import Entry, Where
+from generation.models import Inputs, made_on
+from generation.timing import Clock, Dense, best_dense, seconds, timed_blocks
+from glocal.adapt import Method, attach
+from glocal.adapt.scale_dit import ScaleDiT
+from glocal.adapt.sparse import Ran, SparseMethod
+
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rounds: int = 3
+    warm: bool = False
+    profile: bool = False
+
+
+@dataclass
+class Times:
+    """Seconds, one entry a round. step: of a forward, by the wall clock. attention: of one call, mean. blocks: of one
+    block of each stack, mean. rest: of a forward without its blocks.
+    """
+
+    step: list[float] = field(default_factory=list)
+    attention: list[float] = field(default_factory=list)
+    blocks: list[tuple[float, ...]] = field(default_factory=list)
+    rest: list[float] = field(default_factory=list)
+
+
+@dataclass
+class Contender:
+    """A method of the case, or dense attention (no entry). method: None where only the dense kernel is put in."""
+
+    entry: Entry | None = None
+    method: Method | None = None
+    error: float = 0.0
+    times: Times = field(default_factory=Times)
+
+    @property
+    def ran(self) -> list[Ran]:
+        """What ran at the sites of the method; empty where nobody counts."""
+        if isinstance(self.method, ScaleDiT):
+            return [self.method.ran]
+        return list(self.method.ran.values()) if isinstance(self.method, SparseMethod) else []
+
+    @property
+    def kept(self) -> float | None:
+        """Share of pairs that attention used; None where nobody counts."""
+        ran = self.ran
+        return sum(r.kept for r in ran) / len(ran) if ran else 1.0 if self.method is None else None
+
+
+@dataclass
+class Measured:
+    """What a case gave, by name, "dense" first. kernel: of dense attention. wrong: methods whose check failed."""
+
+    case: Case
+    kernel: str
+    contenders: dict[str, Contender]
+    wrong: list[str]
+
+
+class Bench:
+    """A model of a case, and its forwards."""
+
+    def __init__(self, case: Case, options: Options) -> None:
+        self.case, self.device, self.dtype = case, options.device, options.dtype
+        torch.manual_seed(0)
+        with made_on(self.device, self.dtype):
+            self.model: nn.Module = case.kind.build(case.layers, case.width).eval()
+        self.kernel = best_dense(case.kind, case.tokens, self.device, self.dtype)
+        self.given = case.kind.inputs(case.grid, self.device, self.dtype)
+
+    def at(self, *, small: bool = False, backend: str = "auto") -> Where:
+        """What methods are made for."""
+        case = self.case
+        small = small or case.small
+        return Where(case.kind, case.checked if small else case.grid, sum(case.layers), case.width, backend, small)
+
+    @contextmanager
+    def held(self, method: Method | None, kernel: str) -> Iterator[None]:
+        """The model with a dense kernel inside and the method around it."""
+        with attach(self.model, Dense(kernel)):
+            if method is None:
+                yield
+                return
+            with attach(self.model, method) as handle:
+                handle.state.total = self.case.steps
+                yield
+
+    def forward(self, given: Inputs) -> torch.Tensor:
+        """One forward."""
+        with torch.no_grad():
+            return self.model(**given, return_dict=False)[0]
+
+    def check(self, entry: Entry) -> float:
+        """Relative difference of the output to that by the definition, at a small size of the same method."""
+        found = []
+        given = self.case.kind.inputs(self.at(small=True).grid, self.device, self.dtype)
+        for backend, kernel in (("auto", self.kernel), ("reference", "dense")):
+            with self.held(entry.make(self.model, self.at(small=True, backend=backend)), kernel):
+                found.append(self.forward(given).float())
+        return float((found[0] - found[1]).norm() / found[1].norm())
+
+    def run(self, contender: Contender, *, keep: bool) -> None:
+        """One forward by all clocks, kept or not."""
+        clock, times = Clock(self.device), contender.times
+        with self.held(contender.method, self.kernel), attach(self.model, clock):
+            with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
+                took = seconds(lambda: self.forward(self.given), self.device)
+        blocks = [mark.read() for mark in marks.values()]
+        calls = clock.marks.read()
+        if keep:
+            times.step.append(took)
+            times.attention.append(sum(calls) / len(calls) if calls else float("nan"))
+            times.blocks.append(tuple(sum(b) / len(b) for b in blocks))
+            times.rest.append(took - sum(map(sum, blocks)))
+
+    def profile(self, contender: Contender) -> str:
+        """Where the time of a forward goes, by kernel."""
+        from torch.profiler import ProfilerActivity, profile
+
+        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
+        with self.held(contender.method, self.kernel), profile(activities=kinds) as found:
+            seconds(lambda: self.forward(self.given), self.device)
+        cuda = self.device.type == "cuda"
+        each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
+        longest = sorted(each, key=lambda entry: -entry[0])[:24]
+        return "\n".join(f"  {t / 1e3:9.3f} ms {e.count:5d} x {e.key[:100]}" for t, e in longest)
+
+
+def measure(case: Case, options: Options) -> Measured:
+    """All methods of a case. One that cannot run, or is wrong, is reported and left out."""
+    bench = Bench(case, options)
+    contenders, wrong = {"dense": Contender()}, list[str]()
+    for entry in case.entries:
+        try:
+            error = bench.check(entry)
+            made = entry.make(bench.model, bench.at())
+        except (ValueError, RuntimeError) as problem:
+            print(f"{case.name}: {entry.name}: {str(problem)[:400]}", file=sys.stderr, flush=True)
+            continue
+        if not error <= TOLERANCE[options.dtype]:
+            wrong.append(entry.name)
+            worst = f"more than {TOLERANCE[options.dtype]:.0e}"
+            print(f"{case.name}: {entry.name}: output is off by {error:.2e}, {worst}", file=sys.stderr, flush=True)
+            continue
+        contenders[entry.name] = Contender(entry, made, error)
+    rounds = 0 if options.warm else options.rounds if case.rounds is None else min(case.rounds, options.rounds)
+    for turn in range(rounds + 1):  # the first one plans and compiles
+        for name, contender in list(contenders.items()):
+            try:
+                bench.run(contender, keep=turn > 0)
+            except (ValueError, RuntimeError) as problem:
+                print(f"{case.name}: {name}: {str(problem)[:400]}", file=sys.stderr, flush=True)
+                del contenders[name]
+    if options.profile:
+        for name, contender in contenders.items():
+            print(f"{case.name}: {name}\n{bench.profile(contender)}", flush=True)
+    return Measured(case, bench.kernel, contenders, wrong)

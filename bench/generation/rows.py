@@ -1,0 +1,115 @@
+"""Rows of the table: what was measured on the blocks that were built, put together to the whole model."""
+
+from __future__ import annotations
+
+import csv
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from generation.measure import Contender, Measured
+from glocal._files import write_atomic
+
+
+def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers: tuple[int, ...] = ()) -> float:
+    """Seconds of a forward of the whole model in round `turn`: all its blocks at the measured time of one, and the
+    rest as measured; `dense_layers` blocks of each stack at the time of dense ones.
+    """
+    times, kind = contender.times, measured.case.kind
+    total = times.rest[turn]
+    dense = measured.contenders["dense"].times.blocks[turn]
+    for i, (count, block) in enumerate(zip(kind.whole, times.blocks[turn], strict=True)):
+        still = dense_layers[i] if i < len(dense_layers) else 0
+        total += (count - still) * block + still * dense[i]
+    return total
+
+
+def run_forecast(measured: Measured, contender: Contender) -> float:
+    """Dense run / run with the method, computed from whole steps: dense first steps and layers as published."""
+    entry, steps = contender.entry, measured.case.steps
+    if entry is None:
+        return 1.0
+    turns = range(len(contender.times.step))
+    dense = median(whole_step(measured, measured.contenders["dense"], t) for t in turns)
+    run = [c for c in measured.contenders.values() if c.entry is not None and c.entry.group == entry.group]
+    parts = run if entry.group else [contender]
+    seconds = float(entry.dense_steps * dense)
+    for part in parts:
+        assert part.entry is not None
+        count = steps - entry.dense_steps if part.entry.steps is None else part.entry.steps
+        seconds += count * median(whole_step(measured, part, t, part.entry.dense_layers) for t in turns)
+    return steps * dense / seconds
+
+
+def rows_of(measured: Measured) -> list[dict[str, object]]:
+    """One row a method, dense attention first."""
+    return [_row(measured, name, c) for name, c in measured.contenders.items() if c.times.step]
+
+
+def _row(measured: Measured, name: str, contender: Contender) -> dict[str, object]:
+    case, times, entry = measured.case, contender.times, contender.entry
+    base = measured.contenders["dense"]
+    turns = range(len(times.step))
+    mine = [whole_step(measured, contender, t) for t in turns]
+    ratios = sorted(whole_step(measured, base, t) / s for t, s in zip(turns, mine, strict=True))
+    attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
+    ran, kind = contender.ran, case.kind
+    return {
+        "case": case.name,
+        "method": name,
+        "built": f"{sum(case.layers)} of {sum(kind.whole)} blocks" if kind.stacks else "whole",
+        "tokens": case.tokens,
+        "kept": "" if contender.kept is None else f"{contender.kept:.4f}",
+        "visited": f"{sum(r.visited for r in ran) / len(ran):.4f}" if ran else "",
+        "kernel": ",".join(sorted({k for r in ran for k in r.kernels})) if ran else measured.kernel,
+        "attention_ms": _ms(median(times.attention)),
+        "attention_speedup": _ratio(median(attention)),
+        "block_ms": " + ".join(_ms(median(b[i] for b in times.blocks)) for i in range(len(kind.stacks))),
+        "rest_ms": _ms(median(times.rest)),
+        "step_s": f"{median(mine):.4f}",
+        "step_speedup": _ratio(median(ratios)),
+        "step_speedup_low": _ratio(ratios[0]),
+        "step_speedup_high": _ratio(ratios[-1]),
+        "dense_steps": 0 if entry is None else entry.dense_steps,
+        "dense_layers": 0 if entry is None else sum(entry.dense_layers),
+        "run_forecast": _ratio(run_forecast(measured, contender)),
+        "paper": "" if entry is None else entry.paper,
+        "error": f"{contender.error:.1e}" if entry is not None else "",
+        "rounds": len(times.step),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }
+
+
+def _ms(seconds: float) -> str:
+    return "" if seconds != seconds else f"{seconds * 1e3:.2f}"
+
+
+def _ratio(value: float) -> str:
+    return "" if value != value else f"{value:.3f}"
+
+
+def write(rows: Sequence[dict[str, object]], out: Path) -> None:
+    """The table, whole or not at all."""
+    if not rows:
+        return
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    if str(out) == "/dev/stdout":
+        sys.stdout.write(text.getvalue())
+    else:
+        write_atomic(out, text.getvalue())
+
+
+def read(path: Path) -> list[dict[str, object]]:
+    """Rows of an earlier run; none where there is no file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
