@@ -3,7 +3,7 @@ results/generators.csv.
 
 python bench/generators.py                                     # all cases on the GPU
 python bench/generators.py --case "wan2.1-14b 81" --rounds 2   # one of them; rows of the others stay in the table
-python bench/generators.py --case flux --profile               # where the time of a forward goes, by kernel
+python bench/generators.py --case flux --profile gna           # where the time of a forward goes, by kernel
 python bench/generators.py --tiny --device cpu --out /dev/stdout
 
 Architectures, sizes and dtype are the papers', weights are random: time does not depend on them, except that a router
@@ -17,7 +17,8 @@ attention call with all that the method does for it (attention_ms: routing, perm
 block of each stack (block_ms) and the forward without its blocks (rest_ms). step_s is the step of the whole model put
 together from them: rest + number of blocks x block, no block dense. run_forecast is not measured: it is the ratio of
 whole runs that follows from dense and sparse steps and from the first steps and layers that the paper leaves dense
-(without text encoder and decoder). HiDiffusion's steps are of several kinds, a row each; its run_forecast is of all.
+(without text encoder and decoder). step_speedup_flash2 is against a step with FlashAttention-2 as torch brings it,
+which most of the papers compare with. HiDiffusion's steps are of several kinds, a row each; its run_forecast is of all.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from generation.measure import Options, measure
 from generation.rows import read, rows_of, write
 
 CSV = Path(__file__).resolve().parent.parent / "results" / "generators.csv"
+SHOWN = (
+    "case", "method", "kept", "kernel", "attention_ms", "block_ms", "rest_ms",
+    "attention_speedup", "step_speedup", "step_speedup_flash2", "run_forecast", "error",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -46,7 +51,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="begin no further case after so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="compile the kernels of the cases and measure nothing")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one forward of each method")
+    parser.add_argument("--profile", help="print the kernels of one forward of methods whose name contains this")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small grids and few heads, to see that it runs")
     parser.add_argument("--out", type=Path, default=CSV)
@@ -67,12 +72,9 @@ def main() -> int:
         measured = measure(case.tiny() if args.tiny else case, options)
         wrong += len(measured.wrong)
         mine = rows_of(measured)
+        print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
         for row in mine:
-            print(
-                {k: row[k] for k in ("case", "method", "kept", "kernel", "attention_ms", "block_ms", "rest_ms")},
-                {k: row[k] for k in ("attention_speedup", "step_speedup", "run_forecast", "error")},
-                flush=True,
-            )
+            print({name: row[name] for name in SHOWN}, flush=True)
         names = {(row["case"], row["method"]) for row in mine}
         kept = [row for row in read(args.out) if (row["case"], row["method"]) not in names]
         write(kept + mine, args.out)

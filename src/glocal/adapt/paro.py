@@ -22,6 +22,7 @@ from glocal.canvas import Canvas
 from glocal.kernels.quant import Quant
 from glocal.ops import Score
 from glocal.plan.blockplan import BlockPlan
+from glocal.plan.facts import declare_lasting
 from glocal.plan.selection import plan_selection
 from glocal.routing.partition import Partition
 from glocal.routing.selection import from_mask
@@ -32,6 +33,8 @@ class Paro(SparseMethod):
 
     empty: what heads do that the plan calls empty, "run" as in the published code or "drop" to zero.
     """
+
+    cuts_words = False  # a plan is made for the length with hidden words
 
     def __init__(
         self,
@@ -70,7 +73,9 @@ class Paro(SparseMethod):
                     f"{self.plan.blocks}; a plan serves the resolution and length it was made for."
                 )
             chosen = from_mask(call.layout, part, part, self.plan.mask(time, layer)[None])
-            self._plans[place] = (state, plan_selection(chosen, device=q.device))
+            made = plan_selection(chosen, device=q.device)
+            declare_lasting(made.full.index)
+            self._plans[place] = (state, made)
         return self._plans[place][1]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
@@ -93,7 +98,7 @@ def blocks_of(canvas: Canvas, axes: tuple[int, ...], orders: Tensor, block: int)
     lists = {n: sequence(axes, words, media, n) for n in set(orders.tolist())}
     members = torch.stack([lists[n] for n in orders.tolist()])  # [heads, N]
     members = pad(members, (0, -members.shape[1] % block), value=-1).unflatten(1, (-1, block))
-    return Partition(members[None].int(), "axis orders")
+    return Partition(members[None].int(), "axis orders", fixed=True)
 
 
 def paro(
