@@ -6,7 +6,7 @@ static block mask. Positions are untouched: queries and keys arrive rotated. `pa
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,23 @@ from glocal.plan.facts import declare_lasting
 from glocal.plan.selection import plan_selection
 from glocal.routing.partition import Partition
 from glocal.routing.selection import from_mask
+
+
+@dataclass(frozen=True)
+class ParoSettings:
+    """plan: a file of `ParoPlan.save`. quant: what queries and keys are rounded to ("int8", "int4", "fp8"), with the
+    defaults of `Quant` for the rest; None keeps their type. empty: see `Paro`.
+    """
+
+    plan: str | Path
+    quant: Literal["int8", "int4", "fp8"] | None = None
+    empty: Literal["run", "drop"] = "run"
+
+
+def paro_of(settings: ParoSettings) -> Paro:
+    """The method from plain values."""
+    quant = None if settings.quant is None else Quant(settings.quant)
+    return Paro(ParoPlan.load(settings.plan), quant=quant, empty=settings.empty)
 
 
 class Paro(SparseMethod):
