@@ -91,7 +91,7 @@ def made(system: str, settings: Mapping[str, Any]) -> Method:
     `hidiffusion` needs one. Raises ValueError for an unknown or a missing setting.
     """
     one = kind(system)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
     preset = values.pop("preset", None)
     if system == "gna" and "window" in values:
         window = import_module("glocal.adapt.gna").Window
