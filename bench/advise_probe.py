@@ -165,6 +165,18 @@ def peak(run: Callable[[], object], cuda: bool) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+def batched(names: list[str], size: int) -> list[list[str]]:
+    """The names in groups of `size`."""
+    return [names[i : i + size] for i in range(0, len(names), size)]
+
+
+def timing_row(row: dict[str, object], method: MethodSpec, time: MethodTime) -> dict[str, object]:
+    """One timed call as a row."""
+    kind = "dense call" if method.system == "dense" else "timed"
+    values = {"measured_s": f"{time.median:.5f}", "visited": f"{time.visited:.4f}", "kernel": time.kernel}
+    return {**row, "kind": kind, "name": "" if kind == "dense call" else method.words(), **values}
+
+
 @torch.no_grad()
 def main() -> None:
     """Parse the command line and measure."""
@@ -175,6 +187,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="transformer blocks that run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--plans", type=int, default=99, help="plans timed at most; under 16 no forecast is made")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
@@ -183,6 +196,8 @@ def main() -> None:
         case = MODELS[name](options.device, options.tiny, options.blocks)
 
         def emit(more: list[dict[str, object]]) -> None:
+            if any(row["kind"] == "forecast" for row in more):  # they say what the timed rows said, and more
+                rows[:] = [row for row in rows if row["kind"] != "timed" or row["model"] != more[0]["model"]]
             rows.extend(more)
             table = io.StringIO()
             writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
@@ -190,7 +205,7 @@ def main() -> None:
             writer.writerows(rows)
             write_atomic(options.out, table.getvalue())
             for row in more:
-                if row["kind"] not in ("forecast", "fitted"):
+                if row["kind"] not in ("forecast", "fitted", "timed"):
                     print({k: v for k, v in row.items() if v != ""}, flush=True)
 
         measure(name, case, options, emit)
@@ -246,23 +261,27 @@ def measure(
         ]
     )
     found: list[tuple[str, MethodTime, MethodSpec]] = []
+    tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
+    chunks = batched(list(tried)[: options.plans], 4)
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         dropped = Dropped()
-        tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
-        ready = {n: ready_for(dropped, n, m, (q, k, v, call)) for n, m in tried.items()}
-        working = {n: r for n, r in ready.items() if r is not None}
-        times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)
-        found.append(("dense", times.dense, MethodSpec("dense")))
-        found.extend((n, t, tried[n]) for n, t in times.methods.items())
+        for chunk in chunks:  # few at a time, each beside dense, so that a run that is cut keeps what it has
+            ready = {n: ready_for(dropped, n, tried[n], (q, k, v, call)) for n in chunk}
+            working = {n: r for n, r in ready.items() if r is not None}
+            times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)
+            found.append(("dense", times.dense, MethodSpec("dense")))
+            found.extend((n, t, tried[n]) for n, t in times.methods.items())
+            emit([timing_row(row, method, t) for _, t, method in found[-1 - len(times.methods) :]])
         for n, why in dropped.why.items():
             print("dropped", tried[n].words(), why[:200], flush=True)
 
     with attach(case.model, Inside(site, look)):
         forward()
     out: list[dict[str, object]] = []
-    dense, timed = found[0][1], [f for f in found[1:] if f[1].median > 0]
-    out.append({**row, "kind": "dense call", "measured_s": f"{dense.median:.5f}", "kernel": dense.kernel})
+    timed = [f for f in found if f[0] != "dense" and f[1].median > 0]
+    if len(timed) < 16:  # a run that only compiles the kernels
+        return
     samples = [TimeSample(t.full, t.partial, 0.0, t.median) for _, t, _ in timed]
     model = fit_time_model(samples[::3], [s for i, s in enumerate(samples) if i % 3])
     errors = []

@@ -165,58 +165,71 @@ def l2vit(a: argparse.Namespace) -> Iterator[Row]:
 class Gathered(BiLevelRoutingAttention):
     """The published way: keys and values of the chosen regions are copied side by side for every region."""
 
+    fused = False
+
     def _attend(self, parts):
         chosen, _ = self._chosen(parts)
         index = chosen[:, 0].long()  # [B, S, top]
         sample = torch.arange(len(index), device=index.device)[:, None, None]
         q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (parts.q, parts.k, parts.v))  # [B, S, n, heads, d]
         k, v = (t[sample, index].flatten(2, 3).transpose(2, 3) for t in (k, v))  # [B, S, heads, top * m, d]
-        out = F.scaled_dot_product_attention(q.transpose(2, 3), k, v, scale=self.scale)
+        q = q.transpose(2, 3)
+        if self.fused:
+            out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        else:
+            out = ((q * self.scale) @ k.mT).softmax(-1) @ v
         return out.transpose(2, 3).flatten(3)
 
 
-def biformer_model(gathered: bool, device: str) -> nn.Module:
-    """BiFormer-T with random weights, with our attention or with the gather."""
+GATHERS = {"as published": False, "torch kernel": True}
+
+
+def biformer_model(gather: str | None, device: str) -> nn.Module:
+    """BiFormer-T with random weights, with our attention (None) or with a gather."""
     torch.manual_seed(0)
     model = create_model("biformer_tiny").to(device).eval()
     for layer in model.modules():
-        if gathered and isinstance(layer, BiLevelRoutingAttention):
-            layer.__class__ = Gathered
+        if gather is not None and isinstance(layer, BiLevelRoutingAttention):
+            layer.__class__ = type("Gathered", (Gathered,), {"fused": GATHERS[gather]})
     return model
 
 
 def biformer(a: argparse.Namespace) -> Iterator[Row]:
     """Peak memory of a forward pass above weights and image; on a CPU each in a process of its own."""
     small = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(0)).to(a.device)
-    with torch.no_grad():
-        check("gather", biformer_model(True, a.device)(small), biformer_model(False, a.device)(small), 1e-3)
     found = {}
-    for gathered in (False, True):
+    for gather in (None, *GATHERS):
+        with torch.no_grad():
+            given = biformer_model(gather, a.device)(small)
+            check("gather", given, biformer_model(None, a.device)(small), 1e-3)
         if a.device == "cuda":
-            model, image = biformer_model(gathered, "cuda"), torch.randn(1, 3, 1024, 1024, device="cuda")
+            model, image = biformer_model(gather, "cuda"), torch.randn(1, 3, 1024, 1024, device="cuda")
+            with torch.no_grad():
+                model(image)  # what is loaded or planned on first use
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             with torch.no_grad():
                 model(image)
-            found[gathered] = torch.cuda.max_memory_allocated() - before
+            found[gather] = (torch.cuda.max_memory_allocated() - before) / 2**20
             del model
         else:
-            command = [sys.executable, __file__, "--peak", str(int(gathered))]
-            found[gathered] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ours, theirs = (found[g] / 2**20 for g in (False, True))
-    yield {
-        **common(a, "biformer", "gather of the chosen regions", "1024 px"), "subject": "biformer_tiny", "batch": 1,
-        "dtype": "float32", "ours": f"{ours:.0f}", "theirs": f"{theirs:.0f}", "unit": "MiB",
-        "ratio": f"{theirs / ours:.3f}", "low": "", "high": "", "paper": "",
-    }  # fmt: skip
+            command = [sys.executable, __file__, "--peak", "ours" if gather is None else gather]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            found[gather] = int(done.stdout) / 2**20
+    for gather in GATHERS:
+        yield {
+            **common(a, "biformer", f"gather of the chosen regions, {gather}", "1024 px"), "subject": "biformer_tiny",
+            "batch": 1, "dtype": "float32", "ours": f"{found[None]:.0f}", "theirs": f"{found[gather]:.0f}",
+            "unit": "MiB", "ratio": f"{found[gather] / found[None]:.3f}", "low": "", "high": "", "paper": "",
+        }  # fmt: skip
 
 
-def own_peak(gathered: bool) -> None:
+def own_peak(gather: str | None) -> None:
     """Print the growth of this process's peak memory during one forward pass at 1,024 px, in bytes."""
     import resource
 
-    model, image = biformer_model(gathered, "cpu"), torch.randn(1, 3, 1024, 1024)
+    model, image = biformer_model(gather, "cpu"), torch.randn(1, 3, 1024, 1024)
     with torch.no_grad():
         model(torch.randn(1, 3, 64, 64))  # what is loaded on first use
         before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
@@ -266,10 +279,10 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--out", type=Path, default=CSV)
-    p.add_argument("--peak", type=int)
+    p.add_argument("--peak", choices=("ours", *GATHERS))
     a = p.parse_args()
     if a.peak is not None:
-        own_peak(bool(a.peak))
+        own_peak(None if a.peak == "ours" else a.peak)
         return
     rows = []
     for name in a.only.split(","):

@@ -211,10 +211,10 @@ ROWS: tuple[System, ...] = (
     # Generators made fast or large
     System("scale_dit", "Scale-DiT: Ultra-High-Resolution Image Generation with Hierarchical Local Attention",
            "2510.16325", "ECCV 2026", "code", "generation",
-           ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_run"),
+           ("patterns/guided", "nn/lora", "adapt/scale_dit", "adapt/scale_dit_flux2", "adapt/scale_dit_run"),
            ("window",), ("guide",), ("lse",), ("pipeline",)),
     System("ultragen", "UltraGen: High-Resolution Video Generation with Hierarchical Attention",
-           "2510.18775", "", "paper", "generation", ("adapt/ultragen",),
+           "2510.18775", "", "paper", "generation", ("nn/ultragen", "adapt/ultragen", "adapt/ultragen_parts"),
            ("window",), ("pooled",), ("gate",), ("pipeline",)),
     System("freeswim", "FreeSwim: Revisiting Sliding-Window Attention Mechanisms for Training-Free "
            "Ultra-High-Resolution Video Generation",
@@ -359,7 +359,8 @@ ROWS: tuple[System, ...] = (
            "2509.22650", "", "paper", "vlm", ("adapt/refam",),
            (), ("dense",), ("sum",), ("pipeline",)),
     System("c_upscale", "Creatively Upscaling Images with Global-Regional Priors",
-           "2505.16976", "IJCV 2025", "abstract", "generation", ("adapt/c_upscale",),
+           "2505.16976", "IJCV 2025", "abstract", "generation",
+           ("ops/frequency", "ops/tiles", "adapt/c_upscale", "adapt/c_upscale_run"),
            ("window",), ("guide", "cross override"), ("gate",), ("pipeline",)),
     System("edit_mgt", "EditMGT: Unleashing Potentials of Masked Generative Transformers in Image Editing",
            "2512.11715", "CVPR 2026", "code", "generation", ("models/generation/edit_mgt",),

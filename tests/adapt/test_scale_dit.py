@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from glocal.adapt import scale_dit
-from glocal.adapt.scale_dit import ScaleDiTSettings, tunable
+from glocal.adapt.scale_dit import ScaleDiTSettings
+from glocal.adapt.scale_dit_flux import tunable
 from glocal.nn.lora import LowRank, PartLora
 
 from .hosts.sizes import FLUX

@@ -36,7 +36,6 @@ from glocal.advise import (
 )
 from glocal.advise.apply import RecipeMethod
 from glocal.advise.ladder import Anchors, refused, winners
-from glocal.advise.objective import Output
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Rung
 from glocal.advise.segmentation import Segmentation, miou
@@ -134,7 +133,7 @@ def test_miou_counts_classes_that_occur() -> None:
 
 def test_a_floor_that_hides_errors_refuses() -> None:
     def anchors(floor: float, **measures: float) -> Anchors:
-        return Anchors(Output(torch.zeros(1)), 1.0, floor, 1.0, {"relative_l2": floor, **measures})
+        return Anchors(1.0, floor, 1.0, {"relative_l2": floor, **measures})
 
     assert refused(anchors(0.01), Target()) is None
     assert "more than a fifth of another seed" in str(refused(anchors(0.3), Target()))
@@ -146,7 +145,7 @@ def test_limits_on_other_measures_choose_the_winner() -> None:
     def rung(name: str, speed: float, **measures: float) -> Rung:
         return Rung(name, "single", Recipe("dense"), 0.5, 0.5, None, 1 / speed, 1.0, 0.05, measures)
 
-    anchors = Anchors(Output(torch.zeros(1)), 1.0, 0.0, 1.0, {})
+    anchors = Anchors(1.0, 0.0, 1.0, {})
     fast, slow = rung("fast", 2.0, kl=0.5), rung("slow", 1.5, kl=0.01)
     assert next(r.name for r in winners([fast, slow], anchors, Target())[0]) == "fast"
     limited = Target(limits={"drift": 0.1, "kl": 0.1})

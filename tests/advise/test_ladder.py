@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from glocal.advise import Effort, MethodSpec, Recipe, Target
-from glocal.advise.ladder import Anchors, build_ladder, corrected, nearest, refit
-from glocal.advise.objective import Output
+from glocal.advise.ladder import Anchors, build_ladder, corrected, mean_anchors, mean_rung, nearest, refit
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Found, Rung, allocated, base_rules, single
@@ -63,7 +62,7 @@ def test_the_best_budget_is_allocated_again_with_them() -> None:
     known, true = found(), found((6.0, 0.3))
     rungs = [allocated(known, b) for b in (0.8, 0.6)] + [single(known, b) for b in (0.8, 0.6)]
     ladder = [measured(known, r, true) for r in rungs]
-    anchors = Anchors(Output(None), 1.0, 0.0, 10.0, {})  # type: ignore[arg-type]
+    anchors = Anchors(1.0, 0.0, 10.0, {})
     again = corrected(known, ladder, anchors, Target(limits={"drift": 0.5}))
     assert again is not None and again.name.endswith("weights fitted to the ladder")
     assert measured(known, again, true).error <= min(r.error for r in ladder if r.budget == again.budget) + 1e-9  # type: ignore[operator, type-var]
@@ -82,3 +81,14 @@ def test_the_nearest_rung_is_the_least_wrong_of_the_faster_ones() -> None:
 
     rungs = [rung("slow", 1.2, 0.01), rung("rough", 0.5, 0.9), rung("fine", 0.8, 0.2), rung("failed", 0.5, None)]
     assert [r.name for r in nearest(rungs)] == ["fine"]
+    assert [r.name for r in nearest([*rungs, rung("as fine and faster", 0.7, 0.21)])] == ["as fine and faster"]
+    assert nearest([rung("slow", 1.2, 0.01)]) == []
+
+
+def test_samples_are_averaged() -> None:
+    one = Rung("a", "single", Recipe("dense"), None, None, None, 1.0, 2.0, 0.1, {"psnr": 20.0})
+    two = mean_rung([one, replace(one, seconds=3.0, dense_seconds=4.0, error=0.3, measures={"psnr": 30.0})])
+    assert (two.seconds, two.dense_seconds, two.error, two.samples) == pytest.approx((2.0, 3.0, 0.2, 2))
+    assert two.measures == {"psnr": 25.0} and two.speedup == pytest.approx(1.5)
+    ends = mean_anchors([Anchors(1.0, 0.0, 1.0, {"psnr": 1.0}), Anchors(2.0, 0.2, 3.0, {"psnr": 3.0})])
+    assert (ends.seconds, ends.floor, ends.ceiling) == pytest.approx((1.5, 0.1, 2.0)) and ends.measures == {"psnr": 2.0}

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from glocal.advise import AdviseOptions, Effort, MethodSpec, Target, Workload, advise, attach, inside, run
+from glocal.advise.methods import candidates
 from glocal.advise.next_token import NextToken
 from glocal.advise.objective import Output
 from glocal.advise.workload import Sample
-from glocal.data import make_text
-from glocal.models.language import Decoder, DecoderConfig, encode
+from glocal.data import FACT, QUESTION, make_text
+from glocal.models.language import Decoder, DecoderConfig, encode, load_decoder
 
 from .test_run import times_by_pairs
 
@@ -140,3 +141,20 @@ def test_prefill_advice_for_a_decoder_of_transformers(monkeypatch: pytest.Monkey
     assert found.preflight.causal and {s.layer for s in found.preflight.sites} == {1}  # layer 0 has a sliding window
     assert found.validation is not None and found.chosen is not None
     assert all(r.covers(1) and not r.covers(0) for r in found.chosen.recipe.rules)
+
+
+def test_on_the_built_in_model_the_allocation_keeps_the_needles_that_one_window_loses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(run, "_refusal", lambda *args: None)
+    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    objective = NextToken(encode, tokens=2048, scored=128, window=256, fact=FACT, question=QUESTION)
+    workload = Workload.from_calls([{"text": make_text(2048, n)} for n in range(4)], range(4))
+    effort = Effort("tiny", 1, 16, 1, (0.6,), pairs=2, rounds=1, steps_a_bucket=1, published=0, rungs=1)
+    methods = tuple(candidates((2048,), causal=True))
+    options = AdviseOptions(candidates=methods, min_tokens=64)
+    found = advise(load_decoder(), workload, objective=objective, effort=effort, options=options, target=Target(1.0))
+    measured = {r.kind: r.measures for r in found.ladder}
+    assert measured["allocation"]["retrieval"] >= 0.8 > measured["single"]["retrieval"]
+    assert measured["allocation"]["root_kl"] < 0.5 * measured["single"]["root_kl"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from glocal.adapt.records import RunState, Site, SiteCall
+from glocal.advise import AdviceError, Frames, Workload
 from glocal.advise import probe as probe_module
 from glocal.advise.methods import MethodSpec, candidates, default_tile
 from glocal.advise.partial import (
@@ -22,7 +23,10 @@ from glocal.advise.partial import (
     rows_of,
 )
 from glocal.advise.probe import LEAST_BLOCKS, Probe, ProbeSpec, measure, spread
+from glocal.advise.tasks import Looks, measure_anchors, probe_sample
+from glocal.advise.weights import make_buckets
 from glocal.canvas import Canvas, Layout, Part
+from glocal.models.generation import VideoDiT
 from glocal.ops import Score, attend
 from glocal.plan.blockplan import BlockPlan
 
@@ -248,3 +252,15 @@ def test_out_of_memory_below_eight_blocks_is_an_error(
     with pytest.raises(torch.OutOfMemoryError):
         probe.core(q, k, v, call_of(SHAPE, 2), lambda q, k, v, call: q)
     assert probe.share is not None and probe.share.blocks == LEAST_BLOCKS
+
+
+def test_a_probe_that_touched_the_run_is_told_of(model: VideoDiT, workload: Workload, objective: Frames) -> None:
+    sample = workload.samples[0]
+    methods = {m.id: m for m in candidates((4, 8, 8), tile_shape=(2, 4, 4))[:2]}
+    with torch.no_grad():
+        probed = probe_sample(model, objective, sample, methods, Looks(make_buckets(objective.levels, 2), 1, 4))
+        ends = measure_anchors(model, objective, sample, probed)
+    assert probed.steps == (0, 2) and ends.floor < 1e-4 < ends.ceiling and probed.seconds > 0
+    changed = replace(probed, output=replace(probed.output, tensor=probed.output.tensor * 1.001))
+    with torch.no_grad(), pytest.raises(AdviceError, match="The probe changed the model's own output"):
+        measure_anchors(model, objective, sample, changed)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from glocal.bench import mixer_suite
 from glocal.bench.mixers import Entry, Frame, MixerSpec, compared, examine, mixers, task_of
 from glocal.cli import app
 
@@ -92,6 +94,21 @@ def test_the_verb(mine: str, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "paired by seed" in done.output and (out / "mixers.csv").is_file()
     assert (out / "mixers.svg").read_text().startswith("<svg")
+
+
+def test_the_suite(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("SPEC", spec()), ("SIZE", 32), ("COUNTS", (12, 8))):
+        monkeypatch.setattr(mixer_suite, name, value)
+    base = ["bench", "mixers", "--device", "cpu", "--case", f"{mine}:Mine", "--case", "hilo", "--quiet"]
+    done = CliRunner().invoke(app, [*base, "-o", "rows.csv"])
+    assert done.exit_code == 0, done.output
+    rows = list(csv.DictReader((tmp_path / "rows.csv").open()))
+    assert [Path(r["mixer"]).name for r in rows if r["scores"].count(" ") == 1 and float(r["images_s"]) > 0] != []
+    assert {Path(r["mixer"]).name for r in rows} == {"mine.py:Mine", "hilo"} and rows[0]["to_best"] == "0.0000"
+    assert float(rows[0]["mean"]) >= float(rows[1]["mean"])
+    failing = CliRunner().invoke(app, [*base, "--case", f"{mine}:Shrinks"])
+    assert failing.exit_code == 1 and "a mixer keeps the shape" in failing.output
 
 
 def test_bad_settings_are_refused_in_words() -> None:

@@ -229,8 +229,9 @@ def test_empty_batches(generator: torch.Generator) -> None:
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
-def test_graphs_replay(generator: torch.Generator) -> None:
-    case = Case(Neighborhood(5), (9, 11), bias=2)
+@pytest.mark.parametrize("window", [5, 7], ids=["narrow tiles", "wide tiles"])
+def test_graphs_replay(window: int, generator: torch.Generator) -> None:
+    case = Case(Neighborhood(window), (9, 11), bias=window // 2)
     x = Inputs.random(case, generator)
     want = run(case, x, "windows")
     made = torch.cuda.CUDAGraph()

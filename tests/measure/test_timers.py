@@ -2,11 +2,13 @@
 
 import math
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from glocal.measure import compare_paired, summarize, time_call
+from glocal.measure import compare_paired, summarize, time_call, timers
 from glocal.measure.timers import median_ranks
 
 
@@ -92,3 +94,80 @@ def test_the_same_rounds_against_another_baseline() -> None:
     assert other.ratios["a"].rounds == pytest.approx([1 / r for r in found.ratios["b"].rounds])
     with pytest.raises(ValueError, match="baseline 'c' is no contender; legal: a, b"):
         found.against("c")
+
+
+class Device:
+    """A host and a device with clocks of their own, in place of torch.cuda: 1,000 cycles a second."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.ready = 0.0
+        device = self
+
+        class Event:
+            """When the device comes to it."""
+
+            def __init__(self, enable_timing: bool) -> None:
+                self.at = 0.0
+
+            def record(self) -> None:
+                self.at = max(device.ready, device.host)
+
+            def synchronize(self) -> None:
+                device.host = max(device.host, self.at)
+
+            def elapsed_time(self, other) -> float:
+                return 1000 * (other.at - self.at)
+
+        cuda = SimpleNamespace(
+            Event=Event,
+            device=lambda which: nullcontext(),
+            synchronize=self.wait,
+            _sleep=lambda cycles: self.launch(0.0, cycles / 1000),
+        )
+        monkeypatch.setattr(timers, "torch", SimpleNamespace(cuda=cuda, device=torch.device, randperm=torch.randperm))
+        monkeypatch.setattr(timers, "time", SimpleNamespace(perf_counter=lambda: self.host))
+
+    def launch(self, host: float, busy: float) -> None:
+        """The host spends `host` seconds until the device has `busy` seconds to do."""
+        self.host += host
+        self.ready = max(self.ready, self.host) + busy
+
+    def wait(self) -> None:
+        """The host waits."""
+        self.host = max(self.host, self.ready)
+
+
+def test_time_of_the_host_is_hidden_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+    found = compare_paired(
+        {"quick": lambda: device.launch(0.005, 0.001), "slow": lambda: device.launch(0.001, 0.004)}, 5, "cuda"
+    )
+    assert found.times["quick"].median == pytest.approx(0.001) and found.times["quick"].host == pytest.approx(0.005)
+    assert found.times["slow"].median == pytest.approx(0.004) and found.times["slow"].host == pytest.approx(0.001)
+    assert found.ratios["slow"].median == pytest.approx(0.25)
+
+
+def test_a_host_that_gets_slower_is_held_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, calls = Device(monkeypatch), []
+
+    def run() -> None:
+        calls.append(1)
+        device.launch(0.004 if len(calls) > 3 else 0.001, 0.002)
+
+    assert time_call(run, device="cuda", repeats=5).samples == pytest.approx([0.002] * 5)
+
+
+def test_a_call_that_waits_for_the_device_is_timed_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Device(monkeypatch)
+
+    def run() -> None:
+        for _ in range(2):
+            device.launch(0.001, 0.002)
+            device.wait()
+
+    found = time_call(run, device="cuda", repeats=4)
+    assert found.median == pytest.approx(0.006) and found.host == pytest.approx(0.006)
+
+
+def test_times_of_the_host_alone_have_none_beside() -> None:
+    assert time_call(lambda: None, device="cpu", repeats=2).host is None

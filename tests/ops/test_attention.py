@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from glocal.canvas import Canvas
+from glocal.kernels import cpu
 from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
+from glocal.kernels.capability import Sizes
 from glocal.ops import Dense, PerKey, Relative, Score, attend, attention
 from glocal.patterns import Neighborhood
 from glocal.plan.build import PlanSpec, plan
@@ -105,6 +108,60 @@ def test_flops_are_those_of_visited_blocks(generator: torch.Generator) -> None:
     pairs = int(made.visited_pairs) * 2
     forward, backward = pairs * 2 * (3 + 4), pairs * (6 * 3 + 4 * 4)
     assert counter.get_total_flops() == forward + backward
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_eager_calls_go_past_the_dispatcher_and_give_the_same(kind: str, generator: torch.Generator) -> None:
+    table = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64).requires_grad_()
+    inputs = [*qkv(generator), table]
+
+    def run() -> tuple[Tensor, ...]:
+        done = attend(inputs[0], inputs[1], inputs[2], score=Score(bias=(Relative(table),)), **{"canvas": CANVAS, **KINDS[kind]})
+        return done.out, done.lse, *torch.autograd.grad(done.out.square().sum() + done.lse.sum(), inputs)
+
+    with FlopCounterMode(display=False) as counter:  # a mode sees operators
+        seen = run()
+    assert any("glocal.attend_backward" in str(name) for name in counter.get_flop_counts()["Global"])
+    for a, b in zip(run(), seen, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_plan_that_was_used_may_not_change_before_backward(generator: torch.Generator) -> None:
+    q, k, v = qkv(generator)
+    made = plan(PATTERN, CANVAS, PlanSpec(4, 4))
+    table = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)  # needs no gradient
+    score = Score(bias=(Relative(table),))
+    attention(q, k, v, made, score=score).sum().backward()
+    assert q.grad is not None and table.grad is None
+    out = attention(q, k, v, made, score=score)
+    made.masks.add_(0)  # plan slots are written to in the same way
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_gradients_of_gradients_are_refused(generator: torch.Generator) -> None:
+    q, k, v = qkv(generator)
+    first = torch.autograd.grad(attention(q, k, v).sum(), q, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="no autograd formula"):
+        first.sum().backward()
+
+
+def test_a_choice_is_made_again_when_what_it_rests_on_changes(
+    generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (t.detach() for t in qkv(generator))
+    made = {size: plan(PATTERN, CANVAS, PlanSpec(size, size)) for size in (4, 8)}
+
+    def picked(size: int = 4, **score: Any) -> str:
+        return attend(q, k, v, made[size], score=Score(**score)).picked.name
+
+    assert [picked(), picked(8), picked(), picked(dropout=0.1)] == ["cpu", "cpu", "cpu", "reference"]
+    monkeypatch.setattr(cpu, "CAPABILITY", replace(cpu.CAPABILITY, block_sizes=Sizes(8)))
+    assert [picked(), picked(8)] == ["reference", "cpu"]
+    monkeypatch.undo()
+    assert picked() == "cpu"
+    with pytest.raises(ValueError, match="backend='cpu' cannot run this call: dropout"):
+        attention(q, k, v, made[4], score=Score(dropout=0.5), backend="cpu")
 
 
 def test_leading_dimensions_broadcast(generator: torch.Generator) -> None:

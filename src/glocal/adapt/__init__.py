@@ -1,6 +1,7 @@
 """Methods put into other people's models and taken out again."""
 
 from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
+from glocal.adapt.c_upscale import c_upscale
 from glocal.adapt.freeswim import freeswim
 from glocal.adapt.gna import gna
 from glocal.adapt.hidiffusion import hidiffusion
@@ -12,6 +13,7 @@ from glocal.adapt.records import Block, RunState, Site, SiteCall
 from glocal.adapt.rectified_spaattn import rectified_spaattn
 from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.tile_windows import tile_windows
+from glocal.adapt.ultragen import ultragen
 
 __all__ = [
     "Block",
@@ -22,6 +24,7 @@ __all__ = [
     "Site",
     "SiteCall",
     "attach",
+    "c_upscale",
     "discover",
     "freeswim",
     "gna",
@@ -36,4 +39,5 @@ __all__ = [
     "site",
     "sites_of",
     "tile_windows",
+    "ultragen",
 ]

@@ -1,4 +1,4 @@
-"""Scale-DiT (arXiv 2510.16325): large images from FLUX.1 under the guidance of a small one.
+"""Scale-DiT (arXiv 2510.16325): large images from FLUX.1 and FLUX.2 under the guidance of a small one.
 
 ``handle = scale_dit(pipe, lora="weights.safetensors")``; ``handle.method.give(latents, (64, 64))`` gives the small
 image, and from then on every forward runs [text, image, low] with local attention. Without it the model is untouched.
@@ -16,26 +16,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from glocal.adapt import scale_dit_flux, scale_dit_flux2
 from glocal.adapt.attach import Handle, Method, attach
 from glocal.adapt.lora import lora_tensors
 from glocal.adapt.pipelines import is_pipeline, parts
 from glocal.adapt.presets import Preset, chosen
 from glocal.adapt.records import Block, RunState, Site
-from glocal.adapt.scale_dit_flux import Guided, double_block, single_block
+from glocal.adapt.scale_dit_flux import Guided
 from glocal.adapt.sparse import Ran
 from glocal.canvas import Canvas
 from glocal.canvas.orders import raster
 from glocal.canvas.window_first import inverse
-from glocal.nn.lora import PartLora, part_linear
+from glocal.nn.lora import PartLora
 from glocal.ops import attend
 from glocal.patterns import Blocks, Pattern
 from glocal.patterns.guided import GuidedWindows
 from glocal.patterns.guided_blocks import guided_blocks, guided_canvas
 
-TUNED = (
-    "x_embedder", "norm1.linear", "norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2",
-    "proj_mlp", "proj_out",
-)  # fmt: skip
+_FAMILIES = {"FluxTransformer2DModel": scale_dit_flux, "Flux2Transformer2DModel": scale_dit_flux2}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,9 @@ class ScaleDiTSettings:
     every pair of a kept block is computed, as published. None: the token mask itself, as in training.
     scale_positions: low tokens lie at their place in the large image. ntk: factor of the rotary base while a small
     image is given. tuned_image: the updates of queries, keys and values act on image tokens too (as FLUX.1's weights
-    were trained).
+    were trained; FLUX.2's act on low tokens alone). cache_low: low tokens run in the first forward alone, and what
+    others read of them is kept until another small image is given. At inference they see only each other, so that is
+    exact unless a block holds image tokens beside them. FLUX.2 has it.
     """
 
     window: tuple[int, int] = (16, 16)
@@ -60,6 +60,7 @@ class ScaleDiTSettings:
     scale_positions: bool = True
     ntk: float = 10.0
     tuned_image: bool = True
+    cache_low: bool = False
 
     @property
     def pattern(self) -> GuidedWindows:
@@ -85,6 +86,11 @@ PRESETS: Mapping[str, Preset[ScaleDiTSettings]] = {
     "flux.1-dev": Preset(
         ScaleDiTSettings(), ("FluxTransformer2DModel",), "authors' repository, revision of arXiv 2510.16325v1"
     ),
+    "flux.2-klein-9b": Preset(
+        ScaleDiTSettings(ntk=1.0, tuned_image=False),
+        ("Flux2Transformer2DModel",),
+        "authors' repository, second generation",
+    ),
 }
 
 
@@ -99,10 +105,17 @@ class ScaleDiT(Method):
         self.settings, self.lora, self.backend = settings, lora, backend
         self._low: tuple[Tensor, tuple[int, int]] | None = None
         self._now: Guided | None = None
+        self._kept: scale_dit_flux2.Kept = {}
         self.ran = Ran(self.model.config.num_attention_heads)
+
+    @property
+    def family(self) -> Any:
+        """The module that knows the blocks of the model."""
+        return _family(self.model)
 
     def give(self, latents: Tensor | None, size: tuple[int, int] | None = None) -> None:
         """latents: packed, clean, in raster order, [B or 1, rows * columns, C]. size: rows and columns in tokens."""
+        self._kept = {}
         if latents is None:
             self._low = None
             return
@@ -125,7 +138,7 @@ class ScaleDiT(Method):
         """A block: as it was, or with the low tokens beside the others."""
         if not isinstance(site, Block):
             raise TypeError("ScaleDiT acts at whole blocks.")
-        run = single_block if site.name.startswith("single_") else double_block
+        run: Callable[..., Any] = self.family.block_of(site.name)
         arguments = signature(type(site.module).forward)
 
         def layer(*args: Any, **kwargs: Any) -> Any:
@@ -135,8 +148,7 @@ class ScaleDiT(Method):
             if given.get("joint_attention_kwargs"):
                 names = ", ".join(given["joint_attention_kwargs"])
                 raise ValueError(f"scale_dit: joint_attention_kwargs with {names}; legal with a small image: none.")
-            image, text = given["hidden_states"], given["encoder_hidden_states"]
-            return run(site.module, site.name, image, text, given["temb"], self._now)
+            return run(site.module, site.name, given, self._now)
 
         return layer
 
@@ -152,6 +164,11 @@ class ScaleDiT(Method):
             if torch.is_grad_enabled() and getattr(self.model, "gradient_checkpointing", False):
                 raise ValueError(
                     "scale_dit: gradient checkpointing loses the low tokens; disable_gradient_checkpointing()."
+                )
+            if given.get("kv_cache_mode") is not None:
+                raise ValueError(
+                    f"scale_dit: kv_cache_mode={given['kv_cache_mode']!r} keeps a reference image; legal with a small "
+                    "image: None."
                 )
             ids = given["img_ids"][0] if given["img_ids"].dim() == 3 else given["img_ids"]
             order, shape = _raster_of(ids)
@@ -179,16 +196,11 @@ class ScaleDiT(Method):
                 f"scale_dit: {latents.shape[0]} small images for a batch of {image.shape[0]}; legal: 1 or as many."
             )
         latents = latents.to(image).expand(image.shape[0], -1, -1)
-        low = part_linear(model.x_embedder, latents, self.lora.get("x_embedder"))
-        more = [] if given.get("guidance") is None else [given["guidance"].to(low.dtype) * 1000]
-        level = model.time_text_embed(
-            torch.zeros_like(given["timestep"]).to(low.dtype), *more, given["pooled_projections"]
-        )
         words = given["txt_ids"][0] if given["txt_ids"].dim() == 3 else given["txt_ids"]
         far = shape[0] // size[0] if settings.scale_positions else 1
         table = type(model.pos_embed)(model.pos_embed.theta * settings.ntk, model.pos_embed.axes_dim)
         ids = given["img_ids"]
-        rotary = table(torch.cat((words.to(ids), ids, position_ids(size, ids) * far)))
+        rotary = table(torch.cat((words.to(ids), ids, self.family.position_ids(size, ids) * far)))
         canvas = guided_canvas(text.shape[1], shape, size)
         relation = settings.relation(canvas)
 
@@ -199,14 +211,12 @@ class ScaleDiT(Method):
                 self.ran.add(done.plan, done.picked.name, True)
             return done.out
 
-        return Guided(low, level, rotary, core, self.lora, settings.tuned_image)
-
-
-def position_ids(size: tuple[int, int], like: Tensor) -> Tensor:
-    """Position ids [rows * columns, 3] of a raster: 0, row, column."""
-    row = torch.arange(size[0], device=like.device)[:, None].expand(size).flatten()
-    column = torch.arange(size[1], device=like.device).expand(size).flatten()
-    return torch.stack((torch.zeros_like(row), row, column), 1).to(like.dtype)
+        if self.family is scale_dit_flux:
+            return scale_dit_flux.begin(model, given, latents, rotary, core, self.lora, image=settings.tuned_image)
+        kept = self._kept if settings.cache_low and not torch.is_grad_enabled() else None
+        if kept and next(iter(kept.values()))[0].shape[0] != image.shape[0]:
+            kept.clear()
+        return scale_dit_flux2.begin(model, given, latents, rotary, core, self.lora, kept=kept)
 
 
 def _raster_of(ids: Tensor) -> tuple[Tensor, tuple[int, int]]:
@@ -236,18 +246,16 @@ def scale_dit(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put Scale-DiT into a FLUX.1 pipeline or transformer; nothing changes until `handle.method.give(latents, size)`.
+    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer.
 
-    preset: of `PRESETS`; None takes the one of the class. settings: instead of a preset. changed: single fields of the
-    settings, such as ``window=(8, 8)``. lora: the trained updates, a file, its tensors or a `PartLora`; None: none.
+    Nothing changes until `handle.method.give(latents, size)`. preset: of `PRESETS`; None takes the one of the class.
+    settings: instead of a preset. changed: single fields of the settings, such as ``window=(8, 8)``. lora: the trained
+    updates, a file, its tensors or a `PartLora`; None: none.
     alpha: of the updates, None: their rank.
     Raises ValueError for another model, an unknown preset or field, and an update of a layer that has none.
     """
     transformer = next(iter(parts(model).values())) if is_pipeline(model) else model
-    if not any(c.__name__ == "FluxTransformer2DModel" for c in type(transformer).__mro__):
-        raise ValueError(
-            f"scale_dit: {type(transformer).__name__} is not built; legal: FluxTransformer2DModel or its pipelines."
-        )
+    _family(transformer)
     found = chosen("scale_dit", PRESETS, model, preset) if settings is None else settings
     legal = list(ScaleDiTSettings.__dataclass_fields__)
     for name in changed:
@@ -257,27 +265,52 @@ def scale_dit(
         updates = PartLora({})
     else:
         updates = lora if isinstance(lora, PartLora) else PartLora.read(lora_tensors(lora), alpha)
+    found = replace(found, **changed)
+    _sensible(transformer, found)
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)
-    return attach(model, ScaleDiT(transformer, replace(found, **changed), updates, backend=backend))
+    return attach(model, ScaleDiT(transformer, found, updates, backend=backend))
+
+
+def _family(transformer: Any) -> Any:
+    """The module that knows the blocks of a model's generation; ValueError for another model."""
+    for c in type(transformer).__mro__:
+        if c.__name__ in _FAMILIES:
+            return _FAMILIES[c.__name__]
+    raise ValueError(
+        f"scale_dit: {type(transformer).__name__} is not built; legal: {', '.join(_FAMILIES)} or their pipelines."
+    )
+
+
+def _sensible(transformer: Any, settings: ScaleDiTSettings) -> None:
+    """ValueError for settings that the model's generation does not have."""
+    second = _family(transformer) is scale_dit_flux2
+    if settings.tuned_image and second:
+        raise ValueError(
+            "scale_dit: tuned_image=True in FLUX.2, whose updates act on low tokens alone; legal: tuned_image=False."
+        )
+    if settings.cache_low and not second:
+        raise ValueError("scale_dit: cache_low=True in FLUX.1; legal: FLUX.2, or cache_low=False.")
+    if settings.cache_low and settings.phase != "inference":
+        raise ValueError(
+            f"scale_dit: cache_low=True with phase={settings.phase!r}, in which low tokens read the words; legal: "
+            "phase='inference'."
+        )
 
 
 def _fits(model: nn.Module, lora: PartLora) -> None:
     """ValueError for an update of a layer the method does not tune, or of another size."""
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and tunable(path)}
+    family = _family(model)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear) and family.tunable(path)}
     for path, update in lora.items():
         base = layers.get(path)
         if base is None:
-            raise ValueError(f"scale_dit: lora has an update of {path!r}; legal: {', '.join(TUNED)} of the blocks.")
+            raise ValueError(
+                f"scale_dit: lora has an update of {path!r}; legal: {', '.join(family.TUNED)} of the blocks."
+            )
         sizes = (update.b.shape[0], update.a.shape[1])
         if sizes != (base.out_features, base.in_features):
             raise ValueError(
                 f"scale_dit: the update of {path!r} maps {sizes[1]} to {sizes[0]} channels; legal: {base.in_features} "
                 f"to {base.out_features}."
             )
-
-
-def tunable(path: str) -> bool:
-    """Whether the method has an update for the linear layer at `path`: the image side of blocks, and the embedder."""
-    inside = path.split(".", 2)[2] if path.startswith(("transformer_blocks.", "single_transformer_blocks.")) else path
-    return inside in TUNED and (inside != path or path == "x_embedder")

@@ -6,7 +6,7 @@ modulated for noise level 0 and with the low-rank updates on; all three attend t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from glocal.nn.lora import PartLora, part_linear
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+TUNED = (
+    "x_embedder", "norm1.linear", "norm.linear", "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.2",
+    "proj_mlp", "proj_out",
+)  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -38,8 +43,31 @@ class Guided:
         return part_linear(root.get_submodule(name), x, self.lora.get(f"{path}.{name}"), on)
 
 
-def double_block(block: Any, path: str, image: Tensor, text: Tensor, level: Tensor, now: Guided) -> tuple[Tensor, ...]:
-    """image [B, N, C], text [B, T, C], level: time embedding [B, C] -> (text, image) behind the block."""
+def begin(
+    model: Any,
+    given: Mapping[str, Any],
+    latents: Tensor,
+    rotary: tuple[Tensor, Tensor],
+    attend: Attend,
+    lora: PartLora,
+    *,
+    image: bool,
+) -> Guided:
+    """What the blocks of a forward share; given: its arguments by name; latents [B, L, C]: low tokens."""
+    low = part_linear(model.x_embedder, latents, lora.get("x_embedder"))
+    more = [] if given.get("guidance") is None else [given["guidance"].to(low.dtype) * 1000]
+    level = model.time_text_embed(torch.zeros_like(given["timestep"]).to(low.dtype), *more, given["pooled_projections"])
+    return Guided(low, level, rotary, attend, lora, image)
+
+
+def block_of(name: str) -> Callable[[nn.Module, str, Mapping[str, Any], Guided], Any]:
+    """What stands in place of the block `name`: (module, path, arguments, shared) -> its output."""
+    return single_block if name.startswith("single_") else double_block
+
+
+def double_block(block: Any, path: str, given: Mapping[str, Any], now: Guided) -> tuple[Tensor, ...]:
+    """hidden_states [B, N, C], encoder_hidden_states [B, T, C], time embedding temb [B, C] -> (text, image)."""
+    image, text, level = given["hidden_states"], given["encoder_hidden_states"], given["temb"]
     attn, low = block.attn, now.low
     x, gate, shift, scale, gate_ff = block.norm1(image, emb=level)
     t, gate_t, shift_t, scale_t, gate_ff_t = block.norm1_context(text, emb=level)
@@ -49,12 +77,12 @@ def double_block(block: Any, path: str, image: Tensor, text: Tensor, level: Tens
 
     both, tuned = torch.cat((x, y), 1), torch.ones(x.shape[1] + y.shape[1], dtype=torch.bool, device=x.device)
     tuned[: x.shape[1]] = now.image
-    q, k, v = (_heads(now.linear(block, path, f"attn.to_{n}", both, tuned), attn) for n in "qkv")
-    words = [_heads(getattr(attn, f"add_{n}_proj")(t), attn) for n in "qkv"]
+    q, k, v = (heads(now.linear(block, path, f"attn.to_{n}", both, tuned), attn) for n in "qkv")
+    words = [heads(getattr(attn, f"add_{n}_proj")(t), attn) for n in "qkv"]
     q = torch.cat((attn.norm_added_q(words[0]), attn.norm_q(q)), 1)
     k = torch.cat((attn.norm_added_k(words[1]), attn.norm_k(k)), 1)
     v = torch.cat((words[2], v), 1)
-    t, x, y = _attended(q, k, v, now).split((text.shape[1], image.shape[1], low.shape[1]), 1)
+    t, x, y = attended(q, k, v, now).split((text.shape[1], image.shape[1], low.shape[1]), 1)
 
     image = image + gate[:, None] * attn.to_out[1](attn.to_out[0](x))
     text = text + gate_t[:, None] * attn.to_add_out(t)
@@ -64,12 +92,13 @@ def double_block(block: Any, path: str, image: Tensor, text: Tensor, level: Tens
     text = text + gate_ff_t[:, None] * block.ff_context(t)
     y = block.norm2(low) * (1 + scale_ff_l) + shift_ff_l
     y = block.ff.net[1](block.ff.net[0](y))
-    now.low = _clipped(low + gate_ff_l * now.linear(block, path, "ff.net.2", y))
-    return _clipped(text), image
+    now.low = clipped(low + gate_ff_l * now.linear(block, path, "ff.net.2", y))
+    return clipped(text), image
 
 
-def single_block(block: Any, path: str, image: Tensor, text: Tensor, level: Tensor, now: Guided) -> tuple[Tensor, ...]:
+def single_block(block: Any, path: str, given: Mapping[str, Any], now: Guided) -> tuple[Tensor, ...]:
     """The same for a block in which words and image share all weights."""
+    image, text, level = given["hidden_states"], given["encoder_hidden_states"], given["temb"]
     attn, low = block.attn, now.low
     joint = torch.cat((text, image), 1)
     x, gate = block.norm(joint, emb=level)
@@ -80,23 +109,36 @@ def single_block(block: Any, path: str, image: Tensor, text: Tensor, level: Tens
     both = torch.cat((x, y), 1)
     tuned = torch.ones(both.shape[1], dtype=torch.bool, device=both.device)
     tuned[: x.shape[1]] = now.image
-    q, k, v = (_heads(now.linear(block, path, f"attn.to_{n}", both, tuned), attn) for n in "qkv")
-    out = _attended(attn.norm_q(q), attn.norm_k(k), v, now)
+    q, k, v = (heads(now.linear(block, path, f"attn.to_{n}", both, tuned), attn) for n in "qkv")
+    out = attended(attn.norm_q(q), attn.norm_k(k), v, now)
     tuned = torch.arange(both.shape[1], device=both.device) >= x.shape[1]
     wide = block.act_mlp(now.linear(block, path, "proj_mlp", both, tuned))
     out = now.linear(block, path, "proj_out", torch.cat((out, wide), 2), tuned)
     x, y = out.split((joint.shape[1], low.shape[1]), 1)
-    now.low = _clipped(low + gate_l * y)
-    joint = _clipped(joint + gate[:, None] * x)
+    now.low = clipped(low + gate_l * y)
+    joint = clipped(joint + gate[:, None] * x)
     return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
 
 
-def _heads(x: Tensor, attn: Any) -> Tensor:
+def tunable(path: str) -> bool:
+    """Whether the method has an update for the linear layer at `path`: the image side of blocks, and the embedder."""
+    inside = path.split(".", 2)[2] if path.startswith(("transformer_blocks.", "single_transformer_blocks.")) else path
+    return inside in TUNED and (inside != path or path == "x_embedder")
+
+
+def position_ids(size: tuple[int, int], like: Tensor) -> Tensor:
+    """Position ids [rows * columns, 3] of a raster: 0, row, column."""
+    row = torch.arange(size[0], device=like.device)[:, None].expand(size).flatten()
+    column = torch.arange(size[1], device=like.device).expand(size).flatten()
+    return torch.stack((torch.zeros_like(row), row, column), 1).to(like.dtype)
+
+
+def heads(x: Tensor, attn: Any) -> Tensor:
     """[B, N, H * D] -> [B, N, H, D]."""
     return x.unflatten(-1, (-1, attn.head_dim))
 
 
-def _attended(q: Tensor, k: Tensor, v: Tensor, now: Guided) -> Tensor:
+def attended(q: Tensor, k: Tensor, v: Tensor, now: Guided) -> Tensor:
     """Rotary, then attention: [B, N, H, D] -> [B, N, H * D]."""
     from diffusers.models.embeddings import apply_rotary_emb
 
@@ -106,5 +148,6 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, now: Guided) -> Tensor:
     return out.transpose(1, 2).flatten(2).to(q.dtype)
 
 
-def _clipped(x: Tensor) -> Tensor:
+def clipped(x: Tensor) -> Tensor:
+    """Within what float16 holds."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x

@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
+from glocal.adapt import scale_dit_flux2
 from glocal.adapt.attach import Handle
-from glocal.adapt.scale_dit import ScaleDiT, position_ids
+from glocal.adapt.scale_dit import ScaleDiT
+from glocal.adapt.scale_dit_flux import position_ids
+from glocal.adapt.tiled_vae import TiledVae
 
 WORDS = ("prompt", "prompt_2", "prompt_embeds", "pooled_prompt_embeds", "max_sequence_length")
 
@@ -60,15 +63,20 @@ def generate(
 ) -> Any:
     """Images [batch] of the pipeline's `output_type`; "latent": packed latents.
 
-    prompt: the words as the pipeline takes them, names of `WORDS`. stages: None takes the published 4096 x 4096 pixels.
+    prompt: the words as the pipeline takes them, names of `WORDS`. stages: None takes the published 4096 x 4096 pixels;
+    for FLUX.2 those are `KLEIN` and `KLEIN_BASE` of `glocal.adapt.scale_dit_run_flux2`, by the pipeline.
     Raises ValueError for a handle of another method or model, and sizes that fill no tokens.
     """
-    stages = Stages() if stages is None else stages
     method = handle.method
     if not isinstance(method, ScaleDiT) or method.model is not pipe.transformer:
         raise ValueError(
             "generate: the handle is not of scale_dit on this pipeline; legal: handle = scale_dit(pipe, ...)."
         )
+    if method.family is scale_dit_flux2:
+        from glocal.adapt import scale_dit_run_flux2
+
+        return scale_dit_run_flux2.generate(pipe, method, prompt, stages, generator, output_type)
+    stages = Stages() if stages is None else stages
     for name in prompt:
         if name not in WORDS:
             raise ValueError(f"generate: prompt has {name!r}; legal: {', '.join(WORDS)}.")
@@ -105,7 +113,7 @@ def enlarged(pipe: Any, latents: Tensor, stages: Stages, generator: torch.Genera
     image = interpolate(image, size=stages.size, mode="bicubic", align_corners=False)
     image = image + stages.sharpen * (image - gaussian(image, stages.blur))
     image = ((image.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1  # as an image file would hold it
-    with _Tiled(pipe.vae):
+    with TiledVae(pipe.vae):
         found = pipe.vae.encode(image.to(pipe.vae.dtype)).latent_dist.sample(generator)
     found = (found - pipe.vae.config.shift_factor) * pipe.vae.config.scaling_factor
     return pipe._pack_latents(found, *found.shape).to(latents.dtype)
@@ -160,20 +168,5 @@ def _decoded(pipe: Any, latents: Tensor, size: tuple[int, int]) -> Tensor:
     """Packed latents -> image [B, 3, H, W] in [-1, 1]."""
     found = pipe._unpack_latents(latents, *size, pipe.vae_scale_factor)
     found = found / pipe.vae.config.scaling_factor + pipe.vae.config.shift_factor
-    with _Tiled(pipe.vae):
+    with TiledVae(pipe.vae):
         return pipe.vae.decode(found.to(pipe.vae.dtype), return_dict=False)[0]
-
-
-class _Tiled:
-    """Large images go through the VAE tile by tile; afterwards it is as it was."""
-
-    def __init__(self, vae: Any) -> None:
-        self.vae, self.before = vae, getattr(vae, "use_tiling", None)
-
-    def __enter__(self) -> None:
-        if self.before is not None:
-            self.vae.use_tiling = True
-
-    def __exit__(self, *_: Any) -> None:
-        if self.before is not None:
-            self.vae.use_tiling = self.before

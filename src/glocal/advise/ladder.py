@@ -9,39 +9,40 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from statistics import fmean
 
 import torch
 
-from glocal.adapt.attach import attach as attach_method
 from glocal.advise.effort import Effort, Target
-from glocal.advise.objective import Objective, Output, main_error, on_cpu
 from glocal.advise.search import Found, Rung, allocated, published, single
-from glocal.advise.validation import OtherKernel, timed
 from glocal.advise.weights import Weights
-from glocal.advise.workload import Sample
 from glocal.measure.stats import drift
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Anchors:
-    """Of one sample: its dense output and seconds, and the two ends of the scale of drift. measures: of the floor."""
+    """Of one sample, or means over several: seconds of a dense run, and the two ends of the scale of drift.
+    measures: of the floor.
+    """
 
-    dense: Output
     seconds: float
     floor: float
     ceiling: float
     measures: Mapping[str, float]
 
 
-def measure_anchors(model: Any, objective: Objective, sample: Sample) -> Anchors:
-    """Dense, dense through another exact kernel, dense with another seed."""
-    dense, seconds = timed(lambda: objective.run(model, sample))
-    with attach_method(model, OtherKernel()):
-        other = objective.run(model, sample)
-    measures = dict(objective.distance(dense, other))
-    ceiling = main_error(objective.distance(dense, objective.ceiling(model, sample)))
-    return Anchors(on_cpu(dense), seconds, main_error(measures), ceiling, measures)
+def mean_anchors(found: Sequence[Anchors]) -> Anchors:
+    """Means over samples."""
+    measures = {name: fmean(a.measures[name] for a in found) for name in found[0].measures}
+    seconds, floor, ceiling = (fmean(getattr(a, name) for a in found) for name in ("seconds", "floor", "ceiling"))
+    return Anchors(seconds, floor, ceiling, measures)
+
+
+def mean_rung(found: Sequence[Rung]) -> Rung:
+    """One recipe measured on several samples: means of seconds, errors and measures."""
+    measures = {name: fmean(r.measures[name] for r in found) for name in found[0].measures}
+    parts = {name: fmean(getattr(r, name) for r in found) for name in ("seconds", "dense_seconds", "error")}
+    return replace(found[0], **parts, measures=measures, samples=len(found))
 
 
 def refused(anchors: Anchors, target: Target) -> str | None:
@@ -111,10 +112,15 @@ def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple
     )
 
 
+EQUAL = 1.15  # errors of a few samples that differ by less say nothing about which recipe is better
+
+
 def nearest(measured: Sequence[Rung]) -> list[Rung]:
-    """The rung of least error among those faster than dense, if there is one."""
+    """Of the rungs faster than dense the one of least error, or the fastest of those that err alike."""
     faster = [r for r in measured if r.error is not None and (r.speedup or 0.0) > 1]
-    return sorted(faster, key=lambda r: r.error or 0.0)[:1]
+    least = min((r.error or 0.0 for r in faster), default=0.0)
+    alike = [r for r in faster if (r.error or 0.0) <= EQUAL * least]
+    return sorted(alike, key=lambda r: r.speedup or 0.0, reverse=True)[:1]
 
 
 def corrected(found: Found, measured: Sequence[Rung], anchors: Anchors, target: Target) -> Rung | None:

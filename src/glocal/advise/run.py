@@ -19,9 +19,11 @@ from glocal.advise.forecast import check_budget, check_memory, measured_forecast
 from glocal.advise.identity import components
 from glocal.advise.inside import times_inside
 from glocal.advise.ladder import (
+    Anchors,
     build_ladder,
     corrected,
-    measure_anchors,
+    mean_anchors,
+    mean_rung,
     nearest,
     needed,
     refused,
@@ -35,7 +37,7 @@ from glocal.advise.proof import Attempt, proven_on, with_origin
 from glocal.advise.recipe import Fallback, Recipe
 from glocal.advise.search import Found, Rung, base_rules, measure_rung
 from glocal.advise.state import State
-from glocal.advise.tasks import Looks, Probed, probe_sample
+from glocal.advise.tasks import Looks, Probed, measure_anchors, probe_sample
 from glocal.advise.timing import Times
 from glocal.advise.validation import Validation, judged, run_pair, verdict_over
 from glocal.advise.weights import (
@@ -295,24 +297,25 @@ def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:
 
 
 def _climbed(run: Run, base: Advice, found: Found, split: Split, probed: Sequence[Probed]) -> Advice:
-    """Measure the ladder on the first probe sample, and prove the winner."""
-    sample, before = split.probe.samples[0], base.preflight
+    """Measure the ladder on the probe samples, and prove the winner."""
+    samples, before = split.probe.samples, base.preflight
     ladder = build_ladder(found, run.effort, before.shape, before.levels)
-    run.stage("ladder", len(ladder) + 1)
-    anchors = run.once("anchors", measure_anchors, sample)
-    run.progress.step()
-    if not torch.equal(anchors.dense.tensor, probed[0].output.tensor):
-        raise AdviceError("The probe changed the model's own output; the host adapter or the probe is at fault.")
+    run.stage("ladder", (len(ladder) + 1) * len(samples))
+    ends: list[Anchors] = run.farm.map(
+        [Task(f"anchors/{s.id}", measure_anchors, (s, p)) for s, p in zip(samples, probed, strict=True)]
+    )
+    anchors = mean_anchors(ends)
     base = replace(base, anchors=(anchors.floor, anchors.ceiling))
     why = refused(anchors, run.target)
     if why is not None:
         run.stage(None)
         return replace(base, reason=why)
-    measured = _measure(run, ladder, sample, (anchors.dense, anchors.seconds))
+    dense = [(s, (p.output, end.seconds)) for s, p, end in zip(samples, probed, ends, strict=True)]
+    measured = _measure(run, ladder, dense)
     if run.effort.correct:
         more = corrected(found, measured, anchors, run.target)
         if more is not None:
-            measured += _measure(run, [more], sample, (anchors.dense, anchors.seconds))
+            measured += _measure(run, [more], dense)
     base = replace(base, ladder=tuple(measured))
     steps, why = winners(measured, anchors, run.target)
     if not steps and run.effort.show:
@@ -323,12 +326,23 @@ def _climbed(run: Run, base: Advice, found: Found, split: Split, probed: Sequenc
     return _validated(run, base, steps, split)
 
 
-def _measure(run: Run, rungs: Sequence[Rung], sample: Sample, dense: tuple[Output, float]) -> list[Rung]:
-    """The rungs that ran; a kernel may fail in any way, the report names it, and three such stop."""
-    tasks = [Task(f"rung/{r.recipe.id[:16]}", measure_rung, (r, sample, dense)) for r in rungs]
-    names = {task.name: rung.name for task, rung in zip(tasks, rungs, strict=True)}
-    done = run.farm.map(tasks, fail=lambda task, error: run.dropped.fail(names[task.name], str(error)))
-    return [rung for rung in done if rung is not None]
+def _measure(run: Run, rungs: Sequence[Rung], dense: Sequence[tuple[Sample, tuple[Output, float]]]) -> list[Rung]:
+    """The rungs that ran on every sample; a kernel may fail in any way, the report names it, and three such stop."""
+    tasks, names = [], {}
+    for rung in rungs:
+        for sample, known in dense:
+            tasks.append(Task(f"rung/{rung.recipe.id[:16]}-{sample.id}", measure_rung, (rung, sample, known)))
+            names[tasks[-1].name] = rung.name
+    failed: set[str] = set()
+
+    def fail(task: Task, error: Exception) -> None:
+        if names[task.name] not in failed:
+            failed.add(names[task.name])
+            run.dropped.fail(names[task.name], str(error))
+
+    done = run.farm.map(tasks, fail=fail)
+    each = [done[i : i + len(dense)] for i in range(0, len(done), len(dense))]
+    return [mean_rung(own) for own in each if all(r is not None for r in own)]
 
 
 def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> Advice:

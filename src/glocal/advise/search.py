@@ -29,8 +29,8 @@ Measure = Literal["residual", "output"]
 @dataclass(frozen=True)
 class Rung:
     """One recipe of the ladder. budget: attention time over dense that it was made for, attention_ratio: forecast of
-    it, predicted: end-to-end error; None for published settings. seconds, dense_seconds, error: measured on one sample,
-    None before.
+    it, predicted: end-to-end error; None for published settings. seconds, dense_seconds, error: measured, means over
+    `samples` samples; None before.
     """
 
     name: str
@@ -43,10 +43,11 @@ class Rung:
     dense_seconds: float | None = None
     error: float | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
+    samples: int = 1
 
     @property
     def speedup(self) -> float | None:
-        """End to end, of this one sample."""
+        """End to end, of these samples."""
         return None if self.seconds is None or self.dense_seconds is None else self.dense_seconds / self.seconds
 
 

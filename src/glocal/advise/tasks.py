@@ -9,13 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from glocal.adapt.attach import attach as attach_method
+from glocal.advise.ladder import Anchors
 from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Objective, Output, on_cpu
+from glocal.advise.objective import Objective, Output, main_error, on_cpu
+from glocal.advise.preflight import AdviceError
 from glocal.advise.probe import Probe, ProbeRecord, ProbeSpec, Shrunk
 from glocal.advise.sensitivity import GradientProbe
+from glocal.advise.validation import OtherKernel, timed
 from glocal.advise.weights import Bucket
 from glocal.advise.workload import Sample
 
@@ -23,7 +27,8 @@ from glocal.advise.workload import Sample
 @dataclass(frozen=True, eq=False)
 class Probed:
     """What a dense run with the probe in it gave. latents: before every step of a model that can go on from one, and
-    behind every step. errors: candidates that do not fit. shrunk: where memory did not suffice.
+    behind every step. errors: candidates that do not fit. shrunk: where memory did not suffice. steps: those measured.
+    seconds: of the run, without the measuring.
     """
 
     records: tuple[ProbeRecord, ...]
@@ -31,6 +36,8 @@ class Probed:
     latents: tuple[Tensor, ...]
     errors: Mapping[str, str]
     shrunk: tuple[Shrunk, ...] = ()
+    steps: tuple[int, ...] = ()
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +60,33 @@ def probe_sample(
     probe = GradientProbe(spec) if looks.sensitivity == "gradient" else Probe(spec)
     latents: list[Tensor] = []
     with attach_method(model, probe):
-        output = objective.run(model, sample, on_step=lambda step: latents.append(step.latent.detach().cpu().clone()))
+        output, seconds = timed(
+            lambda: objective.run(
+                model, sample, on_step=lambda step: latents.append(step.latent.detach().cpu().clone())
+            )
+        )
     shrunk = () if probe.share is None else tuple(probe.share.shrunk)
-    return Probed(tuple(probe.records), on_cpu(output), tuple(latents), dict(probe.errors), shrunk)
+    kept = tuple(latents), dict(probe.errors), shrunk
+    return Probed(tuple(probe.records), on_cpu(output), *kept, tuple(sorted(steps)), seconds - probe.seconds)
+
+
+def measure_anchors(model: Any, objective: Objective, sample: Sample, probed: Probed) -> Anchors:
+    """The two ends of the scale of drift beside the probed dense run of a sample; AdviceError where the probe changed
+    that run. A model that can go on from a latent is checked from the last probed step on, any other one whole.
+    """
+    last, seconds = probed.steps[-1], probed.seconds
+    if objective.restart and 0 < last < len(probed.latents):
+        before = probed.latents[last - 1].to(probed.output.tensor.device)
+        again = objective.run(model, sample, start=last, latent=before)
+    else:
+        again, seconds = timed(lambda: objective.run(model, sample))
+    if not torch.equal(on_cpu(again).tensor, probed.output.tensor):
+        raise AdviceError("The probe changed the model's own output; the host adapter or the probe is at fault.")
+    with attach_method(model, OtherKernel()):
+        other = objective.run(model, sample)
+    measures = dict(objective.distance(probed.output, on_cpu(other)))
+    ceiling = main_error(objective.distance(probed.output, on_cpu(objective.ceiling(model, sample))))
+    return Anchors(seconds, main_error(measures), ceiling, measures)
 
 
 def _pick(bucket: Bucket, count: int) -> list[int]:

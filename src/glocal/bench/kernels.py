@@ -1,7 +1,9 @@
 """`glocal bench kernels`: our kernels, guests and dense attention side by side, in one process and interleaved.
 
 Each contender is first compared with float64 on a small twin of the case (forward and gradients, the same blocks and
-head size) and with exact attention on some rows of the full case; one that is wrong gets no time.
+head size) and with exact attention on some rows of the full case; one that is wrong gets no time. ms is the time of the
+device, with an empty level-2 cache; host_ms what the host takes to start the call, which counts only where the device
+has nothing else to do.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from glocal.plan.devices.table import device_table
 
 WORDS = "kernels: ours, guests and dense attention on windows, neighbourhoods and strided shards"
 COLUMNS = (
-    "case", "pass", "contender", "ms", "ms_low", "ms_high", "over_dense", "over_dense_low", "over_dense_high", "dense",
-    "ideal", "over_best_other", "best_other", "visible_tflops", "visited_tflops", "kept", "visited", "error", "note",
-    "device", "versions",
+    "case", "pass", "contender", "ms", "ms_low", "ms_high", "host_ms", "over_dense", "over_dense_low",
+    "over_dense_high", "dense", "ideal", "over_best_other", "best_other", "visible_tflops", "visited_tflops", "kept",
+    "visited", "error", "note", "device", "versions",
 )  # fmt: skip
 LIMIT = 2e-2  # of the largest entry, bfloat16
 OWN = ("triton", "gluon", "cpu")
@@ -142,7 +144,8 @@ def _case(case: Case, options: Options, checked: dict[Any, dict[str, str]]) -> l
             good[name] = timed
         except Exception as error:  # a contender that cannot run says why and the others still run
             notes[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:150]}"
-    times = compare_paired(good, options.rounds, device, warmup=1) if len(good) > 1 else None
+    flush = device.startswith("cuda")
+    times = compare_paired(good, options.rounds, device, warmup=1, flush=flush) if len(good) > 1 else None
     rows = _rows(case, made, times, errors, {n: notes[n] for n in contenders if notes.get(n)}, tuple(whole), device)
     if times is not None and made is not None and "cuDNN dense" in times.times:
         rows += _natten(case, times.times["cuDNN dense"].median, device)
@@ -243,6 +246,7 @@ def _rows(
             ratio = times.against(dense).ratios[name]
         rows.append((
             case.name, case.passes, name, *(f"{t * 1e3:.4f}" for t in (time.median, time.low, time.high)),
+            "" if time.host is None else f"{time.host * 1e3:.4f}",
             *(("", "", "") if ratio is None else (f"{r:.3f}" for r in (ratio.median, ratio.low, ratio.high))),
             "" if dense is None else dense, f"{ideal:.2f}",
             "" if other is None else f"{timed[other].median / time.median:.3f}", "" if other is None else other,
@@ -274,7 +278,7 @@ def _natten(case: Case, dense_seconds: float, device: str) -> list[tuple[Any, ..
         flops *= w
     blank = ("",) * 8
     rate = f"{flops / ms / 1e9:.0f}"
-    return [(case.name, case.passes, "NATTEN", f"{ms:.4f}", "", "", *blank[:7], rate, "", "", "", "", words,
+    return [(case.name, case.passes, "NATTEN", f"{ms:.4f}", "", "", *blank, rate, "", "", "", "", words,
              _name(device), f"torch {torch.__version__}")]  # fmt: skip
 
 

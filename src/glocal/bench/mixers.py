@@ -353,7 +353,7 @@ def _autocast(spec: MixerSpec) -> Any:
 def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None) -> tuple[float, float]:
     """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun."""
     assert spec.steps is not None
-    folder = None if out is None else out / "runs" / f"{_plain(name)}-{seed}"
+    folder = None if out is None else run_folder(out, name, seed)
     recipe = Recipe(
         steps=spec.steps,
         batch=spec.batch,
@@ -381,6 +381,11 @@ def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None)
         write_atomic(done, json.dumps(content, indent=1).encode())
         (done.parent / "state.pt").unlink(missing_ok=True)
     return score, trainer.seconds
+
+
+def run_folder(out: Path, name: str, seed: int) -> Path:
+    """Where a run of `trained` lies; it holds done.json once it is finished."""
+    return out / "runs" / f"{_plain(name)}-{seed}"
 
 
 def _listed(record: dict[str, Any]) -> dict[str, Any]:

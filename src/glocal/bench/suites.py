@@ -15,6 +15,7 @@ from glocal._progress import NoProgress, Progress
 
 SUITES: dict[str, str] = {
     "kernels": "glocal.bench.kernels",
+    "mixers": "glocal.bench.mixer_suite",
     "planning": "glocal.bench.planning",
 }
 

@@ -187,8 +187,14 @@ def _curve(advice: Advice) -> Curve | None:
         ceiling=ceiling,
         limit=floor + limit * (ceiling - floor),
         band=band if len(band) > 1 else (),
-        error_name="relative error of the clip",
+        error_name=_error_name(advice.preflight.measures),
     )
+
+
+def _error_name(measures: Sequence[str]) -> str:
+    """The main measure in words."""
+    known = {"relative_l2": "relative error of the result", "root_kl": "root of the mean KL"}
+    return next((known.get(name, name) for name in measures), "error")
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -478,7 +484,9 @@ def _ladder(advice: Advice) -> Table | None:
         )
         for r in advice.ladder
     )
-    return Table(columns, table, "Measured on the probe sample, one run each.")
+    count = advice.ladder[0].samples
+    words = "the probe sample, one run" if count == 1 else f"{count} probe samples, means over one run"
+    return Table(columns, table, f"Measured on {words} each.")
 
 
 def _kernels(advice: Advice) -> tuple[KernelTime, ...]:

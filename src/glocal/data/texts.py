@@ -15,7 +15,8 @@ _VERBS = ("looked at", "walked past", "wrote about", "asked for", "carried", "fo
 _OBJECTS = ("the red gate", "a silver spoon", "the long river", "an empty house", "the market", "a green boat")
 _TIMES = ("in the morning", "after the rain", "before noon", "last winter", "every week", "at dusk")
 FACT, QUESTION = "Note {name}={code}. ", "Recall {name}="
-_CONSONANTS, _VOWELS = "bdfgklmnprstvz", "aeiou"
+SENTENCES = (_SUBJECTS, _VERBS, _OBJECTS, _TIMES)  # a plain sentence takes one of each
+CONSONANTS, VOWELS = "bdfgklmnprstvz", "aeiou"
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,7 @@ def make_text(length: int, seed: int, spec: TextSpec | None = None) -> str:
         elif kind < spec.facts + spec.questions and known:
             said.append(question(*draw.choice(known)))
         else:
-            words = (_SUBJECTS, _VERBS, _OBJECTS, _TIMES)
-            sentence = " ".join(draw.choice(group) for group in words)
+            sentence = " ".join(draw.choice(group) for group in SENTENCES)
             said.append(sentence[0].upper() + sentence[1:] + ". ")
         have += len(said[-1])
     return "".join(said)[:length]
@@ -68,7 +68,7 @@ def question(name: str, code: str) -> str:
 
 def name_of(draw: random.Random) -> str:
     """A made-up name of three syllables."""
-    return "".join(draw.choice(_CONSONANTS) + draw.choice(_VOWELS) for _ in range(3))
+    return "".join(draw.choice(CONSONANTS) + draw.choice(VOWELS) for _ in range(3))
 
 
 def code_of(draw: random.Random) -> str:

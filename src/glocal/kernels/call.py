@@ -83,6 +83,19 @@ class Call:
     lse_grad: bool = True
     bias_grad: bool = True
 
+    def differentiable(self) -> tuple[Tensor, ...]:
+        """The tensor of every bias that gradients belong to."""
+        return tuple(b.values if isinstance(b, DenseBias) else b.table for b in self.bias)
+
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        found = [] if self.plan is None else [*vars(self.plan).values()]
+        for group in ((self.counts,), self.segments, (self.seed,)):
+            found += [t for t in group if t is not None] if group is not None else []
+        for bias in self.bias:
+            found += [bias.values] if isinstance(bias, DenseBias) else bias.parts()
+        return found
+
     def encode(self) -> tuple[list[Tensor], str]:
         """Tensors and the constant string that says what each of them is."""
         tensors: list[Tensor] = []

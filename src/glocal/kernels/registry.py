@@ -6,8 +6,9 @@ import difflib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from types import ModuleType
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from torch import Tensor
 
@@ -77,6 +78,12 @@ def names() -> tuple[str, ...]:
 def backends() -> tuple[Backend, ...]:
     """All backends with what this machine lacks for them."""
     return tuple(_backend(name) for name in _ORDER)
+
+
+def records() -> tuple[Any, ...]:
+    """All that a choice rests on beside the request: what each backend can do, and how it says what is missing."""
+    modules = [_module(name) for name in _ORDER]
+    return (*[m.CAPABILITY for m in modules], *[getattr(m, "missing", None) for m in modules])
 
 
 def implementation(name: str) -> Implementation:
@@ -250,5 +257,6 @@ def _backend(name: str) -> Backend:
     return Backend(module.CAPABILITY, getattr(module, "missing", lambda device: None))
 
 
+@cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(f"glocal.kernels.{'guests.' if name in _GUESTS else ''}{name}")

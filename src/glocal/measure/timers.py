@@ -1,7 +1,8 @@
-"""Wall time of calls: one call with its spread, and contenders interleaved in one process for paired ratios.
+"""Time of calls: one call with its spread, and contenders interleaved in one process for paired ratios.
 
-Times are seconds: CUDA events on a GPU, `time.perf_counter` elsewhere. On a GPU the level-2 cache can be flushed before
-each call, as the next layer of a model would find it.
+Times are seconds: CUDA events on a GPU, `time.perf_counter` elsewhere. On a GPU a call is queued while the device still
+waits, so that its time is what the device spends; what the host spends on it stands beside, in `host`. The level-2
+cache can be flushed before each call, as the next layer of a model would find it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,18 @@ import torch
 
 @dataclass(frozen=True)
 class Timing:
-    """Median and the 5th and 95th percentile (`low`, `high`) of `samples`, in `unit`."""
+    """Median and the 5th and 95th percentile (`low`, `high`) of `samples`, in `unit`.
+
+    host: on a GPU the median time until the call returned, which a device that is not kept busy otherwise waits for;
+    None where the samples are times of the host.
+    """
 
     median: float
     low: float
     high: float
     samples: tuple[float, ...]
     unit: str = "s"
+    host: float | None = None
 
 
 @dataclass(frozen=True)
@@ -66,8 +72,8 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
-def summarize(samples: Sequence[float], unit: str = "s") -> Timing:
-    """Timing record of raw samples (at least one)."""
+def summarize(samples: Sequence[float], unit: str = "s", host: Sequence[float] = ()) -> Timing:
+    """Timing record of raw samples (at least one). host: times of the host for the same calls, if they are others."""
     if not samples:
         raise ValueError("samples is empty; a timing needs at least 1 sample")
     ordered = sorted(float(sample) for sample in samples)
@@ -77,11 +83,15 @@ def summarize(samples: Sequence[float], unit: str = "s") -> Timing:
         high=_quantile(ordered, 0.95),
         samples=tuple(float(sample) for sample in samples),
         unit=unit,
+        host=_quantile(sorted(host), 0.5) if host else None,
     )
 
 
+_LONGEST_WAIT = 0.25  # seconds the device is held back at most
+
+
 class _Stopwatch:
-    """Times one call on one device; holds the buffer whose rewriting empties the level-2 cache."""
+    """Times calls on one device; holds the buffer whose rewriting empties the level-2 cache."""
 
     def __init__(self, device: torch.device | str, flush: bool) -> None:
         self.device = torch.device(device)
@@ -91,24 +101,73 @@ class _Stopwatch:
         if flush and not self.cuda:
             raise ValueError(f"flush=True needs a cuda device, got {str(device)!r}; pass flush=False")
         self.buffer: torch.Tensor | None = None
+        self.cycles = 0.0  # of the device a second
         if flush:
             cache = torch.cuda.get_device_properties(self.device).L2_cache_size
             self.buffer = torch.empty(2 * cache, dtype=torch.int8, device=self.device)
+        if self.cuda:
+            with torch.cuda.device(self.device):
+                spent = [self.events(lambda: torch.cuda._sleep(1 << 20))[0] for _ in range(3)]
+            self.cycles = (1 << 20) / min(spent)
 
-    def call(self, fn: Callable[[], object]) -> float:
+    def events(self, fn: Callable[[], object], wait: float = 0.0) -> tuple[float, float]:
+        """Seconds of the device between two events around `fn`, after a wait of the device, and seconds of the host."""
         if self.buffer is not None:
             self.buffer.zero_()
-        if not self.cuda:
+        if wait > 0:
+            torch.cuda._sleep(int(wait * self.cycles))
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        start = time.perf_counter()
+        fn()
+        host = time.perf_counter() - start
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1000.0, host  # events count milliseconds
+
+
+class _Contender:
+    """A call under a stopwatch: warmed up, then timed as often as wanted."""
+
+    def __init__(self, watch: _Stopwatch, fn: Callable[[], object], warmup: int) -> None:
+        self.watch, self.fn = watch, fn
+        self.samples: list[float] = []
+        self.host: list[float] = []
+        self.wait = 0.0
+        self.waits_itself = False
+        if not watch.cuda:
+            for _ in range(warmup):
+                fn()
+            return
+        with torch.cuda.device(watch.device):
+            for _ in range(max(warmup, 2)):  # the first one may compile; the last says how long the host takes
+                torch.cuda.synchronize()
+                host = watch.events(fn)[1]
+        self.wait = min(1.5 * host + 5e-5, _LONGEST_WAIT)
+
+    def call(self) -> None:
+        """Add one sample."""
+        if not self.watch.cuda:
             start = time.perf_counter()
-            fn()
-            return time.perf_counter() - start
-        with torch.cuda.device(self.device):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            fn()
-            end.record()
-            end.synchronize()
-        return begin.elapsed_time(end) / 1000.0  # events count milliseconds
+            self.fn()
+            self.samples.append(time.perf_counter() - start)
+            return
+        with torch.cuda.device(self.watch.device):
+            device, host = self.watch.events(self.fn, self.wait)
+            for _ in range(2):
+                if host < self.wait or self.waits_itself:
+                    break
+                self.wait = min(2 * self.wait, _LONGEST_WAIT)  # the device ran dry meanwhile: once more, held longer
+                device, host = self.watch.events(self.fn, self.wait)
+            if host >= self.wait and not self.waits_itself:  # it waits for the device, or fills its queue
+                self.wait, self.waits_itself = 0.0, True
+                device, host = self.watch.events(self.fn)
+        self.samples.append(device)
+        self.host.append(host)
+
+    def timing(self) -> Timing:
+        """All samples."""
+        return summarize(self.samples, host=self.host)
 
 
 def time_call(
@@ -119,13 +178,18 @@ def time_call(
     repeats: int = 20,
     flush: bool = False,
 ) -> Timing:
-    """Time `fn()` `repeats` times after `warmup` untimed calls. flush (cuda): empty the level-2 cache before each."""
+    """Time `fn()` `repeats` times after `warmup` untimed calls (on a GPU at least 2).
+
+    On a GPU the time is the device's alone, unless `fn` waits for the device or fills its queue; `host` says what the
+        host takes.
+    flush (cuda): empty the level-2 cache before each.
+    """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be >= 1 and warmup >= 0, got repeats={repeats!r}, warmup={warmup!r}")
-    watch = _Stopwatch(device, flush)
-    for _ in range(warmup):
-        watch.call(fn)
-    return summarize([watch.call(fn) for _ in range(repeats)])
+    contender = _Contender(_Stopwatch(device, flush), fn, warmup)
+    for _ in range(repeats):
+        contender.call()
+    return contender.timing()
 
 
 def median_ranks(n: int, level: float) -> tuple[int, float]:
@@ -169,6 +233,8 @@ def compare_paired(
 ) -> PairedTiming:
     """Time all contenders once in each of `rounds` rounds, so that drift of clocks and load hits them alike.
 
+    As in `time_call`, a GPU's time is the device's alone.
+
     generator draws a fresh random order for each round; without one the order alternates forward and backward.
     baseline: a name in `contenders` (default: the first); ratios are baseline time / contender time.
     """
@@ -181,16 +247,13 @@ def compare_paired(
     if base not in contenders:
         raise ValueError(f"baseline {base!r} is no contender; legal: {', '.join(names)}")
     watch = _Stopwatch(device, flush)
-    for name in names:
-        for _ in range(warmup):
-            watch.call(contenders[name])
-    samples: dict[str, list[float]] = {name: [] for name in names}
+    timed = {name: _Contender(watch, contenders[name], warmup) for name in names}
     for index in range(rounds):
         order = names if index % 2 == 0 else names[::-1]
         if generator is not None:
             order = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
         for name in order:
-            samples[name].append(watch.call(contenders[name]))
-    times = {name: summarize(samples[name]) for name in names}
+            timed[name].call()
+    times = {name: timed[name].timing() for name in names}
     ratios = {name: _ratio(times[base], times[name], 0.90) for name in names if name != base}
     return PairedTiming(baseline=base, times=times, ratios=ratios)

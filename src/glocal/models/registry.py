@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-_FAMILIES = ("vision",)
+_FAMILIES = ("vision", "trunks")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 A map is cut into regions. Mean queries and mean keys of the regions, all heads as one vector, decide which `top`
 regions each region reads; its tokens then attend to the tokens of those regions alone. A depthwise convolution of the
 values (LePE) is added. Keys are read in place through lists of blocks, so memory does not grow with `top`. Where copies
-of all that is listed are small (32 MiB on a CPU, 1 GiB on a GPU) they are made: lists of tiny blocks cost more.
+of all that is listed are small (32 MiB on a CPU, 1 GiB and regions of up to 64 tokens on a GPU) they are made: lists of
+tiny blocks cost more.
 
 Choices follow the content, so this part runs outside compiled graphs: `torch.compile` works without `fullgraph`.
 
@@ -30,6 +31,7 @@ from glocal.routing import BlockMean, Keep, Partition, RouteSpec, Selection, rou
 from glocal.routing.scorers import high
 
 _COPIED = {"cpu": 1 << 25, "cuda": 1 << 30}  # bytes of keys and values that may be copied instead of read by lists
+_SMALL = 64  # tokens of a region up to which a GPU copies: larger ones fill the blocks of its kernels
 
 Pooling = Literal["none", "adaptive_mean", "adaptive_max", "mean", "max"]
 
@@ -210,6 +212,8 @@ class _BiLevelRouting(nn.Module):
     def _copies(self, parts: _Regions) -> bool:
         """Whether the keys and values of all lists may be copied side by side: small maps, where lists cost more."""
         if self.spec.soft or self.spec.backend != "auto" or parts.q.is_meta:
+            return False
+        if parts.q.is_cuda and parts.k.shape[2] > _SMALL:
             return False
         copied = self.top * (parts.k.numel() * parts.k.element_size() + parts.v.numel() * parts.v.element_size())
         return copied <= _COPIED.get(parts.q.device.type, 0)

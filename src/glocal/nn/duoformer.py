@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
@@ -83,13 +84,11 @@ def group_attention(
     ask = x[:, :, asking]  # [B, groups, M, dim]
     m = ask.shape[2]
     if m == n:
-        parts = qkv(x).reshape(b * groups, n, 3, heads, dim // heads)
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)  # [B * groups, heads, N, head size]
+        q, k, v = split_heads(qkv(x).flatten(0, 1), 3, heads)  # [B * groups, heads, N, head size]
     else:
         bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
         q = F.linear(ask, qkv.weight[:dim], bias[0]).reshape(b * groups, m, heads, dim // heads).transpose(1, 2)
-        pair = F.linear(x, qkv.weight[dim:], bias[1]).reshape(b * groups, n, 2, heads, dim // heads)
-        k, v = pair.permute(2, 0, 3, 1, 4).unbind(0)
+        k, v = split_heads(F.linear(x, qkv.weight[dim:], bias[1]).flatten(0, 1), 2, heads)
     out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
     return proj(out.transpose(1, 2).reshape(b, groups, m, dim))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import conv, to_nchw, to_nhwc
 from glocal.nn.mixer import register_mixer
 from glocal.nn.window_attention import WindowAttention, WindowSpec, check_heads
@@ -106,8 +107,7 @@ class GlobalQueryAttention(WindowAttention):
         side, size = self.window, self.dim // self.heads
         queries = self._queries(stage, b).reshape(b, self.heads, side, side, size)
         q = queries.repeat(1, 1, height // side, width // side, 1).flatten(2, 3)
-        k, v = self.qkv(x).reshape(b, height * width, 2, self.heads, size).permute(2, 0, 3, 1, 4).unbind(0)
-        return q, k, v
+        return q, *split_heads(self.qkv(x).flatten(1, 2), 2, self.heads)
 
     def _queries(self, stage: object, batch: int) -> Tensor:
         wanted = (batch, 1, self.heads, self.window**2, self.dim // self.heads)

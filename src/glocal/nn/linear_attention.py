@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import conv
 from glocal.nn.window_attention import check_heads
 from glocal.ops.linear import Ratio, linear_attention
@@ -36,9 +37,7 @@ class EnhancedLinearAttention(nn.Module):
 
     def projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q and k after their ReLU, and v, [B, heads, N, head size] each."""
-        tokens = x.flatten(1, -2)
-        parts = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k, v = parts.unbind(0)
+        q, k, v = split_heads(self.qkv(x.flatten(1, -2)), 3, self.heads)
         return q.relu(), k.relu(), v
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
+from glocal.nn._heads import split_heads
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Neighborhood
 from glocal.patterns.neighborhood import per_axis
@@ -105,8 +106,7 @@ class _NeighborhoodAttention(nn.Module):
         size = tuple(x.shape[1:-1])
         x = self._padded(x)
         canvas = canvas_of(*x.shape[1:-1])
-        qkv = self.qkv(x).reshape(x.shape[0], canvas.size, 3, self.heads, self.dim // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, N, head size] each
+        q, k, v = split_heads(self.qkv(x).flatten(1, -2), 3, self.heads)  # [B, heads, N, head size] each
         bias = () if self.rpb is None else (Relative(self.rpb, self.dilation),)
         dropout = self.spec.attn_drop if self.training else 0.0
         score = Score(self.spec.scale, bias=bias, dropout=dropout)

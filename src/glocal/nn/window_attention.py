@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
@@ -111,8 +112,7 @@ class WindowAttention(nn.Module):
 
     def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
         """x: [B, H, W, dim] -> queries, keys and values of the whole map, [B, heads, H * W, head size] each."""
-        parts = self.qkv(x).reshape(x.shape[0], x.shape[1] * x.shape[2], 3, self.heads, self.dim // self.heads)
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.qkv(x).flatten(1, 2), 3, self.heads)
 
     def by_pattern(self, x: Tensor, real: tuple[int, int], stage: object, backend: str) -> Tensor:
         """Attention of x: [B, *size, dim] on the whole map, of which `real` is no padding -> the same shape."""
@@ -131,8 +131,12 @@ class WindowAttention(nn.Module):
 
     def relative(self, size: tuple[int, int]) -> Relative | None:
         """The bias of the whole map."""
-        table, side = self.relative_position_bias_table, 2 * self.window - 1
+        table, side = self.table(), 2 * self.window - 1
         return None if table is None else Relative(table.T.reshape(self.heads, side, side), sign=-1)
+
+    def table(self) -> Tensor | None:
+        """The bias of every offset, query minus key, [(2 window - 1) ** 2, heads]; None for none."""
+        return self.relative_position_bias_table
 
     def cut(self, x: Tensor) -> Tensor:
         """x: [B, *size, dim] -> the groups of tokens that see each other, [B, groups, N, dim]."""
@@ -149,17 +153,16 @@ class WindowAttention(nn.Module):
 
     def project(self, groups: Tensor, count: int) -> tuple[Tensor, ...]:
         """The `count` parts that the layer `qkv` makes of groups: [B, groups, N, dim], as in `split`."""
-        parts = self.qkv(groups).reshape(-1, groups.shape[2], count, self.heads, self.dim // self.heads)
-        return parts.permute(2, 0, 3, 1, 4).unbind(0)
+        return split_heads(self.qkv(groups).flatten(0, 1), count, self.heads)
 
     def bias(self, q: Tensor, real: tuple[int, int], size: tuple[int, int]) -> Tensor | None:
         """What is added to the logits of q: [B * groups, heads, N, head size] on a map of `real` tokens, `size` padded.
 
         None, [1, heads, N, N], or [B * groups, heads | 1, N, N].
         """
-        bias = None
-        if self.relative_position_bias_table is not None:
-            bias = window_bias(self.relative_position_bias_table, self.index).to(q.dtype)[None].contiguous()
+        bias, table = None, self.table()
+        if table is not None:
+            bias = window_bias(table, self.index).to(q.dtype)[None].contiguous()
         if not (self.shift and self.spec.mask):
             return bias
         sides = (self.window, self.window)

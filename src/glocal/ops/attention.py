@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
@@ -145,13 +146,16 @@ def _run(
         seed=_seed(score),
         quant=score.quant,
     )
-    tensors, spec = call.encode()
-    out, ends = _operator.attend(q4, k4, v4, tensors, spec)
+    out, ends = _operator.run(q4, k4, v4, call)
+    if len(lead) == 1:
+        return out, ends, (picked, compiled, data)
     return out.reshape(*lead, *out.shape[1:]), ends.reshape(*lead, *ends.shape[1:]), (picked, compiled, data)
 
 
 def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
     """Leading dimensions, and q, k, v as [B, H, N, D]."""
+    if q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
+        return q.shape[:1], (q, k, v)
     lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
     flat = [t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v)]
     return lead, (flat[0], flat[1], flat[2])
@@ -262,7 +266,10 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     request = Request(*facts)
     layout = _layout(request.nq, request.nk, pattern, canvas)
     if pattern is None:
-        picked = registry.pick(request, backend, blocks=None, kept=1.0, table=_table(request.device))
+        picked = _remembered(
+            (facts, backend),
+            lambda: registry.pick(request, backend, blocks=None, kept=1.0, table=_table(request.device)),
+        )
         return picked, None, (_ones(layout, request),) if picked.needs == "counts" else ()
     pattern.check(layout)
     _heads_fit(pattern, request)
@@ -273,8 +280,11 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
         return plan(pattern, layout, PlanSpec(*blocks), device=request.device)
 
     table = _table(request.device)
-    picked = registry.pick(
-        request, backend, blocks=None, kept=lambda blocks: Visits(*compiled(blocks).visits), table=table
+    picked = _remembered(
+        (pattern.key, layout.key, request.keys, facts, backend),
+        lambda: registry.pick(
+            request, backend, blocks=None, kept=lambda blocks: Visits(*compiled(blocks).visits), table=table
+        ),
     )
     if picked.needs == "counts":
         return picked, None, (pattern.mask(layout, request.device).int()[None],)
@@ -286,7 +296,10 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
         raise ValueError(f"Backend {picked.name!r} needs a plan but names no block sizes.")
     made = compiled(picked.blocks)
     if backend == "auto" and made.kept == 1.0:  # nothing is hidden: a dense kernel gives the same, and faster
-        whole = registry.pick(replace(request, sparse=False), backend, blocks=None, kept=1.0, table=table)
+        whole = _remembered(
+            (facts, backend, "hides nothing"),
+            lambda: registry.pick(replace(request, sparse=False), backend, blocks=None, kept=1.0, table=table),
+        )
         if whole.needs == "nothing":
             return replace(whole, why=f"the pattern hides nothing; {whole.why}"), None, ()
     return picked, made, tuple(made.tensors().values())
@@ -310,9 +323,34 @@ def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepare
 @torch.compiler.assume_constant_result
 def _pick_for(q_block: int, kv_block: int, masked: bool, facts: tuple[Any, ...], backend: str) -> Picked:
     """For a plan whose contents may change: what it holds is not looked at, only whether it has partial blocks."""
-    visits = Visits(0.05, 0.05) if masked else Visits(0.1)
-    table = _table(facts[0])
-    return registry.pick(Request(*facts), backend, blocks=(q_block, kv_block), kept=visits, table=table)
+    return _remembered(
+        (q_block, kv_block, masked, facts, backend),
+        lambda: registry.pick(
+            Request(*facts),
+            backend,
+            blocks=(q_block, kv_block),
+            kept=Visits(0.05, 0.05) if masked else Visits(0.1),
+            table=_table(facts[0]),
+        ),
+    )
+
+
+# What was picked, by everything that the choice looks at; the entry keeps the records it was made from alive.
+_PICKED: dict[tuple[Any, ...], tuple[Picked, tuple[Any, ...]]] = {}
+_MOST_PICKED = 4096
+
+
+def _remembered(request: tuple[Any, ...], pick: Callable[[], Picked]) -> Picked:
+    """The backend for a request, picked once: asking all of them takes longer than launching a kernel."""
+    records = registry.records()
+    card = torch.cuda.current_device() if torch.cuda.is_available() else None
+    key = (request, card, *map(id, records))
+    known = _PICKED.get(key)
+    if known is None:
+        if len(_PICKED) >= _MOST_PICKED:
+            _PICKED.clear()
+        known = _PICKED[key] = (pick(), records)
+    return known[0]
 
 
 def _table(device: str) -> DeviceTable | None:

@@ -68,7 +68,7 @@ def products(a: Tensor, b: Tensor, groups: int) -> Tensor:
     """a: [B, N, groups * D], b: [B, N, groups * E], channels contiguous -> float32 [B, groups, D, E]."""
     images, tokens, d, e = a.shape[0], a.shape[1], a.shape[2] // groups, b.shape[2] // groups
     tiles = -(-tokens // _TOKENS)
-    parts = max(1, min(tiles, -(-_PROGRAMS // images * groups)))
+    parts = max(1, min(tiles, -(-_PROGRAMS // (images * groups))))
     per = -(-tiles // parts) * _TOKENS
     parts = -(-tokens // per)
     out = a.new_empty(parts, images, groups, d, e, dtype=torch.float32)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.kernels._jobs import _check
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.plan.facts import declared_sound, declared_turned
 
@@ -53,12 +54,12 @@ def check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
     """
     if declared_sound(plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask):
         return
-    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0], *_versions(plan))
+    mark = (blocks, plan.kv_order.shape[-1], plan.masks.shape[0])
     known = _CHECKED.get(plan.full_index)
-    if known is not None and known == mark:
+    if known is not None and known[0] == mark and known[1].still(_lists(plan)):
         return
     _check(plan, blocks)
-    _CHECKED[plan.full_index] = mark
+    _CHECKED[plan.full_index] = (mark, Seen.of(_lists(plan)))
 
 
 def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
@@ -69,16 +70,15 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
         every = torch.arange(made[0].numel(), dtype=torch.int32, device=none.device) * made[1].shape[-1]
         return Turned(every, made[0], made[1], None), Turned(every, torch.zeros_like(made[0]), none, none)
     capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
-    mark = (kv_blocks, *_versions(plan))
     known = None if capturing else _TURNED.get(plan.full_index)
-    if known is not None and known[0] == mark:
-        return known[1]
+    if known is not None and known[0] == kv_blocks and known[1].still(_lists(plan)):
+        return known[2]
     found = (
         _turn(plan.full_count, plan.full_index, None, kv_blocks),
         _turn(plan.part_count, plan.part_index, plan.part_mask, kv_blocks),
     )
     if not capturing:
-        _TURNED[plan.full_index] = (mark, found)
+        _TURNED[plan.full_index] = (kv_blocks, Seen.of(_lists(plan)), found)
     return found
 
 
@@ -95,6 +95,5 @@ def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> 
     return Turned(begin, ends.diff(), row.flatten()[order], None if mask is None else mask.flatten()[order])
 
 
-def _versions(plan: PlanTensors) -> tuple[tuple[int, int], ...]:
-    lists = plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in lists)
+def _lists(plan: PlanTensors) -> tuple[Tensor, ...]:
+    return plan.full_count, plan.full_index, plan.part_count, plan.part_index, plan.part_mask

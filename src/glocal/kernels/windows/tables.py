@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.kernels.triton.lists import check
 from glocal.plan.blockplan import pack, unpack
@@ -30,21 +31,24 @@ class Tiles:
     columns: Tensor
     masks: Tensor
     tokens: int
+    _pieces: dict[int, list[Tiles]] = field(default_factory=dict, repr=False)
 
     def split(self, width: int) -> list[Tiles]:
-        """Columns in pieces of `width`, a multiple of 32, each a set of tiles."""
+        """Columns in pieces of `width`, a multiple of 32, each a set of tiles; the same ones at every call."""
         n = self.columns.shape[1]
         if n <= width:
             return [self]
-        return [
-            Tiles(
-                self.rows,
-                self.columns[:, at : at + width].contiguous(),
-                self.masks[:, :, at // 32 : (at + width) // 32].contiguous(),
-                self.tokens,
-            )
-            for at in range(0, n, width)
-        ]
+        if width not in self._pieces:
+            self._pieces[width] = [
+                Tiles(
+                    self.rows,
+                    self.columns[:, at : at + width].contiguous(),
+                    self.masks[:, :, at // 32 : (at + width) // 32].contiguous(),
+                    self.tokens,
+                )
+                for at in range(0, n, width)
+            ]
+        return self._pieces[width]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +61,12 @@ class Tables:
 
 def tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
     """Of a checked plan; kept as long as the plan is and stays as it is. ValueError for a plan of another kind."""
-    mark = (blocks, nq, nk, *(0 if t.is_inference() else t._version for t in vars(plan).values()))
+    mark, tensors = (blocks, nq, nk), tuple(vars(plan).values())
     known = _KNOWN.get(plan.part_index)
-    if known is None or known[0] != mark:
+    if known is None or known[0] != mark or not known[1].still(tensors):
         check(plan, blocks)
-        known = _KNOWN[plan.part_index] = (mark, _tables(plan, blocks, nq, nk))
-    return known[1]
+        known = _KNOWN[plan.part_index] = (mark, Seen.of(tensors), _tables(plan, blocks, nq, nk))
+    return known[2]
 
 
 def _tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:

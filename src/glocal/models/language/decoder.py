@@ -1,8 +1,10 @@
 """The built-in language model: a small decoder over bytes, with attention sites that others can reach.
 
-A pre-norm decoder in the form of Llama (arXiv 2302.13971): RMS norms, rotary positions (RoFormer, arXiv 2104.09864),
-grouped key heads (arXiv 2305.13245), a gated feed-forward (arXiv 2002.05202), tied embeddings. Its tokens are the 256
-bytes of UTF-8, so any text file can be read without a tokenizer.
+A pre-norm decoder in the form of Llama (arXiv 2302.13971): RMS norms, rotary positions (RoFormer, arXiv 2104.09864) on
+a part of the channels (GPT-NeoX, arXiv 2204.06745), grouped key heads (arXiv 2305.13245), a gated feed-forward (arXiv
+2002.05202), tied embeddings. q, k and v pass a short causal convolution of each channel (Primer, arXiv 2109.08668): so
+small a model learns to look things up much sooner with it. Its tokens are the 256 bytes of UTF-8, so any text file can
+be read without a tokenizer.
 
 How to reach an attention site: every `DecoderAttention` computes q, k, v after rotary and calls
 ``self.core(q, k, v, site=site)``; `core` is a plain attribute, `dense_core` is what stands there from the start.
@@ -23,25 +25,39 @@ VOCABULARY = 256
 
 @dataclass(frozen=True)
 class DecoderConfig:
-    """Sizes of a `Decoder`. kv_heads: key heads, each shared by heads / kv_heads query heads."""
+    """Sizes of a `Decoder`. kv_heads: key heads, each shared by heads / kv_heads query heads. rotary_share: part of a
+    head's channels that carry the position; the others compare contents alike at any distance. taps: tokens that the
+    convolution of q, k and v sees, the present one the last.
+    """
 
     dim: int = 128
-    layers: int = 6
+    layers: int = 4
     heads: int = 4
     kv_heads: int = 2
-    hidden: int = 384
-    rotary_base: float = 50_000.0
+    hidden: int = 192
+    rotary_base: float = 10_000.0
+    rotary_share: float = 0.25
+    taps: int = 4
 
     def __post_init__(self) -> None:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"heads={self.heads}: dim={self.dim} must split into that many heads of even size")
         if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads={self.kv_heads}: must divide heads={self.heads}")
+        if not 0 <= self.rotary_share <= 1:
+            raise ValueError(f"rotary_share={self.rotary_share}: must lie in 0 <= rotary_share <= 1")
+        if self.taps < 1:
+            raise ValueError(f"taps={self.taps}: must be at least 1, which is no convolution over tokens")
 
     @property
     def head_dim(self) -> int:
         """Channels of one head."""
         return self.dim // self.heads
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels of one head that turn with the position; even."""
+        return int(self.head_dim * self.rotary_share) // 2 * 2
 
 
 @dataclass(frozen=True)
@@ -79,13 +95,18 @@ class DecoderAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim, self.layer = config.heads, config.kv_heads, config.head_dim, layer
         self.q = nn.Linear(config.dim, config.heads * config.head_dim, bias=False)
         self.kv = nn.Linear(config.dim, 2 * config.kv_heads * config.head_dim, bias=False)
+        channels = (config.heads + 2 * config.kv_heads) * config.head_dim
+        self.taps = nn.Parameter(torch.zeros(channels, config.taps))  # the last column is the present token
+        nn.init.uniform_(self.taps, -(config.taps**-0.5), config.taps**-0.5)
         self.proj = nn.Linear(config.heads * config.head_dim, config.dim, bias=False)
         self.core: DecoderCore = dense_core
 
     def forward(self, x: Tensor, rotary: Tensor, site: DecoderSite) -> Tensor:
         """x [B, N, dim], normalised -> [B, N, dim]."""
-        q = self.q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
-        k, v = self.kv(x).unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = short_convolution(torch.cat([self.q(x), self.kv(x)], -1), self.taps)
+        q, kv = mixed.split([self.heads * self.head_dim, 2 * self.kv_heads * self.head_dim], -1)
+        q = q.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, heads, N, head_dim]
+        k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         out = self.core(_rotate(q, rotary), _rotate(k, rotary), v, site=site)
         return self.proj(out.transpose(1, 2).flatten(2))
 
@@ -142,21 +163,36 @@ class Decoder(nn.Module):
         return F.linear(x, self.embed.weight.to(x.dtype))
 
 
+def short_convolution(x: Tensor, taps: Tensor) -> Tensor:
+    """Each channel over the last T tokens: ``y[n] = sum_t taps[:, t] x[n + t + 1 - T]``, zeros before the text.
+
+    x [B, N, C], taps [C, T] -> [B, N, C].
+    """
+    width = taps.shape[1]
+    early = F.pad(x, (0, 0, width - 1, 0))  # [B, N + T - 1, C]
+    weights = taps.to(x.dtype)
+    out = x * weights[:, -1]
+    for t in range(width - 1):
+        out = out + early[:, t : t + x.shape[1]] * weights[:, t]
+    return out
+
+
 def encode(text: str) -> list[int]:
     """A text as tokens: its bytes in UTF-8."""
     return list(text.encode())
 
 
 def _rotary_table(tokens: int, config: DecoderConfig, device: torch.device) -> Tensor:
-    """Cosines and sines [2, N, head_dim / 2]."""
-    pairs = config.head_dim // 2
-    speed = config.rotary_base ** -(torch.arange(pairs, device=device, dtype=torch.float32) / pairs)
+    """Cosines and sines [2, N, rotary_dim / 2]."""
+    pairs = config.rotary_dim // 2
+    speed = config.rotary_base ** -(torch.arange(pairs, device=device, dtype=torch.float32) / max(pairs, 1))
     angle = torch.arange(tokens, device=device, dtype=torch.float32)[:, None] * speed
     return torch.stack([angle.cos(), angle.sin()])
 
 
 def _rotate(x: Tensor, rotary: Tensor) -> Tensor:
-    """Turn channel i together with channel i + head_dim / 2: x [B, heads, N, head_dim]."""
+    """Turn channel i together with channel i + rotary_dim / 2, leave those behind: x [B, heads, N, head_dim]."""
     cos, sin = rotary.to(x.dtype)
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+    pairs = cos.shape[-1]
+    first, second, rest = x.split([pairs, pairs, x.shape[-1] - 2 * pairs], -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], -1)

@@ -26,6 +26,15 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+class NormLastBlock(Block):
+    """x += norm1(attn(x)); x += norm2(mlp(x)), as in Swin V2 (arXiv 2111.09883)."""
+
+    def forward(self, x: Tensor, stage: object = None) -> Tensor:
+        """As in `Block`."""
+        x = x + self.drop_path(self.norm1(self.attn(x, stage)))
+        return x + self.drop_path(self.norm2(self.mlp(x)))
+
+
 class Level(nn.Module):
     """The blocks of one stage, and the merging behind them (None after the last)."""
 

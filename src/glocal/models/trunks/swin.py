@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.trunks._blocks import Block, Level, through
+from glocal.models.trunks._blocks import Block, Level, NormLastBlock, through
 from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage, renamed
 from glocal.nn.blocks import LayerNorm, PatchEmbed, PatchMerge, drop_rates, init_linears
 from glocal.nn.window_attention import WindowAttention
@@ -21,6 +21,7 @@ class SwinShape(VisionBackbone):
     ignored: ClassVar[tuple[str, ...]] = ("relative_position_index", "attn_mask")
     tables: ClassVar[dict[str, TableLayout]] = {"relative_position_bias_table": "flat"}
     undecayed: ClassVar[tuple[str, ...]] = ("relative_position_bias_table",)
+    norm_last: ClassVar[bool] = False  # norms behind attention, MLP and merging, as in Swin V2
 
     @abstractmethod
     def attention(self, level: int, index: int) -> nn.Module:
@@ -34,8 +35,10 @@ class SwinShape(VisionBackbone):
         self.layers = nn.ModuleList()
         for i, rates in enumerate(drop_rates(drop_path, depths)):
             width = self.channels[i]
-            blocks = [Block(width, self.attention(i, j), ratios[i], rate) for j, rate in enumerate(rates)]
-            self.layers.append(Level(blocks, PatchMerge(width, 2 * width) if i + 1 < len(depths) else None))
+            kind = NormLastBlock if self.norm_last else Block
+            blocks = [kind(width, self.attention(i, j), ratios[i], rate) for j, rate in enumerate(rates)]
+            merge = PatchMerge(width, 2 * width, self.norm_last) if i + 1 < len(depths) else None
+            self.layers.append(Level(blocks, merge))
         if self.features_only:
             self.add_level_norms()
         else:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks._blocks import Block
 from glocal.models.vision.base import VisionBackbone, laid_out
+from glocal.nn._heads import split_heads
 from glocal.nn.blocks import LayerNorm, PatchEmbed, drop_rates, init_linears
 from glocal.nn.window_attention import check_heads
 
@@ -83,7 +84,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, N, dim] -> the same shape; `stage` is unused."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = split_heads(self.qkv(x), 3, self.heads)
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 

@@ -8,29 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.trunks._blocks import Block, through
+from glocal.models.trunks.cswin import CSWinShape, stripes
+from glocal.models.trunks.pvt import PVTShape
 from glocal.models.trunks.swin import SwinShape
-from glocal.models.trunks.vit import ViTShape, resized
-from glocal.models.vision.base import VisionBackbone, per_stage
-from glocal.nn.blocks import (
-    DropPath,
-    LayerNorm,
-    Mlp,
-    PatchEmbed,
-    conv,
-    drop_rates,
-    init_linears,
-    pad_multiple,
-    to_nchw,
-    to_nhwc,
-)
+from glocal.models.trunks.vit import ViTShape
+from glocal.models.vision.base import per_stage
 from glocal.nn.inline import InLineAttention, InLineBranch, InLineSpec
 from glocal.nn.mixer import mixer
-from glocal.nn.stripe_attention import StripeBranch
 from glocal.nn.window_attention import WindowAttention
 
 
@@ -93,11 +80,11 @@ class InLineDeiT(ViTShape):
         return TokenInLine(*self._shape, spec=self._spec.attention)
 
 
-class InLinePVT(VisionBackbone):
+class InLinePVT(PVTShape):
     """PVT with InLine attention: four stages, each with a patch embedding and learned positions.
 
-    dims, depths, heads: one entry a stage. img_size: px a side the position tables are made for; other sizes
-    interpolate them (bilinear, as PVT does).
+    dims, depths, heads: one entry a stage. img_size: px a side the position tables are made for. The classifier reads
+    the mean of the tokens; there is no last norm.
     """
 
     undecayed = ("pos_embed1", "pos_embed2", "pos_embed3", "pos_embed4")
@@ -118,35 +105,12 @@ class InLinePVT(VisionBackbone):
         super().__init__(num_classes, in_chans, features_only)
         per_stage("depths", depths, len(dims), "InLinePVT")
         per_stage("heads", heads, len(dims), "InLinePVT")
-        ratios = spec.ratios(len(dims), "InLinePVT")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
-        self.sides = tuple(img_size // stride for stride in self.strides)
-        before = (in_chans, *dims)
-        for i, rates in enumerate(drop_rates(drop_path, depths)):
-            embed = PatchEmbed(before[i], dims[i], patch=4 if i == 0 else 2)
-            place = nn.Parameter(torch.zeros(1, self.sides[i] ** 2, dims[i]))
-            nn.init.trunc_normal_(place, std=0.02)
-            attns = (_attention(spec, dims[i], heads[i], j) for j in range(depths[i]))
-            blocks = [Block(dims[i], attn, ratios[i], r, 1e-6) for attn, r in zip(attns, rates, strict=True)]
-            self.add_module(f"patch_embed{i + 1}", embed)
-            self.register_parameter(f"pos_embed{i + 1}", place)
-            self.add_module(f"block{i + 1}", nn.ModuleList(blocks))
-        self.head = nn.Identity() if features_only else self.make_head(dims[-1])
-        init_linears(self)
+        self._shape, self._spec = tuple(zip(dims, heads, strict=True)), spec
+        self.build(dims, depths, img_size, spec.ratios(len(dims), "InLinePVT"), drop_path)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """Maps of all stages, channels last."""
-        x, maps = image, []
-        for i, side in enumerate(self.sides, 1):
-            x = self.get_submodule(f"patch_embed{i}")(x)
-            place = resized(self.get_parameter(f"pos_embed{i}"), side, (x.shape[1], x.shape[2]), "bilinear")
-            maps.append(through(self, x + place.unflatten(1, x.shape[1:3]), self.get_submodule(f"block{i}")))
-            x = to_nchw(maps[-1])
-        return maps
-
-    def pool(self, last: Tensor) -> Tensor:
-        """Mean of the tokens; there is no last norm."""
-        return last.mean((1, 2))
+    def attention(self, stage: int, index: int) -> nn.Module:
+        """InLine attention over the whole map."""
+        return _attention(self._spec, *self._shape[stage], index)
 
 
 class InLineSwin(SwinShape):
@@ -190,45 +154,7 @@ class InLineSwin(SwinShape):
         return _attention(self._spec, width, self._heads[level], index, self._window if linear else None, shift)
 
 
-class CrossBlock(nn.Module):
-    """A block of CSWin: one projection, one or two branches of attention side by side, feed-forward.
-
-    branches: each takes its share of the channels. The mean that an InLine branch reads is that of x before the norm.
-    """
-
-    def __init__(self, dim: int, branches: list[nn.Module], mlp_ratio: float, drop_path: float) -> None:
-        super().__init__()
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.norm1 = LayerNorm(dim)
-        self.proj = nn.Linear(dim, dim)
-        self.attns = nn.ModuleList(branches)
-        self.norm2 = LayerNorm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor, stage: object = None) -> Tensor:
-        """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
-        parts = (*self.qkv(self.norm1(x)).chunk(3, -1), x.mean((1, 2)))
-        shares = zip(*(t.chunk(len(self.attns), -1) for t in parts), strict=True)
-        mixed = [branch(*share) for branch, share in zip(self.attns, shares, strict=True)]
-        x = x + self.drop_path(self.proj(torch.cat(mixed, -1)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-
-class ConvMerge(nn.Module):
-    """A 3 x 3 convolution of stride 2 with bias, then LayerNorm; keys `conv`, `norm`."""
-
-    def __init__(self, dim: int, out: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out, 3, 2, 1)
-        self.norm = LayerNorm(out)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
-        return self.norm(conv(self.conv, x))
-
-
-class InLineCSWin(VisionBackbone):
+class InLineCSWin(CSWinShape):
     """CSWin with InLine attention in its first stages.
 
     inline: whether the blocks of a stage have it (over the whole map, in one branch). splits: tokens across the
@@ -252,41 +178,15 @@ class InLineCSWin(VisionBackbone):
         super().__init__(num_classes, in_chans, features_only)
         for name, values in (("heads", heads), ("inline", inline), ("splits", splits)):
             per_stage(name, values, len(depths), "InLineCSWin")
-        ratios = spec.ratios(len(depths), "InLineCSWin")
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
-        self.stage1_conv_embed = nn.ModuleDict({"0": nn.Conv2d(in_chans, dim, 7, 4, 2), "2": LayerNorm(dim)})
-        for i, rates in enumerate(drop_rates(drop_path, depths)):
-            width = self.channels[i]
-            blocks = []
-            for rate in rates:
-                branches = _branches(width, heads[i], inline[i], splits[i], spec.attention)
-                blocks.append(CrossBlock(width, branches, ratios[i], rate))
-            self.add_module(f"stage{i + 1}", nn.ModuleList(blocks))
-            if i + 1 < len(depths):
-                self.add_module(f"merge{i + 1}", ConvMerge(width, 2 * width))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
-        init_linears(self)
+        self._dim, self._heads, self._inline, self._splits, self._spec = dim, heads, inline, splits, spec
+        self.build(dim, depths, spec.ratios(len(depths), "InLineCSWin"), drop_path)
 
-    def maps(self, image: Tensor) -> list[Tensor]:
-        """Maps of all stages, channels last."""
-        x = pad_multiple(to_nhwc(image), 4)
-        x = self.stage1_conv_embed["2"](conv(self.stage1_conv_embed["0"], x))
-        maps: list[Tensor] = []
-        for i in range(1, len(self.channels) + 1):
-            if maps:
-                x = self.get_submodule(f"merge{i - 1}")(x)
-            x = through(self, x, self.get_submodule(f"stage{i}"))
-            maps.append(x)
-        return maps
-
-    def pool(self, last: Tensor) -> Tensor:
-        """Mean of the normalised tokens."""
-        return self.norm(last).mean((1, 2))
+    def branches(self, stage: int) -> list[nn.Module]:
+        """InLine attention over the map in the first stages, stripes in the others."""
+        width = self._dim * 2**stage
+        if self._inline[stage]:
+            return [InLineBranch(width, self._heads[stage], self._spec.attention)]
+        return stripes(width, self._heads[stage], self._splits[stage])
 
 
 def _attention(
@@ -295,14 +195,6 @@ def _attention(
     if spec.mixer is not None:
         return mixer(spec.mixer, dim, heads, block=index)
     return InLineAttention(dim, heads, window, shift if window is not None else 0, spec.attention)
-
-
-def _branches(dim: int, heads: int, inline: bool, split: int | None, spec: InLineSpec) -> list[nn.Module]:
-    if inline:
-        return [InLineBranch(dim, heads, spec)]
-    if split is None:
-        return [StripeBranch(dim, heads, "whole")]
-    return [StripeBranch(dim // 2, heads // 2, "columns", split), StripeBranch(dim // 2, heads // 2, "rows", split)]
 
 
 # fmt: off

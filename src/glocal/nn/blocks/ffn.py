@@ -49,7 +49,8 @@ class DepthwiseConv(nn.Module):
 class ConvMlp(nn.Module):
     """fc1 -> depthwise convolution -> activation -> fc2 over a map.
 
-    residual: the convolution is added to its input instead of replacing it (as in SG-Former and STViT).
+    residual: the convolution is added to its input instead of replacing it (as in SG-Former and STViT). rectified: a
+    ReLU comes before it (as in the linear form of PVT v2).
     """
 
     def __init__(
@@ -59,9 +60,11 @@ class ConvMlp(nn.Module):
         act: Callable[[], nn.Module] = nn.GELU,
         drop: float = 0.0,
         residual: bool = False,
+        rectified: bool = False,
     ) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.rectified = rectified
         self.dwconv = DepthwiseConv(hidden)
         self.act = act()
         self.fc2 = nn.Linear(hidden, dim)
@@ -70,6 +73,6 @@ class ConvMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> the same shape."""
-        hidden = self.fc1(x)
+        hidden = self.fc1(x).relu() if self.rectified else self.fc1(x)
         mixed = self.dwconv.added(hidden) if self.residual else self.dwconv(hidden)
         return self.drop(self.fc2(self.drop(self.act(mixed))))

@@ -62,19 +62,22 @@ class StridedConvMerge(nn.Module):
 class PatchMerge(nn.Module):
     """Swin's merging (arXiv 2103.14030): 2 x 2 tokens side by side, LayerNorm, Linear; keys `norm`, `reduction`.
 
-    The four come in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1).
+    The four come in the order (row, column) = (0, 0), (1, 0), (0, 1), (1, 1). norm_last: the norm comes behind the
+    Linear (Swin V2).
     """
 
-    def __init__(self, dim: int, out: int) -> None:
+    def __init__(self, dim: int, out: int, norm_last: bool = False) -> None:
         super().__init__()
-        self.norm = LayerNorm(4 * dim)
+        self.norm_last = norm_last
+        self.norm = LayerNorm(out if norm_last else 4 * dim)
         self.reduction = nn.Linear(4 * dim, out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
         x = pad_multiple(x, 2)
         quads = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        return self.reduction(self.norm(torch.cat(quads, -1)))
+        quad = torch.cat(quads, -1)
+        return self.norm(self.reduction(quad)) if self.norm_last else self.reduction(self.norm(quad))
 
 
 class NormConvMerge(nn.Module):
