@@ -24,6 +24,7 @@ which most of the papers compare with. HiDiffusion's steps are of several kinds,
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from dataclasses import replace
@@ -49,6 +50,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="blocks of each stack to build")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seconds", type=float, help="begin no further case after so many")
+    parser.add_argument("--case-seconds", type=float, default=3600.0, help="no further round of a case after so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="compile the kernels of the cases and measure nothing")
     parser.add_argument("--profile", help="print the kernels of one forward of methods whose name contains this")
@@ -58,7 +60,8 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device(args.device)
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype is None else args.dtype
-    options = Options(device, getattr(torch, chosen), args.rounds, args.warm, args.profile)
+    dtype = getattr(torch, chosen)
+    options = Options(device, dtype, args.rounds, args.warm, args.profile, args.case_seconds)
     begin, wrong = time.perf_counter(), 0
     for case in dict.fromkeys(
         c for word in ([""] if args.case is None else args.case) for c in CASES if word in c.name
@@ -79,6 +82,7 @@ def main() -> int:
         kept = [row for row in read(args.out) if (row["case"], row["method"]) not in names]
         write(kept + mine, args.out)
         del measured
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return 1 if wrong else 0
