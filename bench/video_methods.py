@@ -52,7 +52,7 @@ SPA = {"mass": 0.0, "block": 64, "neighbours": False}
 TOLERANCE = 1e-3
 ALLOCATED = "glocal advise"
 Row = dict[str, Any]
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "method", "settings", "kept", "visited", "error", "error_low", "error_high", "gain", "gain_low", "gain_high",
     "than", "seeds", "steps", "kernel", "device", "torch", "errors",
 )  # fmt: skip
