@@ -92,4 +92,6 @@ def measure_anchors(model: Any, objective: Objective, sample: Sample, probed: Pr
 def _pick(bucket: Bucket, count: int) -> list[int]:
     if count >= bucket.steps:
         return list(range(bucket.first, bucket.last + 1))
-    return sorted({bucket.first + round(i * (bucket.steps - 1) / max(count - 1, 1)) for i in range(count)})
+    if count == 1:  # not the first: in pure noise attention is like nowhere else
+        return [bucket.first + bucket.steps // 2]
+    return sorted({bucket.first + round(i * (bucket.steps - 1) / (count - 1)) for i in range(count)})
