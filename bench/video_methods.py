@@ -11,7 +11,7 @@ intervals of 90 % over seeds; `errors` holds all of them, in the order of seeds,
 that kernels compute over a whole run, dense calls included: on a canvas of 4,096 tokens the time of a GPU is that of
 launches and Python, not of attention, so work stands in the place of time (bench/generators.py measures time where it
 counts). `gain` of a recipe is the error of the best single method with at most its work (picked on these very seeds)
-over its own, paired, with its interval. paro is calibrated on a seed of its own, recipes are composed on two others.
+over its own, paired, with its interval. paro is calibrated on a seed of its own, recipes are composed on others again.
 
 First every method runs once against the definition (backend "reference"). Rows are written as they come, and a run
 that finds them goes on behind them.
@@ -25,13 +25,13 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import advise_evidence as evidence
 import torch
-from advise_evidence import Batch, search, spent
 from torch import Tensor
 
 from glocal._files import write_atomic
@@ -40,12 +40,12 @@ from glocal.adapt.paro import Paro
 from glocal.adapt.paro_calibration import ParoSpec, calibrate_each
 from glocal.adapt.published import made
 from glocal.adapt.sparse import SparseMethod
-from glocal.advise import Latents, Workload, demo_workload
+from glocal.advise import Latents, Sample, demo_workload
 from glocal.advise.search import allocated
 from glocal.advise.validation import OtherKernel
 from glocal.measure import relative_l2
 from glocal.measure.stats import log_ratio, paired
-from glocal.models.generation import SampleSpec, draw_noise, load_demo, sample
+from glocal.models.generation import SampleSpec, VideoDiT, draw_noise, load_demo, sample
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 SPA = {"mass": 0.0, "block": 64, "neighbours": False}
@@ -72,14 +72,34 @@ BUDGETS: dict[str, list[dict[str, Any]]] = {
 WORK = (0.3, 0.45, 0.6, 0.75, 0.9)  # of the recipes, as shares of dense
 
 
+class Clips:
+    """All unseen seeds in one batch, and their dense latents at the end of a run [S, ...]."""
+
+    def __init__(self, model: VideoDiT, objective: Latents, samples: Sequence[Sample]) -> None:
+        self.model, self.spec = model, objective.spec
+        given = [{k: v for k, v in s.args.items() if k not in ("frames", "height", "width")} for s in samples]
+        self.condition = torch.cat([model.condition(**names) for names in given])
+        first = next(model.parameters())
+        self.noise = torch.cat([objective.first_latent(model, s) for s in samples]).to(first.device, first.dtype)
+        self.dense = self.run()
+
+    def run(self) -> Tensor:
+        """The last latents."""
+        return sample(self.model, self.noise, self.condition, self.spec).float()
+
+    def errors(self) -> list[float]:
+        """Relative L2 distances of a run, as the model is now, to the dense one."""
+        gap, base = (t.flatten(1).norm(dim=1) for t in (self.run() - self.dense, self.dense))
+        return (gap / base).tolist()
+
+
 @dataclass(frozen=True)
 class Setup:
     """The model, what is judged, and the unseen seeds in one batch."""
 
     model: Any
     objective: Latents
-    batch: Batch
-    workload: Workload
+    clips: Clips
     budgets: int
     backend: str
     only: tuple[str, ...] = ()
@@ -143,7 +163,7 @@ def measured(setup: Setup, method: Method) -> list[float]:
     """Errors of a method, by seed."""
     with attach(setup.model, method) as handle:
         handle.state.total = setup.objective.spec.steps
-        return setup.batch.errors(setup.batch.run())
+        return setup.clips.errors()
 
 
 def visited(method: SparseMethod) -> float:
@@ -169,8 +189,8 @@ def compare(rows: list[Row]) -> None:
         if row["method"] != ALLOCATED or not rivals:
             continue
         best = min(rivals, key=lambda r: float(r["error"]))
-        pair = ([float(e) for e in r["errors"].split()] for r in (best, row))
-        ratio = log_ratio(*pair)
+        theirs, mine = ([float(e) for e in r["errors"].split()] for r in (best, row))
+        ratio = log_ratio(theirs, mine)
         row |= {"gain": f"{ratio.mean:.3f}", "gain_low": f"{ratio.low:.3f}", "gain_high": f"{ratio.high:.3f}"}
         row["than"] = f"{best['method']} {best['settings']}"
 
@@ -253,7 +273,8 @@ def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
     size = (4, 32, 32) if args.tiny else (16, 64, 64)
     steps, seeds = (2, 2) if args.tiny else (args.steps, args.seeds)
     objective = Latents(SampleSpec(steps=steps), *size)
-    workload = demo_workload(seeds + 2, fields=model.config.fields)
+    apart = evidence.PROBES + evidence.WEIGHTS
+    samples = demo_workload(seeds + apart, fields=model.config.fields).samples
     name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     tail = {"steps": steps, "device": name, "torch": torch.__version__}
     wrong: list[str] = []
@@ -267,9 +288,8 @@ def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
         print(f"{time.monotonic() - begin:.0f} s", {k: row[k] for k in shown if k in row}, flush=True)
 
     with torch.no_grad():
-        batch = Batch(model, objective, workload.samples[2:])
         only = () if args.only is None else tuple(args.only)
-        setup = Setup(model, objective, batch, workload, args.budgets, args.backend, only)
+        setup = Setup(model, objective, Clips(model, objective, samples[apart:]), args.budgets, args.backend, only)
         if ("floor", "") not in done and setup.wants("floor"):
             emit(row_of("floor", "", measured(setup, OtherKernel()), kept="1.0000", visited="1.0000"))
         for system, settings, method in contenders(setup, done):
@@ -292,12 +312,13 @@ def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
         works = WORK[: args.budgets] if setup.wants(ALLOCATED) else ()
         rest = [work for work in works if (ALLOCATED, f"work={work}") not in done]
         if rest and time.monotonic() - begin < args.seconds:
-            found, before = search(model, objective, workload)
+            batch = evidence.Batch(model, objective, samples)
+            searched = evidence.search(batch)
             for work in rest:
-                rung = allocated(found, work, "residual")
+                rung = allocated(searched.found, work)
                 if rung is not None:
-                    share = f"{spent(rung, found, before):.4f}"
-                    emit(row_of(ALLOCATED, f"work={work}", batch.of(rung.recipe), visited=share))
+                    share = f"{evidence.spent(rung, searched.found, searched.before):.4f}"
+                    emit(row_of(ALLOCATED, f"work={work}", batch.of(rung.recipe)[apart:], visited=share))
     return wrong
 
 
