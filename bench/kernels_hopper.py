@@ -49,7 +49,8 @@ CASES = {
     "image128d64 stride 1": Case(Neighborhood(48), (128, 128), 16, 64),
     "video aligned 64": Case(TileWindows((6, 8, 8), 3), (30, 48, 80), 8, 128, 64),
     "image256 aligned 64": Case(TileWindows(16, 5), (256, 256), 8, 128, 64),
-    "s2 131072, local 16, stride 16": Case(StridedShards(64, 16, 16, heads_q=32), (131_072,), 32, 128, 64),
+    "s2 131072, local 16, stride 16": Case(StridedShards(64, 16, 16, heads_q=8), (131_072,), 8, 128, 64),
+    "s2 131072, local 4, stride 64": Case(StridedShards(64, 4, 64, heads_q=8), (131_072,), 8, 128, 64),
     "image128d64 aligned 64": Case(TileWindows(16, 3), (128, 128), 16, 64, 64),
 }
 
@@ -155,7 +156,7 @@ class Bench:
         return Row(self.name, part, variant, *times, *rates, error, self.repeat, *versions)
 
     def rows(self, variant: str) -> list[Row]:
-        """The kernel alone; for the shipped tuning ("") also rows brought into plan order, and the whole call."""
+        """The kernel alone; for the shipped tuning ("") also what is copied into plan order, and the whole call."""
         from glocal.kernels.gluon import launch
         from glocal.kernels.gluon.tuning import tuning
 
@@ -167,7 +168,7 @@ class Bench:
         error = checked(self.plan, self.qkv, out, lse)
         if not error < TOLERANCE:
             raise ValueError(f"error {error:.3g} is not below {TOLERANCE}")
-        given = launch.placed(work, q, k, v)
+        given = launch.placed(work, q, k, v, tuned)
         found = [
             self.row("kernel", variant, timed(partial(launch.run, work, given, out, lse, tuned), self.repeat), error)
         ]

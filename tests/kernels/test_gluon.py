@@ -17,7 +17,7 @@ from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import gluon, reference, registry
 from glocal.kernels.call import Call, PlanTensors
 from glocal.ops import attend
-from glocal.patterns import CausalWindow, Neighborhood, PerHead, StridedShards
+from glocal.patterns import CausalWindow, Neighborhood, PerHead, StridedShards, TileWindows
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
 from glocal.plan.build import PlanSpec, plan
 from glocal.testing.tolerance import low_precision
@@ -99,6 +99,8 @@ class Kernel:
     masked: bool = True
     pads: bool = False
     softcap: bool = False
+    changes: tuple[tuple[str, Any], ...] = ()
+    boxes: bool = False
     stack: int = 0
 
     def compiled(self) -> Any:
@@ -110,18 +112,21 @@ class Kernel:
         from glocal.kernels.gluon.forward_q import forward_kernel
         from glocal.kernels.gluon.tuning import Shape, tuning
 
-        tuned = tuning(self.blocks, max(self.dims))
+        tuned = replace(tuning(self.blocks, max(self.dims)), **dict(self.changes))
         shape = Shape.of(self.blocks, self.dims, self.masked, tuned)
 
         def tile(rows: int, columns: int) -> str:
-            layout = gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], gl.bfloat16)
-            return f"tensordesc<bf16[1, 1, {rows}, {columns}],{layout!r}>"
+            box = [1, rows // 64, 8, 8, columns] if self.boxes else [1, 1, rows, columns]
+            layout = gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)
+            return f"tensordesc<bf16{box},{layout!r}>"
 
+        where: Any = ("*i64", ("i32", "i32", "i32", "i32")) if self.boxes else "constexpr"
         row = ("*i32", "i32", "i32", "i32")
         taken: dict[str, Any] = {
             "q": tile(64, shape.d),
-            "k": tile(shape.keys, shape.d),
-            "v": tile(shape.keys, shape.dv),
+            "k": tile(min(shape.keys, shape.block), min(shape.d, 64)),
+            "v": tile(min(shape.keys, shape.block), min(shape.dv, 64)),
+            "boxes": (where, where, where),
             "out": ("*bf16", "*fp32", row, "i32"),
             "lists": (row, ("*i32", "*i32", "i32"), ("*i32", "*i32", "i32", "*i32"), "i32"),
             "masks": ("*i32", row if self.pads else "constexpr"),
@@ -129,10 +134,15 @@ class Kernel:
             "group": "i32",
             "score": ("fp32", "fp32" if self.softcap else "constexpr"),
             "tiles": "i32",
+            "flags": ("*i32", "*i32") if self.masked else ("constexpr", "constexpr"),
             "C": "constexpr",
         }
         names = forward_kernel.arg_names
         fixed: dict[tuple[int, ...], Any] = {(names.index("C"),): shape}
+        if not self.boxes:
+            fixed |= {(names.index("boxes"), i): None for i in range(3)}
+        if not self.masked:
+            fixed |= {(names.index("flags"), i): None for i in range(2)}
         if not self.pads:
             fixed[(names.index("masks"), 1)] = None
         if not self.softcap:
@@ -145,6 +155,12 @@ class Kernel:
 KERNELS = {
     "128 x 128, full blocks only": Kernel(masked=False),
     "128 x 128": Kernel(),
+    "128 x 128, boxes": Kernel(boxes=True),
+    "128 x 128, boxes, full blocks only": Kernel(boxes=True, masked=False),
+    "64 x 64, boxes": Kernel((64, 64), boxes=True),
+    "128 x 64, held": Kernel((128, 64), changes=(("keys", 64), ("stages", 4), ("held", True), ("pinned", True))),
+    "64 x 64 twice, pads": Kernel((64, 64), pads=True, changes=(("keys", 128), ("most", 168), ("held", False))),
+    "128 x 64 twice, D 64, boxes": Kernel((128, 64), dims=(64, 64), boxes=True, changes=(("keys", 128),)),
     "128 x 128, pads": Kernel(pads=True),
     "128 x 128, soft-cap": Kernel(softcap=True),
     "128 x 128, D 64": Kernel(dims=(64, 64)),
@@ -165,7 +181,8 @@ def test_every_kernel_compiles_for_hopper_without_spills(name: str, tmp_path: Pa
     made = KERNELS[name].compiled()
     assert made.metadata.shared <= 227 * 1024
     ptx = made.asm["ptx"]
-    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor.4d" in ptx and "setmaxnreg" in ptx
+    loads = f"cp.async.bulk.tensor.{4 + KERNELS[name].boxes}d"
+    assert "wgmma.mma_async" in ptx and loads in ptx and "setmaxnreg" in ptx
     (tmp_path / "kernel.cubin").write_bytes(made.asm["cubin"])
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
@@ -317,6 +334,47 @@ def test_scores(extra: dict[str, float], generator: torch.Generator) -> None:
 
 @pytest.mark.gpu
 @on_hopper
+@pytest.mark.parametrize("axes", [(6, 16, 24), (5, 12, 20), (32, 64), (37, 44)], ids=str)
+@pytest.mark.parametrize("blocks", [(128, 128), (64, 64)], ids=str)
+def test_tiles_are_read_where_they_lie(
+    axes: tuple[int, ...], blocks: tuple[int, int], generator: torch.Generator
+) -> None:
+    from glocal.kernels.gluon import launch
+
+    whole = TileWindows((2, 8, 8) if len(axes) == 3 else (16, 8), 1)
+    for pattern in (whole, Neighborhood(tuple(min(9, n) for n in axes))):
+        made = plan(pattern, Canvas(axes), PlanSpec(*blocks))
+        for dims in ((64, 64), (128, 40)):
+            x = inputs(made, Sizes((4, 2), dims, 2), generator)
+            q, k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in x)
+            for a, b, c in (x, (q, k, v)):
+                read = launch.placed(launch.work_of(a, b, c, call_of(made)), a, b, c)
+                assert axes[-1] % 8 or (read.q.boxes is not None and read.k.boxes is not None)
+                examined(made, (a, b, c))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("keys", [64, 128])
+def test_two_key_blocks_in_a_step(keys: int, generator: torch.Generator) -> None:
+    from glocal.kernels.gluon import launch
+    from glocal.kernels.gluon.tuning import tuning
+
+    for blocks, dims in (((64, 64), (64, 64)), ((64, 64), (128, 128)), ((128, 64), (128, 128)), ((128, 64), (32, 80))):
+        tuned = replace(tuning(blocks, max(dims)), keys=keys, stages=2)
+        if max(dims) > 64:
+            tuned = replace(tuned, most=168, held=False)
+        causal = plan(CausalWindow(190), Canvas((410,)), PlanSpec(*blocks))
+        for made in (window(500, 301, blocks), window(450, 70, blocks), causal):
+            x = inputs(made, Sizes((2, 1), dims), generator)
+            out, lse = launch.forward(*x, call_of(made), tuned)
+            want, want_lse = launch.forward(*x, call_of(made))
+            torch.testing.assert_close(out, want, rtol=2e-2, atol=2e-2)
+            torch.testing.assert_close(lse, want_lse, rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.gpu
+@on_hopper
 def test_joined_query_blocks(generator: torch.Generator) -> None:
     from glocal.kernels.gluon.paired import paired
 
@@ -418,16 +476,16 @@ def test_strides(generator: torch.Generator) -> None:
 def test_what_is_not_finite_reaches_only_rows_that_see_it(
     ill: float, blocks: tuple[int, int], generator: torch.Generator
 ) -> None:
-    made = window(400, 61, blocks)
-    x = inputs(made, Sizes((2, 1)), generator)
-    k, v = x[1].clone(), x[2].clone()
-    k[:, :, 170], v[:, :, 200] = ill, ill
-    out, lse = gluon.forward(x[0], k, v, call_of(made))
-    seen = made.dense_counts()[0, 0][:, [170, 200]].bool().any(1).cuda()
-    usual = gluon.forward(*x, call_of(made))
-    assert bool((~out[:, :, seen].isfinite()).any(-1).all())
-    torch.testing.assert_close(out[:, :, ~seen], usual[0][:, :, ~seen], rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(lse[:, :, ~seen], usual[1][:, :, ~seen], rtol=1e-4, atol=5e-4)
+    for made in (window(400, 61, blocks), plan(Neighborhood(5), Canvas((20, 20)), PlanSpec(*blocks))):
+        x = inputs(made, Sizes((2, 1)), generator)
+        k, v = x[1].clone(), x[2].clone()
+        k[:, :, 170], v[:, :, 200] = ill, ill
+        out, lse = gluon.forward(x[0], k, v, call_of(made))
+        seen = made.dense_counts()[0, 0][:, [170, 200]].bool().any(1).cuda()
+        usual = gluon.forward(*x, call_of(made))
+        assert bool((~out[:, :, seen].isfinite()).any(-1).all())
+        torch.testing.assert_close(out[:, :, ~seen], usual[0][:, :, ~seen], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(lse[:, :, ~seen], usual[1][:, :, ~seen], rtol=1e-4, atol=5e-4)
 
 
 @pytest.mark.gpu

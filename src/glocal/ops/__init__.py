@@ -2,7 +2,7 @@
 
 from glocal.kernels import planning as _planning
 from glocal.kernels.quant import Quant
-from glocal.ops import cells, merge
+from glocal.ops import _routed, cells, merge
 from glocal.ops._approximation import Approximation
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
@@ -58,3 +58,4 @@ __all__ = [
 ]
 
 _planning.register()
+_routed.register()

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from glocal.kernels.call import Call
+from glocal.kernels.gluon.boxes import Boxes, Seen, boxes_of, seen
 from glocal.kernels.gluon.forward_q import forward_kernel
 from glocal.kernels.gluon.masks import by_query, kept
 from glocal.kernels.gluon.paired import paired
@@ -22,7 +23,7 @@ from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import merge_kernel
 from glocal.kernels.triton.permute import gather_rows
 from glocal.kernels.triton.work import Work, on_device, prepare, start
-from glocal.plan.facts import worth_a_look
+from glocal.plan.facts import OrderFacts, worth_a_look
 
 # Per plan, by its full lists: lengths of the lists, whether all are equal, and tiles by falling length.
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -30,12 +31,37 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
 @dataclass(frozen=True, eq=False)
-class Inputs:
-    """q, k, v with rows in plan order, [B, H, rows, D] with strides that TMA takes."""
+class Source:
+    """Rows for TMA, [B, H, rows, D]: in plan order, or by token where boxes are read."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
+    t: Tensor
+    boxes: Boxes | None = None
+    seen: Seen | None = None
+
+    def described(self, rows: int, columns: int) -> TensorDescriptor:
+        """Of tiles of so many rows and columns; where there is one step only, its stride does not count."""
+        t, any_step = self.t, 16 // self.t.element_size()
+        shape, strides, box = t.shape[:3], t.stride()[:3], (1, 1, rows)
+        if self.seen is not None:
+            shape, strides, box = self.seen.shape, self.seen.strides, self.seen.box
+        strides = [s if n > 1 else any_step for s, n in zip(strides, shape, strict=True)]
+        box = (*box, columns)
+        return TensorDescriptor(t, [*shape, t.shape[3]], [*strides, 1], list(box), _layout(box, t.dtype))
+
+    @property
+    def where(self) -> tuple[Tensor, tuple[int, ...]] | None:
+        """As the kernel takes it."""
+        return None if self.boxes is None or self.seen is None else (self.boxes.corners, self.seen.lead)
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the kernel reads. clean: k and v hold no bad values, and their keys are NaN."""
+
+    q: Source
+    k: Source
+    v: Source
+    clean: bool = False
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = None) -> tuple[Tensor, Tensor]:
@@ -51,13 +77,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = 
     if nothing:
         return out, lse
     with on_device(q):
-        given = placed(w, q, k, v)
         if w.q_facts.distinct:
-            run(w, given, out, lse, tuned)
+            _attended(w, (q, k, v), (out, lse), tuned)
             return out, lse
         slots = torch.empty(b, h, w.q_room, v.shape[3], dtype=torch.float32, device=q.device)
         slots_lse = torch.empty(b, h, w.q_room, dtype=torch.float32, device=q.device)
-        run(w, given, slots, slots_lse, tuned)
+        _attended(w, (q, k, v), (slots, slots_lse), tuned)
         back, tiles = Slots.of(w.plan.q_order, nq), -(-nq // ROWS)
         start(
             merge_kernel, b * h * tiles,
@@ -78,34 +103,80 @@ def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     return w if plan is None else replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=2 * blocks[0]))
 
 
-def placed(w: Work, q: Tensor, k: Tensor, v: Tensor) -> Inputs:
-    """q, k, v in plan order. Where pairs of a listed block may be hidden, k and v are copied and bad rows cleaned."""
+def _attended(w: Work, qkv: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Tensor], tuned: Tuning | None) -> None:
+    """The kernel, and where pairs of a listed block are hidden and the result is not finite, once more with k and v
+    whose bad rows are cleaned: 0 * NaN is NaN, so a bad value reaches those who do not see it.
+
+    The device decides; most results are finite, and then both k and v are read where they lie.
+    """
+    given = placed(w, *qkv, tuned)
+    if w.plain or given.clean:
+        run(w, given, *to, tuned)
+        return
+    yes, found = torch.eye(2, 4, dtype=torch.int32, device=qkv[0].device)  # rows of 16 bytes that begin with 1 and 0
+    run(w, given, *to, tuned, (yes, found))
+    boxes = given.k.boxes
+    order = w.plan.kv_order if boxes is None else boxes.raster
+    k, v = (_source(t, boxes) for t in w.copied(qkv[1], qkv[2], order, float("nan"), found))
+    run(w, Inputs(given.q, k, v, clean=True), *to, tuned, (found, yes))
+
+
+def placed(w: Work, q: Tensor, k: Tensor, v: Tensor, tuned: Tuning | None = None) -> Inputs:
+    """q, k, v where they lie if their rows are in plan order or their tiles are boxes, else copied."""
+    tuned = _tuned(w) if tuned is None else tuned
     if w.call.scale <= 0:  # the kernel takes the largest logit before it scales
         q = -q if w.call.scale < 0 else torch.zeros_like(q)
-    if not w.q_facts.identity:
-        (q,) = gather_rows([q], w.plan.q_order)
-    if not (w.kv_facts.identity and w.plain):
+    from_q = Source(_lined(q)) if w.q_facts.identity else _boxed([q], w.plan.q_order, 64, w.q_facts)[0]
+    if from_q is None:
+        from_q = Source(_lined(*gather_rows([q], w.plan.q_order)))
+    if w.kv_facts.identity:
+        return Inputs(from_q, Source(_lined(k)), Source(_lined(v)))
+    rows = min(tuned.keys, w.call.kv_block)
+    from_k, from_v = _boxed([k, v], w.plan.kv_order, rows, w.kv_facts)
+    if from_k is None or from_v is None:
         k, v = w.copied(k, v, w.plan.kv_order, float("nan"))
-    return Inputs(_lined(q), _lined(k), _lined(v))
+        return Inputs(from_q, Source(k), Source(v), clean=True)
+    return Inputs(from_q, from_k, from_v)
 
 
-def run(w: Work, given: Inputs, out: Tensor, lse: Tensor, tuned: Tuning | None = None) -> None:
-    """The kernel over all query blocks; out [B, Hq, n, Dv] and lse [B, Hq, n] by token, or by slot if slots repeat."""
+def _boxed(tensors: list[Tensor], order: Tensor, rows: int, facts: OrderFacts) -> list[Source | None]:
+    """Tensors read in boxes of `rows` tokens, None each where that cannot be."""
+    boxes = boxes_of(order, tensors[0].shape[2], rows) if facts.fixed and all(map(_legal, tensors)) else None
+    if boxes is None or any(seen(t, boxes) is None for t in tensors):
+        return [None] * len(tensors)
+    return [_source(t, boxes) for t in tensors]
+
+
+def _source(t: Tensor, boxes: Boxes | None) -> Source:
+    return Source(t, boxes, None if boxes is None else seen(t, boxes))
+
+
+def run(
+    w: Work,
+    given: Inputs,
+    out: Tensor,
+    lse: Tensor,
+    tuned: Tuning | None = None,
+    flags: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> None:
+    """The kernel over all query blocks; out [B, Hq, n, Dv] and lse [B, Hq, n] by token, or by slot if slots repeat.
+
+    flags: as in `forward_kernel`.
+    """
     q, k, v, p = given.q, given.k, given.v, w.plan
     blocks = w.call.q_block, w.call.kv_block
     dims = w.sizes["D"], w.sizes["DV"]
-    tuned = tuning(blocks, max(padded(d) for d in dims)) if tuned is None else tuned
+    tuned = _tuned(w) if tuned is None else tuned
     shape = Shape.of(blocks, dims, w.masked, tuned)
-    tiles = w.batch * w.heads * w.q_blocks
+    tiles, rows = w.batch * w.heads * w.q_blocks, min(shape.keys, shape.block)
     scale = abs(w.call.scale) if w.call.scale else 1.0
     order = w.row(p.q_order) if w.q_facts.distinct and not w.q_facts.identity else None
-    longest_first = _longest_first(w)
-    programs = tiles
-    if tuned.persistent and longest_first is None:
-        programs = min(tiles, _processors(q.device.index))
+    persistent = 1 if given.clean and flags[0] is not None else tuned.persistent  # mostly there is nothing to do
+    programs = min(tiles, persistent * _processors(out.device.index)) if persistent else tiles
     start(
         forward_kernel, programs,
-        _described(q, 64, shape.d), _described(k, shape.keys, shape.d), _described(v, shape.keys, shape.dv),
+        q.described(64, shape.d), k.described(rows, min(shape.d, 64)), v.described(rows, min(shape.dv, 64)),
+        (q.where, k.where, v.where),
         (out, lse, order, out.shape[2]),
         (
             w.row(p.owner),
@@ -114,8 +185,8 @@ def run(w: Work, given: Inputs, out: Tensor, lse: Tensor, tuned: Tuning | None =
             p.masks.shape[0],
         ),
         (by_query(p.masks, blocks[1]), w.row(kept(p.kv_order, blocks[1])) if w.kv_facts.holes else None),
-        (longest_first, w.heads, w.q_blocks), w.heads // k.shape[1],
-        (float(scale), None if w.call.softcap is None else float(w.call.softcap)), tiles,
+        (_longest_first(w), w.heads, w.q_blocks), w.heads // k.t.shape[1],
+        (float(scale), None if w.call.softcap is None else float(w.call.softcap)), tiles, flags,
         C=shape, num_warps=4, maxnreg=tuned.most,
     )  # fmt: skip
 
@@ -145,24 +216,25 @@ def _longest_first(w: Work) -> Tensor | None:
     return made[w.batch, w.heads]
 
 
+def _tuned(w: Work) -> Tuning:
+    return tuning((w.call.q_block, w.call.kv_block), max(padded(w.sizes["D"]), padded(w.sizes["DV"])))
+
+
 def _lined(t: Tensor) -> Tensor:
-    """t [B, H, N, D], copied if TMA cannot read it: rows contiguous, steps of 16 bytes."""
+    """t [B, H, N, D], copied if TMA cannot read it."""
+    return t if _legal(t) else t.contiguous()
+
+
+def _legal(t: Tensor) -> bool:
+    """Whether TMA reads t [B, H, N, D]: rows contiguous, steps of 16 bytes."""
     each = 16 // t.element_size()
     steps = [s for s, n in zip(t.stride()[:3], t.shape[:3], strict=True) if n > 1]
-    legal = t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(s > 0 and s % each == 0 for s in steps)
-    return t if legal else t.contiguous()
-
-
-def _described(t: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    """Tiles [1, 1, rows, columns] of t [B, H, N, D]; where there is one step only, its stride does not count."""
-    any_step = 16 // t.element_size()
-    strides = [s if n > 1 else any_step for s, n in zip(t.stride()[:3], t.shape[:3], strict=True)]
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], [1, 1, rows, columns], _layout(rows, columns, t.dtype))
+    return t.stride(3) == 1 and t.data_ptr() % 16 == 0 and all(s > 0 and s % each == 0 for s in steps)
 
 
 @lru_cache
-def _layout(rows: int, columns: int, dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    return gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
 
 
 @lru_cache

@@ -47,5 +47,5 @@ def words(columns):
 
 @constexpr_function
 def tile(rows, columns, dtype):
-    """A shared tile [1, 1, rows, columns] as TMA writes it and wgmma reads it."""
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], dtype)
+    """A shared tile [rows, columns] as TMA writes it and wgmma reads it."""
+    return gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)

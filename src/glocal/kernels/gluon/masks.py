@@ -19,6 +19,11 @@ from glocal.kernels.gluon import layouts
 from glocal.kernels.triton.masks import fragments
 from glocal.plan.blockplan import pack
 
+# Two instructions an entry; left to themselves, compilers make bits of many comparisons and take them apart again.
+_SELECT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }"
+)
+
 # Words and one more row that lets everything pass, by mask table and by whether rows are keys.
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -70,9 +75,9 @@ def hidden(s, word, columns: gl.constexpr):
     pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 2), 3)
     side = gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2)
     place = gl.full([1, 1, 1, 1], 1, gl.int32, layout=quads) << (pair * 2 + side)
-    seen = (bits & place) != 0  # [64, columns / 8, 4, 2]
-    seen = gl.convert_layout(gl.reshape(seen, [64, columns]), layouts.products(columns), assert_trivial=True)
-    return gl.where(seen, s, float("-inf"))
+    s = gl.convert_layout(gl.reshape(s, [64, columns // 8, 4, 2]), quads, assert_trivial=True)
+    s = gl.inline_asm_elementwise(_SELECT, "=f,f,r,r", [s, bits, place], gl.float32, is_pure=True, pack=1)
+    return gl.convert_layout(gl.reshape(s, [64, columns]), layouts.products(columns), assert_trivial=True)
 
 
 @gluon.jit

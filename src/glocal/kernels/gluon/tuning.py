@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tuning:
-    """keys: tokens of a step, at most those of a key block. stages: steps in flight. queries: query blocks in flight.
+    """keys: tokens of a step: a part of a key block, one, or two of 64. stages: steps in flight. queries: query blocks in flight.
 
-    persistent: one program a multiprocessor takes many query blocks in turn, where all lists are equally long.
+    persistent: programs a multiprocessor, each of which takes many query blocks in turn; 0: one a query block.
     registers: of a thread of the second group. most: of a thread before the groups share them out.
     held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
     """
@@ -17,7 +17,7 @@ class Tuning:
     keys: int = 128
     stages: int = 2
     queries: int = 1
-    persistent: bool = True
+    persistent: int = 1
     registers: int = 240
     most: int = 168
     held: bool = False
@@ -51,7 +51,7 @@ class Shape:
         return Shape(
             rows=blocks[0],
             block=blocks[1],
-            keys=min(tuned.keys, blocks[1]),
+            keys=min(tuned.keys, 2 * blocks[1]),
             d=padded(dims[0]),
             dv=padded(dims[1]),
             real=dims[1],
@@ -67,15 +67,13 @@ class Shape:
 def tuning(blocks: tuple[int, int], width: int) -> Tuning:
     """For (query, key) blocks of 64 or 128 and the larger padded head size, as `bench/kernels_hopper.py` found best."""
     if blocks[0] == 64:
-        small = Tuning(keys=64, persistent=False, pinned=True)
+        small = Tuning(keys=64, persistent=0, pinned=True)
         if width > 128:
             return replace(small, most=224)
         return replace(small, held=True, most=80 if width <= 64 else 128)
     if width > 128:
         return Tuning(keys=64)
-    if blocks[1] == 64 and width > 64:
-        return Tuning(stages=4, held=True, pinned=True)
-    return Tuning(stages=3, queries=2) if width <= 64 else Tuning()
+    return Tuning(keys=blocks[1], stages=3, queries=2) if width <= 64 else Tuning()
 
 
 def padded(size: int) -> int:

@@ -21,14 +21,18 @@ def _ill(x):
 
 @triton.jit
 def ordered_keys_kernel(
-    k, v, to_k, to_v, kv_order, heads, step, shared, room, tiles, FILL,
+    k, v, to_k, to_v, kv_order, heads, step, shared, room, tiles, FILL, when,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
     BM: tl.constexpr,
 ):  # fmt: skip
     """k, v [B, Hkv, n, D] -> [B, heads, room, PD], PD >= D. FILL: what the keys of bad rows become.
 
     step: heads of the result a key head. shared: query heads a head of the result, by which the plan counts.
+    when: int32 [1], nothing is done where it holds 0; None: always.
     """
+    if when is not None:  # noqa: SIM102 (known when compiling, unlike what `and` would join to it)
+        if tl.load(when) == 0:
+            return
     pid = tl.program_id(0)
     member = pid // tiles
     b, h = member // heads, member % heads

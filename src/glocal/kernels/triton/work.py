@@ -85,8 +85,13 @@ class Work:
             return k, v
         return self.copied(k, v, self.plan.kv_order, fill)
 
-    def copied(self, k: Tensor, v: Tensor, order: Tensor, fill: float) -> tuple[Tensor, Tensor]:
-        """k and v in the order of `order`, bad rows cleaned: keys become `fill`, values 0."""
+    def copied(
+        self, k: Tensor, v: Tensor, order: Tensor, fill: float, when: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """k and v in the order of `order`, bad rows cleaned: keys become `fill`, values 0.
+
+        when: int32 [1] on the device; where it holds 0 the copies are left as they come.
+        """
         b, _, _, d = k.shape
         room, dv = order.shape[-1], v.shape[3]
         to_k, to_v = (t.new_empty(b, self.key_heads, room, box_width(t)) for t in (k, v))
@@ -95,7 +100,7 @@ class Work:
         start(
             ordered_keys_kernel, b * self.key_heads * tiles,
             strided(k), strided(v), to_k, to_v, self.row(order), self.key_heads, step, self.heads // self.key_heads,
-            room, tiles, fill,
+            room, tiles, fill, when,
             D=d, DV=dv, PD=to_k.shape[3], PDV=to_v.shape[3], WD=self.sizes["WD"], WDV=self.sizes["WDV"],
             BM=defaults.ROWS,
         )  # fmt: skip

@@ -1,0 +1,134 @@
+"""Tiles that are boxes of a grid of tokens, so that TMA reads them where they lie: the token permutation of tiled
+attention (arXiv 2504.16922) then costs nothing.
+
+A descriptor has five axes: two that hold samples, heads and the first axis of the grid, two more of the grid, and the
+head size. What a box has beyond the edge of the grid reads as 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+Three = tuple[int, int, int]
+
+BITS = 20  # of each coordinate of a corner
+
+_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+@dataclass(frozen=True, eq=False)
+class Boxes:
+    """grid, box: tokens along three axes, the last one innermost; axes may be 1. corners: int64 [tiles], the first
+    token of each tile as x + (y << BITS) + (t << 2 * BITS). raster: int32 [1, 1, tokens], the tokens as they lie.
+    """
+
+    grid: Three
+    box: Three
+    corners: Tensor
+    raster: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """A tensor [B, H, N, D] as a descriptor reads its boxes: sizes and strides of the four axes before the head size,
+    a box of them, and the coordinates (b * lead[0] + h * lead[1], b * lead[2] + h * lead[3] + t, y, x) of a corner.
+    """
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]
+    lead: tuple[int, int, int, int]
+
+
+def boxes_of(order: Tensor, tokens: int, rows: int) -> Boxes | None:
+    """The boxes that tiles of `rows` slots of an order [1, 1, room] are, or None if they are no boxes of one grid.
+
+    Looked at once for each order, which waits for the device; None while a CUDA graph is captured.
+    """
+    mark = (order.data_ptr(), 0 if order.is_inference() else order._version, tokens)
+    known = _KNOWN.get(order)
+    if known is None or known[0] != mark:
+        known = _KNOWN[order] = (mark, {})
+    if rows not in known[1]:
+        if order.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None
+        known[1][rows] = _found(order, tokens, rows)
+    return known[1][rows]
+
+
+def _found(order: Tensor, tokens: int, rows: int) -> Boxes | None:
+    if order.shape[:2] != (1, 1) or order.shape[2] % rows:
+        return None
+    slots = order[0, 0].cpu().long()
+    for size in (rows, 2 * rows):  # a tile may show the grid only together with its neighbour
+        shape = _shape(slots, tokens, size)
+        if shape is None:
+            continue
+        box, grid = shape
+        if size > rows:
+            halved = next(i for i, n in enumerate(box) if n > 1)
+            box = tuple(n // 2 if i == halved else n for i, n in enumerate(box))
+        corners = _corners(slots.reshape(-1, rows), box, grid)
+        if corners is not None:
+            raster = torch.arange(tokens, dtype=torch.int32)[None, None]
+            return Boxes(grid, box, corners.to(order.device), raster.to(order.device))  # type: ignore[arg-type]
+    return None
+
+
+def _corners(tiles: Tensor, box: tuple[int, ...], grid: tuple[int, ...]) -> Tensor | None:
+    """Corners int64 [tiles] if every tile [tiles, rows] is a box of the grid, with -1 beyond its edge."""
+    step = torch.tensor([grid[1] * grid[2], grid[2], 1])
+    at = tiles[:, :1] // step % torch.tensor(grid)  # [tiles, 3]
+    place = at[:, None] + torch.cartesian_prod(*(torch.arange(n) for n in box))  # [tiles, rows, 3]
+    want = torch.where((place < torch.tensor(grid)).all(2), (place * step).sum(2), -1)
+    none = (tiles < 0).all(1)
+    if not bool(((want == tiles).all(1) | none).all()):
+        return None
+    return torch.where(none, grid[1] << BITS, at[:, 2] + (at[:, 1] << BITS) + (at[:, 0] << 2 * BITS))
+
+
+def _shape(slots: Tensor, tokens: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """The box that the first whole tile is, from the nested runs of its tokens, and the grid, three axes each."""
+    tiles = slots.reshape(-1, rows) if len(slots) % rows == 0 else slots[:0, None]
+    whole = (tiles >= 0).all(1).nonzero()
+    if not len(whole):
+        return None
+    offsets = tiles[whole[0, 0]] - tiles[whole[0, 0], 0]
+    box, steps, inner = [], [], 1
+    while inner < rows:
+        heads = offsets[::inner]
+        equal = heads == torch.arange(len(heads)) * heads[1]
+        box.append(len(heads) if bool(equal.all()) else int((~equal).nonzero()[0, 0]))
+        steps.append(int(heads[1]))
+        inner *= box[-1]
+    above = [*steps[1:], tokens]
+    if steps[0] != 1 or len(box) > 3 or any(a <= 0 or b % a for a, b in zip(steps, above, strict=True)):
+        return None
+    fill = (1,) * (3 - len(box))
+    grid = (*fill, *(b // a for a, b in zip(steps[::-1], above[::-1], strict=True)))
+    return None if max(grid) >> BITS else ((*fill, *box[::-1]), grid)
+
+
+def seen(t: Tensor, boxes: Boxes) -> Seen | None:
+    """How a descriptor reads boxes of t [B, H, N, D], rows contiguous and steps of 16 bytes; None: it cannot."""
+    b, h = t.shape[:2]
+    sb, sh, sn = t.stride()[:3]
+    length, rows, columns = boxes.grid
+    steps = (length, rows * columns * sn), (rows, columns * sn), (columns, sn)
+    first, second, lead = (b, sb), (h, sh), (1, 0, 0, 1)
+    if length > 1:
+        second = steps[0]
+        if h == 1:
+            lead = (1, 0, 0, 0)
+        elif b == 1 or sb == h * sh:
+            first, lead = (b * h, sh), (h, 1, 0, 0)
+        elif sb == length * second[1]:
+            first, second, lead = (h, sh), (b * length, second[1]), (0, 1, length, 0)
+        else:
+            return None
+    shape, strides = zip(first, second, *steps[1:], strict=True)
+    return Seen(shape, strides, (1, *boxes.box), lead)
