@@ -132,8 +132,7 @@ def run(a: argparse.Namespace, spec: MixerSpec) -> bool:
     command = [sys.executable, *sys.argv]
     children = [subprocess.Popen([*command, "--child", str(i)], env=os.environ) for i in range(a.workers)]
     if not a.examine:
-        begin, threads = time.monotonic(), os.cpu_count()
-        torch.set_num_threads(min(8, 1 if threads is None else threads))
+        begin = time.monotonic()
         saved(task_of(a.task, size=a.size, device="cpu", counts=(a.train, a.test)), a.out / "scenes.pt")
         print(f"scenes painted in {time.monotonic() - begin:.0f} s", flush=True)
     codes = []

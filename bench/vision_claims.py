@@ -130,7 +130,7 @@ def inline(a: argparse.Namespace) -> Iterator[Row]:
             ours, twin = (create_model(name, **changes).to(a.device, dtype).eval() for _ in range(2))
             for layer in twin.modules():
                 if isinstance(layer, InLineAttention):
-                    layer.__class__ = type("Twin", (Twin,), {"fused": fused})
+                    layer.__class__ = type("Twin", (Twin, type(layer)), {"fused": fused})
             calls = {"rival": partial(twin, image), "ours": partial(ours, image)}
             with torch.no_grad():
                 timed = compare_paired(calls, a.rounds, a.device)

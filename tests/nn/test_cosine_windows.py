@@ -51,3 +51,12 @@ def test_cosines_and_a_learned_bias(backend: str | None) -> None:
                 )
                 out[i, j, h] = sum(w * v[a, b, h] for w, (a, b) in zip(logits.softmax(0), keys, strict=True))
     assert torch.allclose(layer(x), layer.proj(out.flatten(2))[None], atol=1e-9)
+
+
+def test_whole_maps_under_autocast() -> None:
+    layer = CosineWindowAttention(8, 2, 4)
+    object.__setattr__(layer.spec, "backend", "auto")
+    x = torch.randn(1, 8, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x)
+    assert torch.allclose(found.float(), layer(x), atol=5e-2)

@@ -66,3 +66,12 @@ def test_the_whole_map_by_a_pattern_gives_the_same() -> None:
     whole.load_state_dict(cut.state_dict())
     x, queries = torch.randn(2, 5, 9, 8), torch.randn(2, 1, 2, 9, 4)
     assert torch.allclose(whole(x, queries), cut(x, queries), atol=1e-5)
+
+
+def test_whole_maps_under_autocast() -> None:
+    """The queries of a stage are float32 there, keys and values are not."""
+    layer = GlobalQueryAttention(16, 2, 4, spec=WindowSpec(backend="auto"))
+    x, queries = torch.randn(1, 8, 8, 16), torch.randn(1, 1, 2, 16, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(x, queries)
+    assert torch.allclose(found.float(), layer(x, queries), atol=5e-2)

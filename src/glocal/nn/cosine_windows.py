@@ -54,7 +54,7 @@ class CosineWindowAttention(WindowAttention):
         rows = groups.reshape(-1, *groups.shape[-2:])
         q, k, v = split_heads(F.linear(rows, self.qkv.weight, bias), count, self.heads)
         factor = self.logit_scale.clamp(max=_MOST).exp()
-        return F.normalize(q, dim=-1) * factor, F.normalize(k, dim=-1), v
+        return (F.normalize(q, dim=-1) * factor).to(v.dtype), F.normalize(k, dim=-1).to(v.dtype), v
 
 
 def spaced(window: int, trained: int) -> Tensor:

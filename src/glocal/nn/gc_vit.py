@@ -107,7 +107,8 @@ class GlobalQueryAttention(WindowAttention):
         side, size = self.window, self.dim // self.heads
         queries = self._queries(stage, b).reshape(b, self.heads, side, side, size)
         q = queries.repeat(1, 1, height // side, width // side, 1).flatten(2, 3)
-        return q, *split_heads(self.qkv(x).flatten(1, 2), 2, self.heads)
+        k, v = split_heads(self.qkv(x).flatten(1, 2), 2, self.heads)
+        return q.to(k.dtype), k, v  # under autocast the queries of a stage are float32
 
     def _queries(self, stage: object, batch: int) -> Tensor:
         wanted = (batch, 1, self.heads, self.window**2, self.dim // self.heads)
