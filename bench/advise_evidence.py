@@ -2,16 +2,18 @@
 without gains, by relative error of the attention output, and plain recipes, at three budgets of attention work, paired
 over unseen seeds.
 
-    python bench/advise_evidence.py --device cuda
-    python bench/advise_evidence.py --tiny                  # a dry run
+    python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
+    python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
+    python bench/advise_evidence.py compare                     # what the pairs say
+    python bench/advise_evidence.py search --tiny --recipes F    # a dry run; then judge and compare with the same
 
 The budget is the share of query-key pairs that kernels visit (a count of the planner, the same on every machine), so
 nothing here is a time, and every recipe runs as exact attention under its mask. A recipe's error is the end-to-end
 relative error of the latents of each seed. Probe and step-weight samples share neither prompt nor seed with those. At
-each budget stand beside the allocations: all plain recipes (one method, the first step ranges dense) and published
-settings that keep the budget; the best plain recipe is picked after the fact, by its mean over the very seeds it is
-judged on. "advised" is what `glocal advise` hands on: the one of its ladder that erred least on the probe samples.
-With --resume rows of an earlier run are kept and what they hold is not run again.
+each budget stand beside the allocations: plain recipes (one method, the first step ranges dense) and published settings
+that keep the budget; the best plain recipe is picked after the fact, by its mean over the very seeds it is judged on.
+"advised" is what `glocal advise` hands on: the one that erred least on the probe samples. `judge` keeps the rows that
+are there and runs what is missing, those of most interest first.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -39,12 +42,11 @@ from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
 from glocal.advise.probe import MediaMethod, ProbeRecord
-from glocal.advise.recipe import Fallback
-from glocal.advise.search import Found, Rung, allocated, base_rules, published, single
+from glocal.advise.recipe import Fallback, Rule
+from glocal.advise.search import Found, Rung, allocated, base_rules, published
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.timing import MethodTime, Times
-from glocal.advise.validation import OtherKernel
-from glocal.advise.weights import StepWeight, fit_weights, make_buckets, one_bucket, residual_total
+from glocal.advise.weights import Bucket, StepWeight, fit_weights, make_buckets, one_bucket, residual_total
 from glocal.canvas import Canvas, Layout
 from glocal.measure.stats import drift, log_ratio, paired
 from glocal.models.generation import SampleSpec, VideoDiT, load_demo
@@ -162,6 +164,12 @@ class Batch:
         behind = clean + levels[step + 1] / levels[step] * (x - clean)
         return self.errors(behind, self.latents[step + 1][which])
 
+    def other(self) -> MediaMethod:
+        """Dense attention through the kernel that takes masks."""
+        everything = MethodSpec("dense")
+        rules = (Rule(everything.id, ((0, 1 << 20),)),)
+        return Masked(Recipe("candidate", {everything.id: everything}, rules), self.cache)
+
     def ceilings(self) -> list[float]:
         """Errors of other noise."""
         other = self._noise([replace(s, seed=other_seed(s.seed)) for s in self.samples])
@@ -186,31 +194,43 @@ def search(batch: Batch) -> Searched:
     times, methods = work(model, samples[0], objective, before.sites[len(before.sites) // 2].name, before.shape)
     patterns = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
-    plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[len(middle) // 2], middle[3 * len(middle) // 4])}
-    looks = Looks(buckets, 2, 16)
-    probes = [probe_sample(model, objective, s, methods, looks) for s in samples[:PROBES]]
-    probes += [probe_sample(model, objective, s, plain, looks) for s in samples[PROBES:]]
+    plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
+    probes = [probe_sample(model, objective, s, methods, Looks(buckets, 2, 16)) for s in samples[:PROBES]]
     records: list[ProbeRecord] = [r for p in probes for r in p.records]
+    print("probed", flush=True)
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    runs, which = [], slice(PROBES, PROBES + WEIGHTS)
+    ends, firsts = {}, {}
     for bucket in buckets:
-        for name, method in plain.items():
+        for name, method in methods.items():
             recipe = one_bucket(bucket, name, method, rules, fallback)
-            ends = batch.of(recipe, bucket.first, which)
-            ones = batch.one_step(recipe, bucket.first, which)
-            for sample, end, one in zip(samples[which], ends, ones, strict=True):
-                mine = [r for r in records if r.sample == sample.id]
-                runs.append(StepWeight(bucket.number, name, end, one, residual_total(mine, name, bucket.number)))
+            if name in plain:
+                ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
+    return searched_from((records, times, methods), buckets, (ends, firsts), before)
+
+
+def searched_from(
+    known: tuple[list[ProbeRecord], Times, dict[str, MethodSpec]],
+    buckets: Sequence[Bucket],
+    errors: tuple[dict[tuple[int, str], list[float]], dict[tuple[int, str], list[float]]],
+    before: Preflight,
+) -> Searched:
+    """Step weights and gains from what was measured. errors: at the end of one-bucket runs of the step-weight samples,
+    and behind the first step of each bucket of the probe samples.
+    """
+    records, times, methods = known
+    ends, firsts = errors
+    rules, fallback = base_rules(records), Fallback(min_tokens=64)
+    runs = []
+    for (number, name), values in ends.items():
+        residual = residual_total(records, name, number)
+        runs += [StepWeight(number, name, end, fmean(firsts[number, name]), residual) for end in values]
     rough = Found(records, times, fit_weights(buckets, runs), methods, rules, fallback)
-    steps = sorted({r.step for r in records})
-    step = steps[len(steps) // 2]
-    bucket = next(b for b in buckets if b.first <= step <= b.last)
-    changed, errors = {}, {}
-    for name, method in methods.items():
-        recipe = one_bucket(bucket, name, method, rules, fallback)
-        changed[name] = fmean(batch.one_step(recipe, step, slice(0, PROBES)))
-        errors[name] = fmean(summed(records, name, step, s.id) for s in samples[:PROBES])
-    return Searched(counted_by(rough, gains(changed, errors)), rough, before)
+    bucket = buckets[len(buckets) // 2]
+    samples = sorted({r.sample for r in records})
+    changed = {name: fmean(firsts[bucket.number, name]) for name in methods}
+    local = {name: fmean(summed(records, name, bucket.first, s) for s in samples) for name in methods}
+    return Searched(counted_by(rough, gains(changed, local)), rough, before)
 
 
 def plain_rungs(found: Found, budget: float) -> list[Rung]:
@@ -245,43 +265,52 @@ def visited(recipe: Recipe, name: str, found: Found, before: Preflight) -> float
     return recipe.methods[name].plan(Layout.of(Canvas(before.shape))).visited if known is None else known.visited
 
 
-def judged(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
-    """(kind, rung): allocations first, then what competes with them."""
+def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
+    """(kind, rung): allocations first, then what competes with them, the most promising by prediction first."""
     found, rough, before = searched.found, searched.rough, searched.before
     out: list[tuple[str, Rung | None]] = [("residual", allocated(found, budget))]
     out += [("output", allocated(rough, budget, "output")), ("no gains", allocated(rough, budget))]
-    ladder = single(found, budget)
-    rivals = plain_rungs(found, budget)
-    rivals.sort(key=lambda r: ladder is None or r.recipe.id != ladder.recipe.id)
-    out += [("plain", r) for r in rivals]
+    out += [("plain", r) for r in plain_rungs(found, budget)]
     presets = published(found, before.shape, before.levels)
     out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
     return [(kind, rung) for kind, rung in out if rung is not None]
 
 
+def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> None:
+    """All recipes with what was predicted of them, in the order they are to be judged."""
+    listed = {budget: rungs(searched, budget) for budget in budgets}
+    out: list[dict[str, object]] = []
+    for place in range(max(map(len, listed.values()))):
+        for budget, own in listed.items():
+            if place < len(own):
+                kind, rung = own[place]
+                one: dict[str, object] = {"budget": budget, "kind": kind, "name": rung.name}
+                one["visited"] = round(spent(rung, searched.found, searched.before), 4)
+                one["predicted"] = None if kind == "output" else rung.predicted  # that one predicts in another unit
+                out.append({**one, "recipe": json.loads(rung.recipe.dumps())})
+    bands = {"with gains": searched.found.weights.band, "without": searched.rough.weights.band}
+    write_atomic(path, json.dumps({"bands": bands, "recipes": out}, indent=0, sort_keys=True) + "\n")
+
+
 def main() -> None:
-    """Parse the command line and measure."""
+    """Parse the command line and do one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["search", "judge", "compare"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.45])
     parser.add_argument("--tiny", action="store_true")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are there")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "results" / "advise_recipes.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = load_demo(options.device)
-    size = (4, 32, 32) if options.tiny else (16, 64, 64)
-    objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
-    seeds = 2 if options.tiny else options.seeds
-    workload = demo_workload(seeds + PROBES + WEIGHTS, fields=model.config.fields)
-    tail = {"torch": torch.__version__, "python": platform.python_version()}
-    tail["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
     rows: list[Row] = []
-    if options.resume and options.out.is_file():
+    if options.part != "search" and options.out.is_file():
         with options.out.open(newline="") as file:
             rows.extend(dict(row) for row in csv.DictReader(file))
+    tail = {"torch": torch.__version__, "python": platform.python_version()}
+    tail["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
 
     def emit(more: list[Row]) -> None:
         rows.extend({**dict.fromkeys(COLUMNS, ""), **row, **tail} for row in more)
@@ -291,92 +320,88 @@ def main() -> None:
         writer.writerows(rows)
         write_atomic(options.out, table.getvalue())
         for row in more:
-            if row["row"] != "seed":
+            if row["row"] not in ("seed", "probe sample"):
                 print({k: v for k, v in row.items() if v != ""}, flush=True)
 
+    if options.part == "compare":
+        rows[:] = [row for row in rows if row["row"] not in ("advised", "error ratio", "correlation")]
+        tail["device"] = str(rows[0]["device"])
+        compare(rows, emit)
+        return
+    model = load_demo(options.device)
+    size = (4, 32, 32) if options.tiny else (16, 64, 64)
+    objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
+    seeds = 2 if options.tiny else options.seeds
+    samples = demo_workload(seeds + PROBES + WEIGHTS, fields=model.config.fields).samples
     with torch.no_grad():
         began = time.monotonic()
-        batch = Batch(model, objective, workload.samples)
-        searched = search(batch)
-        print(f"probe, step weights and gains: {time.monotonic() - began:.1f} s", flush=True)
-        judge(batch, searched, options.budgets, rows, emit)
+        if options.part == "search":
+            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]))
+            write_recipes(searched, options.budgets, options.recipes)
+        else:
+            batch = Batch(model, objective, [*samples[:PROBES], *samples[PROBES + WEIGHTS :]])
+            judge(batch, json.loads(options.recipes.read_text()), rows, emit)
+        print(f"{options.part}: {time.monotonic() - began:.1f} s", flush=True)
 
 
-def judge(
-    batch: Batch, searched: Searched, budgets: Sequence[float], rows: list[Row], emit: Callable[[list[Row]], None]
-) -> None:
-    """Every recipe on every sample, and what the pairs of unseen seeds say; rows are handed to `emit` as they come."""
-    found, first = searched.found, PROBES + WEIGHTS
-    floors, ceilings = batch.of(OtherKernel()), batch.ceilings()
-    floor, ceiling = fmean(floors[first:]), fmean(ceilings[first:])
-    unseen = batch.samples[first:]
+def judge(batch: Batch, made: dict, rows: list[Row], emit: Callable[[list[Row]], None]) -> None:
+    """Every recipe on every sample; rows are handed to `emit` as they come."""
+    floors, ceilings = batch.of(batch.other()), batch.ceilings()
+    ends = fmean(floors[PROBES:]), fmean(ceilings[PROBES:])
     if not any(row["row"] == "anchors" for row in rows):
-        bands = {"with gains": found.weights.band, "without": searched.rough.weights.band}
-        name = "90 % band of step weights, a factor, "
-        emit(
-            [
-                {"row": "prediction", "kind": "leave one out", "name": name + n, "error": f"{b:.3f}"}
-                for n, b in bands.items()
-            ]
-        )
-        for name, value in (("floor", floor), ("ceiling", ceiling)):
-            emit([{"row": "anchors", "kind": name, "error": f"{value:.3g}", "pairs": len(unseen)}])
-    for budget in budgets:
-        known: dict[str, list[tuple[str, list[float], float]]] = {}  # kind -> (name, errors, error on probe samples)
-        for kind, rung in judged(searched, budget):
-            had = [r for r in rows if (str(r["budget"]), r["kind"], r["name"]) == (str(budget), kind, rung.name)]
-            if had:
-                values = [float(str(r["error"])) for r in had if r["row"] == "seed"]
-                probe = [float(str(r["error"])) for r in had if r["row"] == "probe sample"]
-            else:
-                everything = batch.of(rung.recipe)
-                values, probe = everything[first:], everything[:PROBES]
-                head: Row = {"budget": budget, "kind": kind, "name": rung.name}
-                head["visited"] = f"{spent(rung, found, searched.before):.4f}"
-                new: list[Row] = []
-                for s, value, low, high in zip(batch.samples, everything, floors, ceilings, strict=True):
-                    row = {"row": "seed" if s in unseen else "probe sample", **head, "seed": s.seed}
-                    if s in unseen or s in batch.samples[:PROBES]:
-                        new.append({**row, "error": f"{value:.5f}", "drift": f"{drift(value, low, high):.5f}"})
-                new.append(summary(head, rung, values, (floor, ceiling)))
-                emit(new)
-            known.setdefault(kind, []).append((rung.name, values, fmean(probe)))
-        compare(budget, known, emit)
+        name = "90 % band of left-out step weights, a factor, "
+        emit([{"row": "prediction", "name": name + n, "error": f"{band:.3f}"} for n, band in made["bands"].items()])
+        kinds = zip(("floor", "ceiling"), ends, strict=True)
+        emit([{"row": "anchors", "kind": k, "error": f"{v:.3g}", "pairs": len(floors) - PROBES} for k, v in kinds])
+    known = {(str(r["budget"]), r["kind"], r["name"]) for r in rows if r["row"] == "recipe"}
+    for one in made["recipes"]:
+        if (str(one["budget"]), one["kind"], one["name"]) in known:
+            continue
+        errors = batch.of(Recipe.loads(json.dumps(one["recipe"])))
+        head: Row = {n: one[n] for n in ("budget", "kind", "name", "visited")}
+        new: list[Row] = []
+        for number, (s, value, *anchors) in enumerate(zip(batch.samples, errors, floors, ceilings, strict=True)):
+            row = {"row": "probe sample" if number < PROBES else "seed", **head, "seed": s.seed}
+            new.append({**row, "error": f"{value:.5f}", "drift": f"{drift(value, *anchors):.5f}"})
+        mean = paired(errors[PROBES:])
+        row = {"row": "recipe", **head, "error": f"{mean.mean:.5f}", "low": f"{mean.low:.5f}"}
+        row |= {"high": f"{mean.high:.5f}", "pairs": mean.n, "drift": f"{drift(mean.mean, *ends):.5f}"}
+        if one["predicted"] is not None:
+            row["predicted_error"] = f"{one['predicted']:.5f}"
+            row["predicted_drift"] = f"{drift(one['predicted'], *ends):.5f}"
+        emit([*new, row])
 
 
-def summary(head: Row, rung: Rung, values: list[float], ends: tuple[float, float]) -> Row:
-    """Mean error of a recipe over the seeds, and what was predicted."""
-    mean = paired(values)
-    row: Row = {"row": "recipe", **head, "error": f"{mean.mean:.5f}", "low": f"{mean.low:.5f}"}
-    row |= {"high": f"{mean.high:.5f}", "pairs": len(values), "drift": f"{drift(mean.mean, *ends):.5f}"}
-    if rung.predicted is not None and head["kind"] != "output":  # that one predicts in another unit
-        row["predicted_error"] = f"{rung.predicted:.5f}"
-        row["predicted_drift"] = f"{drift(rung.predicted, *ends):.5f}"
-    return row
-
-
-def compare(
-    budget: float, known: dict[str, list[tuple[str, list[float], float]]], emit: Callable[[list[Row]], None]
-) -> None:
-    """Paired ratios of errors over the allocation, and over what the probe samples advise."""
-    if "residual" not in known or "plain" not in known:
-        return
-    ladder = [known["residual"][0], *known["plain"]]
-    advised = min(ladder, key=lambda one: one[2])
-    mean = paired(advised[1])
-    row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
-    out = [{**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": len(advised[1])}]
-    for ours, chosen in (("the allocation", known["residual"][0]), ("what is advised", advised)):
-        for kind in ("output", "no gains", "plain"):
-            if kind not in known:
-                continue
-            rival = min(known[kind], key=lambda one: fmean(one[1]))
-            if rival[0] == chosen[0]:
-                continue
-            ratio = log_ratio(rival[1], chosen[1])
-            verdict: Row = {"row": "error ratio", "budget": budget, "kind": kind, "name": f"{rival[0]} over {ours}"}
-            verdict |= {"error": f"{ratio.mean:.4f}", "low": f"{ratio.low:.4f}", "high": f"{ratio.high:.4f}"}
-            out.append({**verdict, "pairs": ratio.n})
+def compare(rows: Sequence[Row], emit: Callable[[list[Row]], None]) -> None:
+    """Paired ratios of errors over the allocation and over what the probe samples advise, at every budget."""
+    out: list[Row] = []
+    for budget in dict.fromkeys(str(r["budget"]) for r in rows if r["row"] == "recipe"):
+        known: dict[str, dict[str, tuple[list[float], list[float]]]] = {}  # kind -> name -> errors of probes, seeds
+        for r in rows:
+            if str(r["budget"]) == budget and r["row"] in ("seed", "probe sample"):
+                own = known.setdefault(str(r["kind"]), {}).setdefault(str(r["name"]), ([], []))
+                own[r["row"] == "seed"].append(float(str(r["error"])))
+        ours = next(iter(known["residual"].items()))
+        ladder = dict([ours, *known["plain"].items()])
+        advised = min(ladder.items(), key=lambda one: fmean(one[1][0]))
+        mean = paired(advised[1][1])
+        row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
+        out.append({**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": mean.n})
+        for words, chosen in (("the allocation", ours), ("what is advised", advised)):
+            for kind in ("output", "no gains", "plain"):
+                rival = min(known[kind].items(), key=lambda one: fmean(one[1][1]))
+                if rival[0] == chosen[0]:
+                    continue
+                ratio = log_ratio(rival[1][1], chosen[1][1])
+                verdict: Row = {"row": "error ratio", "budget": budget, "kind": kind}
+                verdict["name"] = f"{rival[0]} over {words}" + f" ({len(known[kind])} of its kind)"
+                verdict |= {"error": f"{ratio.mean:.4f}", "low": f"{ratio.low:.4f}", "high": f"{ratio.high:.4f}"}
+                out.append({**verdict, "pairs": ratio.n})
+    pairs = [(float(str(r["predicted_error"])), float(str(r["error"]))) for r in rows if r["predicted_error"]]
+    logs = torch.tensor(pairs, dtype=torch.float64).log().T
+    found = float(torch.corrcoef(logs)[0, 1])
+    words = "of the logarithms of predicted and measured errors, all recipes"
+    out.append({"row": "correlation", "name": words, "error": f"{found:.3f}", "pairs": len(pairs)})
     emit(out)
 
 

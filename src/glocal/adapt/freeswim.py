@@ -70,12 +70,15 @@ def reach_of(height: int, width: int) -> tuple[int, int]:
 _WAN, _SCRIPT = ("WanTransformer3DModel",), "script of the authors' repository"
 _SMALL = FreeSwimSettings(reach_of(480, 832), dual_steps=50)
 _LARGE = FreeSwimSettings(reach_of(720, 1280), dual_steps=50)
+# The built-in image model has 4 px a token and one frame: 64 x 64 px are 16 x 16 tokens.
+_DEMO = FreeSwimSettings((8, 8), scale_tokens=256)
 
 PRESETS: Mapping[str, Preset[FreeSwimSettings]] = {
     "wan2.1-1.3b": Preset(_SMALL, _WAN, _SCRIPT, experts=1),
     "wan2.1-1.3b-cached": Preset(replace(_SMALL, cache_steps=2, dual_steps=40), _WAN, _SCRIPT, experts=1),
     "wan2.1-14b": Preset(_LARGE, _WAN, _SCRIPT, experts=1),
     "wan2.1-14b-cached": Preset(replace(_LARGE, cache_steps=2, dual_steps=40), _WAN, _SCRIPT, experts=1),
+    "demo-image": Preset(_DEMO, ("ImageDiT",), "the rule of reach_of, for the built-in model"),
 }
 
 
@@ -215,7 +218,7 @@ def freeswim(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put FreeSwim into a pipeline or model of Wan with text in cross attention.
+    """Put FreeSwim into a pipeline or model of Wan with text in cross attention, or into the built-in image model.
 
     preset: of `PRESETS`; None takes the one without cache for the model's size. settings: instead of a preset.
     changed: single fields of the settings, such as ``cache_steps=5``. The whole second stage is
@@ -223,9 +226,9 @@ def freeswim(
     """
     found = list(parts(model).values()) if is_pipeline(model) else [model]
     for part in found:
-        if not any(c.__name__ in _WAN for c in type(part).__mro__):
+        if not any(c.__name__ in (*_WAN, "ImageDiT") for c in type(part).__mro__):
             raise ValueError(
-                f"freeswim: {type(part).__name__} is no Wan; legal: {', '.join(_WAN)}, or a pipeline of them."
+                f"freeswim: {type(part).__name__} is no Wan; legal: {', '.join(_WAN)}, a pipeline of them, or ImageDiT."
             )
     if settings is None:
         layers = max(site.layer for site in sites_of(model)) + 1

@@ -112,6 +112,13 @@ PRESETS: Mapping[str, Preset[HiSettings]] = {
     "sdxl-controlnet": _sdxl(_XL, border=512, aggressive=AGGRESSIVE, small=(0.5, 0.0)),
     "sdxl-gentle": _sdxl(_XL, border=512),
     "sdxl-turbo": _sdxl(_TURBO, small=(0.5, 0.0)),
+    # The built-in UNet was trained on 32 x 32 latents where SDXL had 128 x 128: the border is four times that again.
+    "demo-image": UNetPreset(
+        HiSettings(_XL, Shares(border=128, aggressive=AGGRESSIVE)),
+        ("ImageUNet",),
+        "the rule of sdxl, for the built-in model",
+        stages=XL_STAGES,
+    ),
 }
 
 
@@ -132,6 +139,8 @@ def recognised(model: Any) -> str | None:
         return "sd"
     if stages != XL_STAGES:
         return None
+    if PRESETS["demo-image"].fits(model):
+        return "demo-image"
     unet: Any = parts(model)["unet"] if is_pipeline(model) else model
     names = [str(getattr(model, "name_or_path", "")), str(getattr(unet.config, "_name_or_path", ""))]
     name = " ".join(names).lower()

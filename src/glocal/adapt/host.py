@@ -46,6 +46,8 @@ _DIFFUSERS = "diffusers.models.transformers"
 _HERE = "glocal.adapt.hosts.diffusers"
 _BUILT_IN = {
     "glocal.models.generation.video_dit.VideoDiT": "glocal.adapt.hosts.video_dit",
+    "glocal.models.generation.image_dit.ImageDiT": f"{_HERE}.wan",
+    "glocal.models.generation.image_unet.ImageUNet": f"{_HERE}.unet",
     "glocal.models.language.decoder.Decoder": "glocal.adapt.hosts.decoder",
     f"{_DIFFUSERS}.cogvideox_transformer_3d.CogVideoXTransformer3DModel": f"{_HERE}.cogvideox",
     f"{_DIFFUSERS}.pixart_transformer_2d.PixArtTransformer2DModel": f"{_HERE}.pixart",

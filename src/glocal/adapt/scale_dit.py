@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from glocal.adapt import scale_dit_flux, scale_dit_flux2
+from glocal.adapt import scale_dit_flux, scale_dit_flux2, scale_dit_image_blocks
 from glocal.adapt.attach import Handle, Method, attach
 from glocal.adapt.lora import lora_tensors
 from glocal.adapt.pipelines import is_pipeline, parts
@@ -33,7 +34,11 @@ from glocal.patterns import Blocks, Pattern
 from glocal.patterns.guided import GuidedWindows
 from glocal.patterns.guided_blocks import guided_blocks, guided_canvas
 
-_FAMILIES = {"FluxTransformer2DModel": scale_dit_flux, "Flux2Transformer2DModel": scale_dit_flux2}
+_FAMILIES = {
+    "FluxTransformer2DModel": scale_dit_flux,
+    "Flux2Transformer2DModel": scale_dit_flux2,
+    "ImageDiT": scale_dit_image_blocks,
+}
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ PRESETS: Mapping[str, Preset[ScaleDiTSettings]] = {
         ScaleDiTSettings(ntk=1.0, tuned_image=False),
         ("Flux2Transformer2DModel",),
         "authors' repository, second generation",
+    ),
+    # The 256 tokens of a 64 x 64 px picture are seen by all others, as in the published training.
+    "demo-image": Preset(
+        ScaleDiTSettings(phase="training", window_first=False, block=None, ntk=1.0),
+        ("ImageDiT",),
+        "the published training, for the built-in model",
     ),
 }
 
@@ -246,7 +257,7 @@ def scale_dit(
     backend: str = "auto",
     **changed: Any,
 ) -> Handle:
-    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer.
+    """Put Scale-DiT into a FLUX.1 or FLUX.2 pipeline or transformer, or the built-in image model.
 
     Nothing changes until `handle.method.give(latents, size)`. preset: of `PRESETS`; None takes the one of the class.
     settings: instead of a preset. changed: single fields of the settings, such as ``window=(8, 8)``. lora: the trained
@@ -269,7 +280,10 @@ def scale_dit(
     _sensible(transformer, found)
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)
-    return attach(model, ScaleDiT(transformer, found, updates, backend=backend))
+    kind = ScaleDiT
+    if _family(transformer) is scale_dit_image_blocks:
+        kind = import_module("glocal.adapt.scale_dit_image").ScaleDiTImage
+    return attach(model, kind(transformer, found, updates, backend=backend))
 
 
 def _family(transformer: Any) -> Any:
@@ -290,7 +304,7 @@ def _sensible(transformer: Any, settings: ScaleDiTSettings) -> None:
             "scale_dit: tuned_image=True in FLUX.2, whose updates act on low tokens alone; legal: tuned_image=False."
         )
     if settings.cache_low and not second:
-        raise ValueError("scale_dit: cache_low=True in FLUX.1; legal: FLUX.2, or cache_low=False.")
+        raise ValueError("scale_dit: cache_low=True in another model than FLUX.2; legal: FLUX.2, or cache_low=False.")
     if settings.cache_low and settings.phase != "inference":
         raise ValueError(
             f"scale_dit: cache_low=True with phase={settings.phase!r}, in which low tokens read the words; legal: "

@@ -8,7 +8,6 @@ number of query blocks, and the records say so.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +18,6 @@ from glocal.adapt.attach import Method
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
 from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, quick_products, rows_of
-from glocal.advise.preflight import synchronise
 from glocal.plan.blockplan import BlockPlan
 
 LEAST_BLOCKS = 8  # query blocks a call, however little memory there is
@@ -119,7 +117,6 @@ class Probe(MediaMethod):
     """Measures all candidates at the calls of the chosen steps; the model's own output is left as it is.
 
     weigh: in place of the error in the residual stream, what an error counts for (see `advise.sensitivity`).
-    seconds: spent on measuring.
     """
 
     def __init__(self, spec: ProbeSpec, weigh: Weigh | None = None) -> None:
@@ -127,17 +124,12 @@ class Probe(MediaMethod):
         self.records: list[ProbeRecord] = []
         self.errors: dict[str, str] = {}
         self.share: Share | None = None
-        self.seconds = 0.0
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """Dense as before, then the records."""
         out = inner(q, k, v, call)
         if call.state.step in self.spec.steps:
-            synchronise(q)
-            began = time.perf_counter()
             self._measure(q, k, v, call)
-            synchronise(q)
-            self.seconds += time.perf_counter() - began
         return out
 
     @torch.no_grad()

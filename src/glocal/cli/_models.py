@@ -12,7 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEGAL = "demo, demo-language, package.module:factory, or a folder or hub id of diffusers or transformers"
+LEGAL = (
+    "demo, demo-image, demo-image-unet, demo-language, package.module:factory, or a folder or hub id of diffusers or "
+    "transformers"
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ def load_model(name: str, device: str = "cpu") -> Any:
         from glocal.models.language import load_decoder
 
         return load_decoder(device=device)
+    if name in ("demo-image", "demo-image-unet"):
+        from glocal.models.generation import load_painter
+
+        return load_painter("unet" if name.endswith("unet") else "dit", device)
     if ":" in name:
         return _made(name)
     folder = Path(name)

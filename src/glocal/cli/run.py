@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="demo, or package.module:factory")],
+    model: Annotated[str, typer.Argument(help="demo, demo-image, demo-image-unet, or package.module:factory")],
     recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`")] = None,
     method: Annotated[
         str | None,
@@ -70,6 +70,10 @@ def command(
     _print(record)
     if out is not None:
         print(f"\nwritten: {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+PAINTED = ("caption", "size")
+"""What the built-in image models can be asked for."""
 
 
 @dataclass(frozen=True)
@@ -141,11 +145,19 @@ class _Foreign:
 
 def _generator(name: str, device: str, settings: _Settings) -> _Demo | _Foreign:
     from glocal.cli._models import load_model
-    from glocal.models.generation import VideoDiT
+    from glocal.models.generation import Painter, VideoDiT
 
     made = load_model(name, device)
     if isinstance(made, VideoDiT):
         return _Demo(made, settings)
+    if isinstance(made, Painter):
+        for given in settings.condition:
+            if given not in PAINTED:
+                near = get_close_matches(given, PAINTED, n=1, cutoff=0.0)[0]
+                raise ValueError(
+                    f"--condition {given}={settings.condition[given]}: unknown field {given!r}; legal: "
+                    f"{', '.join(PAINTED)}; nearest: {near}"
+                )
     if not callable(getattr(made, "generate", None)):
         raise ValueError(
             f"MODEL {name!r} is a {type(made).__name__} without generate(); legal: an object with "

@@ -13,6 +13,7 @@ from glocal.measure.errors import (
     top1_agreement,
 )
 from glocal.measure.memory import PeakMemory, peak_memory
+from glocal.measure.objects import Agreement, FoundObject, WantedObject, agreement, find_objects
 from glocal.measure.stats import (
     Acceptance,
     Interval,
@@ -29,17 +30,22 @@ from glocal.measure.timers import PairedTiming, Ratio, Timing, compare_paired, s
 
 __all__ = [
     "Acceptance",
+    "Agreement",
+    "FoundObject",
     "Interval",
     "PairedTiming",
     "PeakMemory",
     "Ratio",
     "Timing",
+    "WantedObject",
     "accept",
+    "agreement",
     "compare_paired",
     "cosine",
     "drift",
     "exceedance",
     "exceedance_statement",
+    "find_objects",
     "flicker",
     "flicker_difference",
     "kl_divergence",

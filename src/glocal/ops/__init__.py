@@ -12,7 +12,7 @@ from glocal.ops.epilogue import Epilogue
 from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
-from glocal.ops.norm import layer_norm
+from glocal.ops.norm import layer_norm, stored_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.reorder import Finish, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
@@ -54,6 +54,7 @@ __all__ = [
     "pool",
     "reorder",
     "restore",
+    "stored_norm",
 ]
 
 _planning.register()

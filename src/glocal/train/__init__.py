@@ -4,6 +4,7 @@ from glocal.train.average import Average
 from glocal.train.flow import FlowSpec, flow_loss
 from glocal.train.loop import CurveRow, Loop, LoopSpec
 from glocal.train.optim import build_optimizers
+from glocal.train.pictures import Pictures, draw_batch, picture_loss
 from glocal.train.scene_clips import SCENE_FIELDS, ClipStage, draw_clips
 from glocal.train.schedule import trapezoid
 
@@ -15,8 +16,11 @@ __all__ = [
     "FlowSpec",
     "Loop",
     "LoopSpec",
+    "Pictures",
     "build_optimizers",
+    "draw_batch",
     "draw_clips",
     "flow_loss",
+    "picture_loss",
     "trapezoid",
 ]

@@ -21,8 +21,11 @@ class Average:
         """Take in the present parameters."""
         kept = min(self.decay, (1 + self.count) / (10 + self.count))
         self.count += 1
-        for name, value in model.named_parameters():
-            self.means[name].lerp_(value.detach().float(), 1 - kept)
+        named = dict(model.named_parameters())
+        if not named:
+            return
+        means, values = ([found[name] for name in named] for found in (self.means, named))
+        torch._foreach_lerp_(means, [value.detach().float() for value in values], 1 - kept)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,13 +30,16 @@ class FlowSpec:
     drop: float = 0.1
 
 
-def draw_levels(count: int, spec: FlowSpec, generator: torch.Generator) -> Tensor:
-    """Noise levels [count] in (0, 1], drawn on the CPU: logit-normal or even and then shifted, or 1."""
-    normal = torch.sigmoid(spec.spread * torch.randn(count, generator=generator))
-    even = 1 - torch.rand(count, generator=generator)
-    level = torch.where(torch.rand(count, generator=generator) < spec.uniform, even, normal)
+def draw_levels(
+    count: int, spec: FlowSpec, generator: torch.Generator | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Noise levels [count] in (0, 1], drawn on `device`: logit-normal or even and then shifted, or 1."""
+    more: dict[str, Any] = {"generator": generator, "device": device}
+    normal = torch.sigmoid(spec.spread * torch.randn(count, **more))
+    even = 1 - torch.rand(count, **more)
+    level = torch.where(torch.rand(count, **more) < spec.uniform, even, normal)
     shifted = spec.shift * level / (1 + (spec.shift - 1) * level)
-    return torch.where(torch.rand(count, generator=generator) < spec.pure, 1.0, shifted)
+    return torch.where(torch.rand(count, **more) < spec.pure, 1.0, shifted)
 
 
 def flow_loss(
