@@ -1,19 +1,23 @@
-"""C-Upscale and UltraGen on the built-in image models."""
+"""C-Upscale on the built-in image models: no other library is needed."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch.nn.functional import interpolate
+from torch import Tensor
 
+from glocal.adapt.c_upscale_hosts import denoiser_of
 from glocal.adapt.c_upscale_pictures import PictureDenoiser
 from glocal.adapt.c_upscale_run import upscale
-from glocal.adapt.ultragen import ultragen
+from glocal.data.captions import LENGTH, WORDS
 from glocal.models.generation import (
     ImageDiT,
     ImageDiTConfig,
     ImageUNet,
     ImageUNetConfig,
+    Painter,
     PictureModel,
     SampleSpec,
     sample_pictures,
@@ -21,73 +25,85 @@ from glocal.models.generation import (
 )
 from glocal.models.generation.sampler import noise_levels
 
-WORDS = ("", ",", "red", "blue", "disc")
+CAPTION = "a plain red disc at the top left"
+FEW: dict[str, Any] = {"steps": 4, "strength": 0.5, "guidance": 2.0, "output_type": "latent"}
+PLAIN: dict[str, Any] = {"structure": 0.0, "rap": "off", "mix": (0.0, 0.0)}
 
 
-def made(kind: str) -> PictureModel:
-    torch.manual_seed(0)
-    sizes = ImageDiTConfig(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32)
-    net = ImageUNet(ImageUNetConfig(block_out_channels=(8, 8, 16))) if kind == "unet" else ImageDiT(sizes)
-    model = PictureModel(net, WORDS, 6).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape))
-    return model
+@pytest.fixture(params=["unet", "dit"])
+def model(request: pytest.FixtureRequest) -> PictureModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        sizes = ImageDiTConfig(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32)
+        unet = request.param == "unet"
+        net = ImageUNet(ImageUNetConfig(block_out_channels=(8, 8, 16))) if unet else ImageDiT(sizes)
+        made = PictureModel(net, WORDS, LENGTH).eval()
+        with torch.no_grad():
+            for p in made.parameters():
+                p.add_(0.1 * torch.randn(p.shape))
+        return made
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
-def test_one_region_without_priors_is_the_sampler(kind: str) -> None:
-    model = made(kind)
-    denoiser = PictureDenoiser(model)
-    denoiser.window = (16, 16)  # the whole picture
-    picture = torch.rand(2, 3, 16, 16)
-    found = upscale(
-        denoiser, picture, 32, 32, denoiser.words(["red disc", "a blue disc"]), steps=4, strength=0.5, guidance=2.0,
-        structure=0.0, rap="off", generator=torch.Generator().manual_seed(3), output_type="latent",
-    )  # fmt: skip
-    spec = SampleSpec(4, denoiser.shift, 2.0)
-    noise = torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(3))
-    clean = to_latents(interpolate(picture, (32, 32), mode="bicubic").clamp(0, 1))
+@pytest.fixture
+def picture(generator: torch.Generator) -> Tensor:
+    return torch.rand(1, 3, 64, 64, generator=generator)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)
+
+
+def test_without_priors_at_the_same_size_it_is_the_sampler_from_a_noised_picture(
+    model: PictureModel, picture: Tensor
+) -> None:
+    found = upscale(model, picture, 64, 64, CAPTION, generator=seeded(), **FEW, **PLAIN)
+    spec = SampleSpec(steps=4, shift=3.0, guidance=2.0)
     level = noise_levels(spec)[2]
-    tokens = model.tokens("red disc", "a blue disc")
-    wanted = sample_pictures(model, (1 - level) * clean + level * noise, tokens, spec, start=2)
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+    noise = torch.randn(1, 12, 32, 32, generator=seeded())
+    start = (1 - level) * to_latents(picture) + level * noise
+    wanted = sample_pictures(model, start, model.tokens(CAPTION), spec, start=2)
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["unet", "dit"])
-def test_priors_act_and_leave_the_model(kind: str) -> None:
-    model = made(kind)
-    denoiser = PictureDenoiser(model)
-    denoiser.window = (8, 8)
-    picture = torch.rand(1, 3, 16, 16)
-    before = sample_pictures(model, torch.ones(1, 12, 8, 8), model.tokens("red disc"), SampleSpec(2))
-    out = [
-        upscale(denoiser, picture, 32, 32, "red disc", steps=8, guidance=2.0, rap=rap, structure=structure)
-        for rap, structure in (("replace", 1.0), ("replace", 0.0), ("off", 0.0))
-    ]
-    assert out[0].shape == (1, 3, 32, 32) and bool(torch.isfinite(out[0]).all())
-    assert not torch.allclose(out[0], out[1], atol=1e-3) and not torch.allclose(out[1], out[2], atol=1e-3)
-    after = sample_pictures(model, torch.ones(1, 12, 8, 8), model.tokens("red disc"), SampleSpec(2))
-    assert torch.equal(before, after)
+def test_it_enlarges_and_leaves_the_model_as_it_was(model: PictureModel, picture: Tensor) -> None:
+    before = upscale(model, picture, 64, 64, CAPTION, generator=seeded(), **FEW, **PLAIN)
+    found = upscale(Painter(model), picture, 128, 96, CAPTION, generator=seeded(), **{**FEW, "output_type": "pt"})
+    assert found.shape == (1, 3, 128, 96) and bool(((found >= 0) & (found <= 1)).all())
+    assert torch.equal(upscale(model, picture, 64, 64, CAPTION, generator=seeded(), **FEW, **PLAIN), before)
 
 
-def test_latents_and_words_of_the_denoiser() -> None:
-    denoiser = PictureDenoiser(made("dit"))
-    picture = torch.rand(1, 3, 8, 8) * 2 - 1
-    torch.testing.assert_close(denoiser.decode(denoiser.encode(picture, None)), picture)
-    words = denoiser.words(["red disc", ""])
-    assert words.content is not None and words.content.sum(1).tolist() == [2, 0]
-    assert denoiser.levels(4, 2)[-1][1] == 0.0 and len(denoiser.levels(4, 2)) == 2
+@pytest.mark.parametrize("changed", [{"rap": "off"}, {"rap": "gate"}, {"structure": 0.0}])
+def test_every_prior_counts(changed: dict[str, Any], model: PictureModel, picture: Tensor) -> None:
+    given = {**FEW, "structure_share": 1.0}  # in the first step the small picture and the large one agree
+    plain = upscale(model, picture, 96, 96, CAPTION, generator=seeded(), **given)
+    assert not torch.allclose(
+        upscale(model, picture, 96, 96, CAPTION, generator=seeded(), **{**given, **changed}), plain
+    )
 
 
-@torch.no_grad()
-def test_ultragen_in_the_image_model() -> None:
-    net = made("dit").net
-    given = (torch.randn(1, 12, 1, 32, 32), torch.tensor([700.0]), torch.randn(1, 6, 64))
-    plain = net(*given)[0]
-    with ultragen(net, windows=1, cross_window="fixed", global_branch=False, hierarchical=False):
-        torch.testing.assert_close(net(*given)[0], plain, rtol=0, atol=1e-5)  # one window is the model itself
-    with ultragen(net, rank=4, conv="depthwise"):
-        changed = net(*given)[0]
-    assert changed.shape == plain.shape and not torch.allclose(changed, plain, atol=1e-3)
-    assert torch.equal(net(*given)[0], plain)
+def test_regions_have_captions_of_their_own(model: PictureModel, picture: Tensor) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def prompter(region: Tensor, caption: str) -> str:
+        seen.append(tuple(region.shape))
+        return caption if len(seen) % 2 else "a blue square"
+
+    found = upscale(model, picture, 64, 96, CAPTION, prompter=prompter, generator=seeded(), **FEW)
+    assert seen == [(3, 64, 64)] * 2
+    assert not torch.allclose(found, upscale(model, picture, 64, 96, CAPTION, generator=seeded(), **FEW))
+
+
+def test_padding_and_commas_are_no_content(model: PictureModel) -> None:
+    denoiser = denoiser_of(model)
+    assert isinstance(denoiser, PictureDenoiser)
+    content = denoiser.words([CAPTION]).content
+    assert content is not None and content.sum() == 5 and content[0, :5].all()
+
+
+def test_refusals(model: PictureModel, picture: Tensor) -> None:
+    with pytest.raises(
+        ValueError, match=r"height, width=\(66, 64\) pixels; legal: multiples of 4, nearest: \(64, 64\)"
+    ):
+        upscale(model, picture, 66, 64, CAPTION)
+    with pytest.raises(ValueError, match="word 'heron' is unknown"):
+        upscale(model, picture, 64, 64, "a red heron")

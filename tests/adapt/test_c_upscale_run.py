@@ -22,7 +22,7 @@ diffusers = pytest.importorskip("diffusers", reason=f"diffusers {REASON}")
 pytest.importorskip("transformers", reason=f"transformers, without which diffusers has no pipelines, {REASON}")
 
 PLAIN: dict[str, Any] = {"structure": 0.0, "rap": "off", "mix": (0.0, 0.0)}
-FEW: dict[str, Any] = {"steps": 6, "strength": 0.7, "guidance": 3.0}
+FEW: dict[str, Any] = {"steps": 5, "strength": 0.7, "guidance": 3.0}
 
 
 def vae() -> Any:
@@ -113,7 +113,7 @@ def test_without_priors_at_the_same_size_it_is_image_to_image(kind: str, picture
         **given,
         image=picture,
         strength=0.7,
-        num_inference_steps=6,
+        num_inference_steps=5,
         guidance_scale=3.0,
         generator=torch.Generator().manual_seed(3),
         output_type="latent",
@@ -221,7 +221,7 @@ def test_all_share_one_field_of_noise(picture: Tensor, monkeypatch: pytest.Monke
     field = seen[0]
     assert all(torch.equal(n, field) for n in seen if n.shape == field.shape)
     small = [n for n in seen if n.shape != field.shape]
-    assert len(small) == 4 and all(bool(torch.isin(n, field).all()) for n in small)
+    assert len(small) == 3 and all(bool(torch.isin(n, field).all()) for n in small)
     assert float(small[0].std()) == pytest.approx(1, abs=0.1)
 
 
@@ -252,9 +252,15 @@ def test_refusals(picture: Tensor) -> None:
     with pytest.raises(ValueError, match="prompt has 3 rows for 1 pictures; legal: 1 or as many"):
         large(pipe, picture, prompt=text(1).rows([0, 0, 0]))
     with pytest.raises(ValueError, match="words of Stable Diffusion XL need pooled embeddings"):
-        large(pipe, picture, prompt=Words(text(1).embeds))
+        large(pipe, picture, prompt=Words(text(1).embeds), negative=Words(text(2).embeds))
     with pytest.raises(ValueError, match=r"the prompter's words are \(5, 32\), the prompt's \(7, 32\)"):
         large(pipe, picture, prompter=lambda region, prompt: Words(torch.zeros(1, 5, 32)))
+    with pytest.raises(ValueError, match=r"the negative words are \(5, 32\), the prompt's \(7, 32\)"):
+        large(pipe, picture, negative=Words(torch.zeros(1, 5, 32)))
+    with pytest.raises(ValueError, match="the negative words have no pooled, unlike the prompt's; legal: both or"):
+        large(pipe, picture, negative=Words(torch.zeros(1, 7, 32)))
+    with pytest.raises(ValueError, match="the prompter's words have a mask, unlike the prompt's"):
+        large(pipe, picture, prompter=lambda region, prompt: Words(torch.zeros(1, 7, 32), torch.ones(1, 7)))
     with pytest.raises(ValueError, match="Linear is no generator it knows; legal: pipelines of Stable Diffusion"):
         large(torch.nn.Linear(1, 1), picture)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from glocal.adapt import scale_dit, ultragen
 from glocal.adapt.ultragen import UltraGen, UltraGenParts, UltraGenSettings
+from glocal.models.generation import ImageDiT, ImageDiTConfig
 from glocal.models.generation.video_dit import VideoDiT
 
 from .hosts.exam import Inputs, run
@@ -67,6 +68,26 @@ def test_one_window_with_fresh_parts_is_the_built_in_model(model: VideoDiT, clip
     with ultragen(model, settings=SMALL):
         assert not torch.allclose(model(clip, sigma), before, atol=1e-4)
     assert torch.equal(model(clip, sigma), before)
+
+
+def test_the_built_in_image_model_takes_it_too(generator: torch.Generator) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = ImageDiT(ImageDiTConfig(num_attention_heads=2, attention_head_dim=12, num_layers=2, ffn_dim=32))
+        for parameter in net.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    latents, words = torch.randn(2, 12, 1, 18, 12, generator=generator), torch.randn(2, 5, 64, generator=generator)
+    given = (latents, torch.tensor([900.0, 300.0]), words)
+    before = net(*given)[0]
+    with ultragen(net, settings=FULL):
+        torch.testing.assert_close(net(*given)[0], before, rtol=0, atol=1e-4)
+    with ultragen(net, settings=SMALL, ffn_lora=True) as handle:
+        shaken(parts_of(handle))
+        found = net(*given)[0]
+        assert not torch.allclose(found, before, atol=1e-3)
+        found.square().mean().backward()
+        assert all(p.grad is not None and bool((p.grad != 0).any()) for p in parts_of(handle).parameters())
+    assert torch.equal(net(*given)[0], before)
 
 
 def test_every_row_has_its_noise_level(model: VideoDiT, clip: Tensor) -> None:

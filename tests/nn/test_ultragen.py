@@ -199,6 +199,23 @@ def test_fresh_parts_pool_evenly_and_restore_what_is_constant(x: Tensor) -> None
     assert torch.equal(TimeGate(DIM)(LEVEL), torch.full((2, 1, DIM), 0.5))
 
 
+@pytest.mark.parametrize("conv", ["dense", "depthwise"])
+@pytest.mark.parametrize("axes", [(3, 5, 4), (1, 3, 7)])
+def test_the_way_back_is_bilinear_and_a_convolution_over_time_and_plane(
+    conv: Any, axes: tuple[int, int, int], generator: torch.Generator
+) -> None:
+    part = CompressedBranch(DIM, DIM, 2, UltraGenSettings(conv=conv))
+    nn.init.normal_(part.up.weight, generator=generator)
+    nn.init.normal_(part.up.bias, generator=generator)  # type: ignore[arg-type]
+    frames, height, width = axes
+    cells = (-(-height // 2), -(-width // 2))
+    x = torch.randn(2, frames * cells[0] * cells[1], DIM, generator=generator)
+    maps = x.unflatten(1, (frames, *cells)).movedim(-1, 1)  # [B, C, T, h, w]
+    large = F.interpolate(maps.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="bilinear")[..., :height, :width]
+    wanted = part.up(large.unflatten(0, (2, frames)).transpose(1, 2)).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(part.restore(x, axes), wanted, rtol=0, atol=2e-5)
+
+
 def test_a_gate_reads_the_level_of_each_token(host: Plain, x: Tensor) -> None:
     module = shaken(UltraGenSettings(rank=3))
     same = module(x, AXES, LEVEL, host, table())
@@ -238,3 +255,16 @@ def test_refusals(host: Plain, x: Tensor) -> None:
         UltraGenSettings(cross_window="swin")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="ffn_lora=True with rank=None has no size; legal: rank=64"):
         UltraGenSettings(rank=None, ffn_lora=True)
+
+
+@pytest.mark.gpu
+def test_cuda_equals_the_cpu(host: Plain, x: Tensor) -> None:
+    for conv in ("dense", "depthwise"):
+        module, rotary = shaken(UltraGenSettings(rank=3, conv=conv), 1), table()  # type: ignore[arg-type]
+        wanted = module(x, AXES, LEVEL, host, rotary)
+        there: Rotary = (rotary[0].cuda(), rotary[1].cuda())
+        found = module.cuda()(x.cuda(), AXES, LEVEL.cuda(), host.cuda(), there)
+        torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-4)
+        half = module.bfloat16()(x.cuda().bfloat16(), AXES, LEVEL.cuda(), host.bfloat16(), there)
+        assert bool((half.float().cpu() - wanted).abs().max() < 0.05 * wanted.abs().max())
+        host = host.float().cpu()

@@ -116,7 +116,9 @@ def test_eager_calls_go_past_the_dispatcher_and_give_the_same(kind: str, generat
     inputs = [*qkv(generator), table]
 
     def run() -> tuple[Tensor, ...]:
-        done = attend(inputs[0], inputs[1], inputs[2], score=Score(bias=(Relative(table),)), **{"canvas": CANVAS, **KINDS[kind]})
+        done = attend(
+            inputs[0], inputs[1], inputs[2], score=Score(bias=(Relative(table),)), **{"canvas": CANVAS, **KINDS[kind]}
+        )
         return done.out, done.lse, *torch.autograd.grad(done.out.square().sum() + done.lse.sum(), inputs)
 
     with FlopCounterMode(display=False) as counter:  # a mode sees operators

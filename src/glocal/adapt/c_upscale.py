@@ -159,7 +159,7 @@ class CUpscale(Method):
             return inner(q, k, v, call)  # a second call of a site is that to an image prompt
         if now == "whole":
             seen = Capture(q, k, canvas=call.layout, score=Score(scale=call.site.scale)).rows()  # [B, H, N, words]
-            self.maps[call.site.name] = seen.transpose(2, 3).unflatten(3, call.layout.q.grid.axes[-2:])
+            self.maps[call.site.name] = seen.transpose(2, 3).unflatten(3, _grid(call))
             return inner(q, k, v, call)
         return self._composed(q, k, v, call, now)
 
@@ -189,8 +189,8 @@ class CUpscale(Method):
         if now.rap == "off":
             by_words = read(guided, first)
         else:
-            grid = call.layout.q.grid.axes[-2:]  # of the one frame, where a model has frames
-            maps = [crop(self.maps[call.site.name][row.picture], row.box, (grid[0], grid[1])) for row in now.rows]
+            grid = _grid(call)
+            maps = [crop(self.maps[call.site.name][row.picture], row.box, grid) for row in now.rows]
             if now.rap == "replace":
                 by_words = torch.stack(maps).to(v.dtype) @ v[guided][:, :, first]
             else:
@@ -202,6 +202,14 @@ class CUpscale(Method):
         if now.share > 0:
             by_words = merge.gate(now.share, read(guided, last), by_words)
         return torch.cat([read(free, first), by_words])
+
+
+def _grid(call: SiteCall) -> tuple[int, int]:
+    """Rows and columns of the queries; ValueError for a video."""
+    *frames, rows, columns = call.layout.q.grid.axes
+    if any(n > 1 for n in frames):
+        raise ValueError(f"c_upscale: site {call.site.name!r} attends from {call.layout.q!r}; legal: one picture.")
+    return rows, columns
 
 
 def crop(maps: Tensor, box: Box, grid: tuple[int, int]) -> Tensor:

@@ -1,7 +1,7 @@
 """What C-Upscale (arXiv 2505.16976) needs of a generator: pictures to latents and back, words, one step of a schedule.
 
-`denoiser_of(pipe)` knows the pipelines of Stable Diffusion 1.5, XL and PixArt; any object with the methods of
-`Denoiser` may stand in their place.
+`denoiser_of(pipe)` knows the pipelines of Stable Diffusion 1.5, XL and PixArt, and the built-in image models; any
+object with the methods of `Denoiser` may stand in their place.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.tiled_vae import TiledVae
+from glocal.models.generation.picture_model import PictureModel
 
 LARGE = 2048
 """Pixels a side beyond which a VAE works tile by tile."""
@@ -238,9 +239,14 @@ def denoiser_of(pipe: Any) -> Denoiser:
         return StableDiffusionXL(pipe) if large else StableDiffusion(pipe)
     if type(transformer).__name__ == "PixArtTransformer2DModel":
         return PixArt(pipe)
+    pictures = getattr(pipe, "pictures", pipe)  # of a painter
+    if isinstance(pictures, PictureModel):
+        from glocal.adapt.c_upscale_pictures import PictureDenoiser
+
+        return PictureDenoiser(pictures)
     if all(hasattr(pipe, name) for name in ("predict", "encode", "levels", "noised", "step")):
         return pipe
     raise ValueError(
         f"c_upscale: {type(pipe).__name__} is no generator it knows; legal: pipelines of Stable Diffusion 1.5, 2, XL "
-        "and PixArt, or an object with the methods of glocal.adapt.c_upscale_hosts.Denoiser."
+        "and PixArt, the built-in image models, or an object with the methods of glocal.adapt.c_upscale_hosts.Denoiser."
     )

@@ -23,7 +23,7 @@ class PictureDenoiser:
     Predictions are clean latents; levels are those of the model's own sampler, moved by `shift`.
     """
 
-    window = (SIDE // PIXELS, SIDE // PIXELS)
+    window: tuple[int, int] = (SIDE // PIXELS, SIDE // PIXELS)
     side = 2 * PIXELS
     factor = PIXELS
 

@@ -61,10 +61,11 @@ def upscale(
 ) -> Tensor:
     """Pictures [B, 3, height, width] in [0, 1]; output_type "latent": latents.
 
-    pipe: a pipeline of Stable Diffusion 1.5, 2, XL or PixArt, or a `Denoiser`; it is left as it was. picture: [3, h, w]
-    or [B, 3, h, w] in [0, 1], or an image of PIL; of the size the model was trained for. prompt, negative: text, or
-    words that are encoded already (one row, or one a picture). prompter: writes the prompt of each region; None: the
-    global one. settings, changed: see `CUpscaleSettings`. generator: of all noise, on the CPU or the model's device.
+    pipe: a pipeline of Stable Diffusion 1.5, 2, XL or PixArt, a built-in `PictureModel` or `Painter`, or a `Denoiser`;
+    it is left as it was. picture: [3, h, w] or [B, 3, h, w] in [0, 1], or an image of PIL; of the size the model was
+    trained for. prompt, negative: text, or words that are encoded already (one row, or one a picture). prompter: writes
+    the prompt of each region; None: the global one. settings, changed: see `CUpscaleSettings`. generator: of all noise,
+    on the CPU or the model's device.
     Raises ValueError for sizes, words or settings that do not fit.
     """
     denoiser = denoiser_of(pipe)
@@ -86,6 +87,8 @@ def upscale(
         if small.shape[-2:] == clean.shape[-2:]:
             small = clean
         words = _words(denoiser, prompt, len(given), "prompt")
+        silent = _words(denoiser, negative, len(given), "negative")
+        _alike(silent, words, "the negative words")
         run = _Run(
             denoiser,
             settings,
@@ -95,7 +98,7 @@ def upscale(
             noise,
             interpolate(noise, small.shape[-2:], mode="nearest-exact"),
             words,
-            _words(denoiser, negative, len(given), "negative"),
+            silent,
             _regional(denoiser, settings, large, clean, (prompt, words), prompter),
             generator,
         )
@@ -146,6 +149,17 @@ def _words(denoiser: Denoiser, prompt: str | Words, count: int, name: str) -> Wo
     return words if len(words.embeds) == count else words.rows([0] * count)
 
 
+def _alike(words: Words, prompt: Words, name: str) -> None:
+    """ValueError for words that cannot stand beside the prompt's."""
+    mine, theirs = (tuple(w.embeds.shape[1:]) for w in (words, prompt))
+    if mine != theirs:
+        raise ValueError(f"upscale: {name} are {mine}, the prompt's {theirs}; legal: as many of the same size.")
+    for part in ("mask", "pooled"):
+        if (getattr(words, part) is None) != (getattr(prompt, part) is None) and (part == "mask" or "negative" in name):
+            has = "no" if getattr(words, part) is None else "a"
+            raise ValueError(f"upscale: {name} have {has} {part}, unlike the prompt's; legal: both or neither.")
+
+
 def _regional(
     denoiser: Denoiser,
     settings: CUpscaleSettings,
@@ -165,11 +179,7 @@ def _regional(
             region = Tile(tile.top * factor, tile.left * factor, tile.height * factor, tile.width * factor).of(one)
             text = prompter(region, said if isinstance(said, str) else "")
             here = denoiser.words([text]) if isinstance(text, str) else text
-            if here.embeds.shape[1:] != words.embeds.shape[1:]:
-                raise ValueError(
-                    f"upscale: the prompter's words are {tuple(here.embeds.shape[1:])}, the prompt's "
-                    f"{tuple(words.embeds.shape[1:])}; legal: as many of the same size."
-                )
+            _alike(here, words, "the prompter's words")
             found.append(replace(here, pooled=None if words.pooled is None else words.pooled[number : number + 1]))
     return Words.stack(found)
 

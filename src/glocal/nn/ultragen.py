@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from glocal.nn.blocks.rotary import Rotary, cell_centres
 from glocal.nn.lora import LowRank
-from glocal.ops import attention, merge
+from glocal.ops import attention, depthwise_conv, merge
 from glocal.ops.fold import window_attention, window_pairs
 from glocal.patterns.windows import Windows
 
@@ -149,10 +149,10 @@ class CompressedBranch(nn.Module):
     def compress(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         """x [B, T * H * W, C] -> [B, T * H' * W', C]; zeros fill the last cells at the bottom and on the right."""
         frames, height, width = axes
-        maps = x.unflatten(1, (frames, height, width)).flatten(0, 1).movedim(-1, 1)  # [B * T, C, H, W]
-        maps = F.pad(maps, (0, -width % self.stride, 0, -height % self.stride))
-        cells = F.conv2d(maps, self.down.weight.to(x.dtype), stride=self.stride, groups=maps.shape[1])
-        return cells.unflatten(0, (-1, frames)).movedim(2, -1).flatten(1, 3)
+        maps = x.unflatten(1, (frames, height, width)).flatten(0, 1)  # [B * T, H, W, C]
+        pads = (0, -height % self.stride, 0, -width % self.stride)
+        cells = depthwise_conv(maps, self.down.weight.to(x.dtype), stride=self.stride, padding=pads)
+        return cells.unflatten(0, (-1, frames)).flatten(1, 3)
 
     def restore(self, x: Tensor, axes: Sequence[int]) -> Tensor:
         """[B, T * H' * W', C] -> [B, T * H * W, C]: bilinear, cell centres aligned, then the convolution."""
@@ -160,9 +160,24 @@ class CompressedBranch(nn.Module):
         cells = (-(-height // self.stride), -(-width // self.stride))
         maps = x.unflatten(1, (frames, *cells)).flatten(0, 1).movedim(-1, 1)  # [B * T, C, H', W']
         maps = F.interpolate(maps, scale_factor=float(self.stride), mode="bilinear", align_corners=False)
-        maps = maps[..., :height, :width].unflatten(0, (-1, frames)).transpose(1, 2)  # [B, C, T, H, W]
-        bias = None if self.up.bias is None else self.up.bias.to(x.dtype)
-        return F.conv3d(maps, self.up.weight.to(x.dtype), bias, 1, 1, 1, self.up.groups).flatten(2).transpose(1, 2)
+        maps = maps[..., :height, :width].movedim(1, -1)  # [B * T, H, W, C]
+        weight, bias = self.up.weight.to(x.dtype), self.up.bias
+        bias = None if bias is None else bias.to(x.dtype)
+        if self.up.groups > 1:
+            return _depthwise(maps.unflatten(0, (-1, frames)), weight, bias).flatten(1, 3)
+        maps = maps.unflatten(0, (-1, frames)).movedim(-1, 1)  # [B, C, T, H, W]
+        return F.conv3d(maps, weight, bias, padding=1).flatten(2).transpose(1, 2)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [B, T, H, W, C] under kernels [C, 1, 3, 3, 3] of each channel: one plane of the kernel after the other."""
+    maps = x.flatten(0, 1).contiguous()
+    before, here, after = (
+        depthwise_conv(maps, weight[:, :, n], bias if n == 1 else None, padding=(1, 1, 1, 1)).view_as(x)
+        for n in range(3)
+    )
+    none = torch.zeros_like(here[:, :1])
+    return here + torch.cat([none, before[:, :-1]], 1) + torch.cat([after[:, 1:], none], 1)
 
 
 class HierarchicalAttention(nn.Module):
