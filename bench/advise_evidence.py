@@ -1,13 +1,19 @@
-"""Is the allocation worth it? On the built-in video model: by residual error with measured step weights, by relative
-error of the attention output, and plain recipes, at three budgets of attention work, paired over unseen seeds.
+"""Is the allocation worth it? On the built-in video model: by residual error with gains and measured step weights,
+without gains, by relative error of the attention output, and plain recipes, at three budgets of attention work, paired
+over unseen seeds.
 
-    python bench/advise_evidence.py --device cuda
-    python bench/advise_evidence.py --tiny                  # a dry run
+    python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
+    python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
+    python bench/advise_evidence.py compare                     # what the pairs say
+    python bench/advise_evidence.py search --tiny --recipes F    # a dry run; then judge and compare with the same
 
 The budget is the share of query-key pairs that kernels visit (a count of the planner, the same on every machine), so
-nothing here is a time. A recipe's error is the end-to-end relative error of the latents of each seed; the best plain
-recipe of a budget is picked after the fact, by its mean over the very seeds it is judged on. Predicted errors come from
-the probe and step-weight samples, which share neither prompt nor seed with those.
+nothing here is a time, and every recipe runs as exact attention under its mask. A recipe's error is the end-to-end
+relative error of the latents of each seed. Probe and step-weight samples share neither prompt nor seed with those. At
+each budget stand beside the allocations: plain recipes (one method, the first step ranges dense) and published settings
+that keep the budget; the best plain recipe is picked after the fact, by its mean over the very seeds it is judged on.
+"advised" is what `glocal advise` hands on: the one that erred least on the probe samples. `judge` keeps the rows that
+are there and runs what is missing, those of most interest first.
 """
 
 from __future__ import annotations
@@ -15,29 +21,33 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import json
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
-from glocal.advise import Latents, Recipe, Sample, Workload, attach, demo_workload
+from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
+from glocal.advise.calibrate import counted_by, gains, summed
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
-from glocal.advise.probe import ProbeRecord
-from glocal.advise.recipe import Fallback
+from glocal.advise.probe import MediaMethod, ProbeRecord
+from glocal.advise.recipe import Fallback, Rule
 from glocal.advise.search import Found, Rung, allocated, base_rules, published
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.timing import MethodTime, Times
-from glocal.advise.validation import OtherKernel
-from glocal.advise.weights import StepWeight, fit_weights, make_buckets, one_bucket, residual_total, weight_run
+from glocal.advise.weights import Bucket, StepWeight, fit_weights, make_buckets, one_bucket, residual_total
+from glocal.canvas import Canvas, Layout
 from glocal.measure.stats import drift, log_ratio, paired
 from glocal.models.generation import SampleSpec, VideoDiT, load_demo
 from glocal.models.generation.sampler import sample as draw_clip
@@ -46,11 +56,60 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["row", "budget", "kind", "name", "visited", "seed", "error", "drift", "predicted_error", "predicted_drift"]
 COLUMNS += ["low", "high", "pairs", "device", "torch", "python"]
 Row = dict[str, object]
+PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
 
 
-def work(model: VideoDiT, sample: Sample, objective: Latents, site: str, shape: tuple[int, ...]) -> tuple[Times, dict]:
+class Masked(MediaMethod):
+    """A recipe as exact attention under its masks, a batch at once; noise levels are those of a run."""
+
+    def __init__(self, recipe: Recipe, cache: dict[str, Tensor]) -> None:
+        self.recipe, self.cache = recipe, cache
+
+    def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
+        """q, k, v [B, H, N, D] -> [B, H, N, D]."""
+        groups: dict[str, list[int]] = {}
+        for head in range(q.shape[1]):
+            site, branch = call.site, call.state.branch
+            name = self.recipe.method_at(
+                site.layer,
+                head,
+                component=site.component,
+                kind=site.kind,
+                branch=branch,
+                sigma=call.state.timestep,
+                progress=None,
+            )
+            groups.setdefault(name, []).append(head)
+        if set(groups) == {"dense"}:
+            return inner(q, k, v, call)
+        out = torch.empty_like(q)
+        for name, heads in groups.items():
+            mine = [t[:, heads] for t in (q, k, v)]
+            mask = None if name == "dense" else self._mask(name, mine[0], mine[1], call)
+            out[:, heads] = F.scaled_dot_product_attention(*mine, attn_mask=mask, scale=call.site.scale)
+        return out
+
+    def _mask(self, name: str, q: Tensor, k: Tensor, call: SiteCall) -> Tensor:
+        method = self.recipe.methods[name]
+        if method.kind == "pattern":
+            if name not in self.cache:
+                self.cache[name] = (method.plan(call.layout, q, k).dense_counts()[0, 0] > 0).to(q.device)
+            return self.cache[name]
+        plan = method.plan(call.layout, q, k)  # a router: whole blocks, lists of each sample and head
+        lists, row, column, _ = plan.full.entries()
+        seen = torch.zeros(plan.full.count.shape[0], plan.q_blocks, plan.kv_blocks, dtype=torch.bool, device=q.device)
+        seen[lists, row, column] = True
+        order = plan.q_order[0, 0].long()
+        block = torch.empty(plan.layout.nq, dtype=torch.long, device=q.device)
+        block[order] = torch.arange(len(order), device=q.device) // plan.q_block
+        return seen[plan.owner.long()][..., block, :][..., block]  # [B, H, N, N]
+
+
+def work(
+    model: VideoDiT, sample: Sample, objective: Latents, site: str, shape: tuple[int, ...]
+) -> tuple[Times, dict[str, MethodSpec]]:
     """Pairs visited in place of times, of every candidate that fits."""
-    found: list[tuple[Times, dict]] = []
+    found: list[tuple[Times, dict[str, MethodSpec]]] = []
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         def one(name: str, visited: float, kept: float) -> MethodTime:
@@ -66,44 +125,125 @@ def work(model: VideoDiT, sample: Sample, objective: Latents, site: str, shape: 
     return found[0]
 
 
-def search(model: VideoDiT, objective: Latents, workload: Workload) -> tuple[Found, Preflight]:
-    """Probe and step weights over the first samples of `workload`."""
-    first, second = workload.samples[0], workload.samples[1]
-    before = preflight(model, first, objective)
+class Batch:
+    """All samples in one batch, those of the search in front: latents on the device."""
+
+    def __init__(self, model: VideoDiT, objective: Latents, samples: Sequence[Sample]) -> None:
+        self.model, self.objective, self.samples = model, objective, samples
+        given = [{k: v for k, v in s.args.items() if k not in ("frames", "height", "width")} for s in samples]
+        self.condition = torch.cat([model.condition(**names) for names in given])
+        self.cache: dict[str, Tensor] = {}
+        self.latents = [self._noise(samples)]  # before every step of the dense run, and behind the last
+        self._draw(self.latents[0], 0, slice(None), lambda s: self.latents.append(s.latent.clone()))
+
+    def _noise(self, samples: Sequence[Sample]) -> Tensor:
+        noise = torch.cat([self.objective.first_latent(self.model, s) for s in samples])
+        return noise.to(next(self.model.parameters()).device)
+
+    def _draw(self, latent: Tensor, start: int, which: slice, callback: Callable | None = None) -> Tensor:
+        own = self.condition[which]
+        return draw_clip(self.model, latent, own, self.objective.spec, start=start, callback=callback)
+
+    def errors(self, found: Tensor, dense: Tensor) -> list[float]:
+        """Relative L2 distance of every sample."""
+        gap, base = (t.flatten(1).norm(dim=1) for t in (found - dense, dense))
+        return (gap / base).tolist()
+
+    def of(self, recipe: Recipe | MediaMethod, start: int = 0, which: slice = slice(None)) -> list[float]:
+        """Errors at the end of a run that goes on from the dense latent before step `start`."""
+        with attach_method(self.model, Masked(recipe, self.cache) if isinstance(recipe, Recipe) else recipe):
+            end = self._draw(self.latents[start][which], start, which)
+        return self.errors(end, self.latents[-1][which])
+
+    def one_step(self, recipe: Recipe, step: int, which: slice) -> list[float]:
+        """Errors behind one step from the dense latent."""
+        levels = self.objective.levels
+        x = self.latents[step][which]
+        with attach_method(self.model, Masked(recipe, self.cache)):
+            clean = self.model(x, torch.full((len(x),), levels[step], device=x.device), self.condition[which])
+        behind = clean + levels[step + 1] / levels[step] * (x - clean)
+        return self.errors(behind, self.latents[step + 1][which])
+
+    def other(self) -> MediaMethod:
+        """Dense attention through the kernel that takes masks."""
+        everything = MethodSpec("dense")
+        rules = (Rule(everything.id, ((0, 1 << 20),)),)
+        return Masked(Recipe("candidate", {everything.id: everything}, rules), self.cache)
+
+    def ceilings(self) -> list[float]:
+        """Errors of other noise."""
+        other = self._noise([replace(s, seed=other_seed(s.seed)) for s in self.samples])
+        return self.errors(self._draw(other, 0, slice(None)), self.latents[-1])
+
+
+@dataclass(frozen=True)
+class Searched:
+    """found: with gains; rough: without."""
+
+    found: Found
+    rough: Found
+    before: Preflight
+
+
+def search(batch: Batch) -> Searched:
+    """Probe, step weights and gains over the first samples."""
+    model, objective = batch.model, batch.objective
+    samples = batch.samples[: PROBES + WEIGHTS]
+    before = preflight(model, samples[0], objective)
     buckets = make_buckets(before.levels, 4)
-    times, methods = work(model, first, objective, before.sites[len(before.sites) // 2].name, before.shape)
-    looks = Looks(buckets, 1, 16)
+    times, methods = work(model, samples[0], objective, before.sites[len(before.sites) // 2].name, before.shape)
     patterns = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
-    probes = [probe_sample(model, objective, s, methods, looks) for s in (first, second)]
+    probes = [probe_sample(model, objective, s, methods, Looks(buckets, 2, 16)) for s in samples[:PROBES]]
     records: list[ProbeRecord] = [r for p in probes for r in p.records]
-    runs, dense = [], probes[1]
+    print("probed", flush=True)
+    rules, fallback = base_rules(records), Fallback(min_tokens=64)
+    ends, firsts = {}, {}
     for bucket in buckets:
-        latent = dense.latents[bucket.first - 1] if bucket.first else None
-        for name, method in plain.items():
-            recipe = one_bucket(bucket, name, method, base_rules(records), Fallback(min_tokens=64))
-            reference = (dense.output, latent, dense.latents[bucket.first])
-            end, one = weight_run(model, objective, second, bucket, recipe, reference)
-            mine = [r for r in records if r.sample == second.id]
-            runs.append(StepWeight(bucket.number, name, end, one, residual_total(mine, name, bucket.number)))
-    return Found(
-        records, times, fit_weights(buckets, runs), methods, base_rules(records), Fallback(min_tokens=64)
-    ), before
+        for name, method in methods.items():
+            recipe = one_bucket(bucket, name, method, rules, fallback)
+            if name in plain:
+                ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
+    return searched_from((records, times, methods), buckets, (ends, firsts), before)
 
 
-def plain_rungs(found: Found, budget: float, count: int) -> list[Rung]:
-    """Every method with as few dense early steps as the budget asks for, the most promising by prediction."""
+def searched_from(
+    known: tuple[list[ProbeRecord], Times, dict[str, MethodSpec]],
+    buckets: Sequence[Bucket],
+    errors: tuple[dict[tuple[int, str], list[float]], dict[tuple[int, str], list[float]]],
+    before: Preflight,
+) -> Searched:
+    """Step weights and gains from what was measured. errors: at the end of one-bucket runs of the step-weight samples,
+    and behind the first step of each bucket of the probe samples.
+    """
+    records, times, methods = known
+    ends, firsts = errors
+    rules, fallback = base_rules(records), Fallback(min_tokens=64)
+    runs = []
+    for (number, name), values in ends.items():
+        residual = residual_total(records, name, number)
+        runs += [StepWeight(number, name, end, fmean(firsts[number, name]), residual) for end in values]
+    rough = Found(records, times, fit_weights(buckets, runs), methods, rules, fallback)
+    bucket = buckets[len(buckets) // 2]
+    samples = sorted({r.sample for r in records})
+    changed = {name: fmean(firsts[bucket.number, name]) for name in methods}
+    local = {name: fmean(summed(records, name, bucket.first, s) for s in samples) for name in methods}
+    return Searched(counted_by(rough, gains(changed, local)), rough, before)
+
+
+def plain_rungs(found: Found, budget: float) -> list[Rung]:
+    """Every method with as many dense early steps as the budget allows."""
     rungs = []
     for name in found.methods:
-        for skipped in range(len(found.buckets)):
+        fits = [s for s in range(len(found.buckets)) if found.uniform_ratio(name, found.buckets[s:]) <= budget]
+        for skipped in fits[-1:]:
             sparse = found.buckets[skipped:]
-            ratio = found.uniform_ratio(name, sparse)
-            if ratio <= budget:
-                words = f"{found.methods[name].words()}, {skipped} of {len(found.buckets)} step ranges dense"
-                error = found.uniform_error(name, sparse)
-                rungs.append(Rung(words, "single", found.uniform(name, sparse), budget, ratio, error))
-    return sorted(rungs, key=lambda r: r.predicted or 0.0)[:count]
+            words = f"{found.methods[name].words()}, {skipped} of {len(found.buckets)} step ranges dense"
+            ratio, error = found.uniform_ratio(name, sparse), found.uniform_error(name, sparse)
+            rungs.append(Rung(words, "single", found.uniform(name, sparse), budget, ratio, error))
+    return sorted(rungs, key=lambda r: r.predicted or 0.0)
 
 
 def spent(rung: Rung, found: Found, before: Preflight) -> float:
@@ -115,31 +255,62 @@ def spent(rung: Rung, found: Found, before: Preflight) -> float:
                 name = rung.recipe.method_at(
                     site.layer, head, component=site.component, kind="self", branch="cond", sigma=level, progress=None
                 )
-                known = found.times.methods.get(name)
-                total += 1.0 if name == "dense" or known is None else known.visited
+                total += 1.0 if name == "dense" else visited(rung.recipe, name, found, before)
     return total / (len(levels) * sum(s.heads for s in before.sites))
 
 
+def visited(recipe: Recipe, name: str, found: Found, before: Preflight) -> float:
+    """Share of pairs a method visits: as counted, or by its plan where it is no candidate (published settings)."""
+    known = found.times.methods.get(name)
+    return recipe.methods[name].plan(Layout.of(Canvas(before.shape))).visited if known is None else known.visited
+
+
+def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
+    """(kind, rung): allocations first, then what competes with them, the most promising by prediction first."""
+    found, rough, before = searched.found, searched.rough, searched.before
+    out: list[tuple[str, Rung | None]] = [("residual", allocated(found, budget))]
+    out += [("output", allocated(rough, budget, "output")), ("no gains", allocated(rough, budget))]
+    out += [("plain", r) for r in plain_rungs(found, budget)]
+    presets = published(found, before.shape, before.levels)
+    out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
+    return [(kind, rung) for kind, rung in out if rung is not None]
+
+
+def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> None:
+    """All recipes with what was predicted of them, in the order they are to be judged."""
+    listed = {budget: rungs(searched, budget) for budget in budgets}
+    out: list[dict[str, object]] = []
+    for place in range(max(map(len, listed.values()))):
+        for budget, own in listed.items():
+            if place < len(own):
+                kind, rung = own[place]
+                one: dict[str, object] = {"budget": budget, "kind": kind, "name": rung.name}
+                one["visited"] = round(spent(rung, searched.found, searched.before), 4)
+                one["predicted"] = None if kind == "output" else rung.predicted  # that one predicts in another unit
+                out.append({**one, "recipe": json.loads(rung.recipe.dumps())})
+    bands = {"with gains": searched.found.weights.band, "without": searched.rough.weights.band}
+    write_atomic(path, json.dumps({"bands": bands, "recipes": out}, indent=0, sort_keys=True) + "\n")
+
+
 def main() -> None:
-    """Parse the command line and measure."""
+    """Parse the command line and do one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["search", "judge", "compare"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--plain", type=int, default=5, help="plain recipes measured at each budget")
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.6, 0.75, 0.45])
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.45])
     parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--recipes", type=Path, default=ROOT / "results" / "advise_recipes.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
     options = parser.parse_args()
     torch.manual_seed(0)
-    model = load_demo(options.device)
-    size = (4, 32, 32) if options.tiny else (16, 64, 64)
-    objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
-    seeds = 2 if options.tiny else options.seeds
-    workload = demo_workload(seeds + 2, fields=model.config.fields)
+    rows: list[Row] = []
+    if options.part != "search" and options.out.is_file():
+        with options.out.open(newline="") as file:
+            rows.extend(dict(row) for row in csv.DictReader(file))
     tail = {"torch": torch.__version__, "python": platform.python_version()}
     tail["device"] = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.processor()
-    rows: list[Row] = []
 
     def emit(more: list[Row]) -> None:
         rows.extend({**dict.fromkeys(COLUMNS, ""), **row, **tail} for row in more)
@@ -149,102 +320,89 @@ def main() -> None:
         writer.writerows(rows)
         write_atomic(options.out, table.getvalue())
         for row in more:
-            if row["row"] != "seed":
+            if row["row"] not in ("seed", "probe sample"):
                 print({k: v for k, v in row.items() if v != ""}, flush=True)
 
+    if options.part == "compare":
+        rows[:] = [row for row in rows if row["row"] not in ("advised", "error ratio", "correlation")]
+        tail["device"] = str(rows[0]["device"])
+        compare(rows, emit)
+        return
+    model = load_demo(options.device)
+    size = (4, 32, 32) if options.tiny else (16, 64, 64)
+    objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
+    seeds = 2 if options.tiny else options.seeds
+    samples = demo_workload(seeds + PROBES + WEIGHTS, fields=model.config.fields).samples
     with torch.no_grad():
         began = time.monotonic()
-        known = search(model, objective, workload)
-        print(f"probe and step weights: {time.monotonic() - began:.1f} s", flush=True)
-        judge(model, objective, Workload(workload.samples[2:]), known, options, emit)
+        if options.part == "search":
+            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]))
+            write_recipes(searched, options.budgets, options.recipes)
+        else:
+            batch = Batch(model, objective, [*samples[:PROBES], *samples[PROBES + WEIGHTS :]])
+            judge(batch, json.loads(options.recipes.read_text()), rows, emit)
+        print(f"{options.part}: {time.monotonic() - began:.1f} s", flush=True)
 
 
-class Batch:
-    """All unseen seeds in one batch: their latents at the end of a run [S, ...] on the CPU."""
+def judge(batch: Batch, made: dict, rows: list[Row], emit: Callable[[list[Row]], None]) -> None:
+    """Every recipe on every sample; rows are handed to `emit` as they come."""
+    floors, ceilings = batch.of(batch.other()), batch.ceilings()
+    ends = fmean(floors[PROBES:]), fmean(ceilings[PROBES:])
+    if not any(row["row"] == "anchors" for row in rows):
+        name = "90 % band of left-out step weights, a factor, "
+        emit([{"row": "prediction", "name": name + n, "error": f"{band:.3f}"} for n, band in made["bands"].items()])
+        kinds = zip(("floor", "ceiling"), ends, strict=True)
+        emit([{"row": "anchors", "kind": k, "error": f"{v:.3g}", "pairs": len(floors) - PROBES} for k, v in kinds])
+    known = {(str(r["budget"]), r["kind"], r["name"]) for r in rows if r["row"] == "recipe"}
+    for one in made["recipes"]:
+        if (str(one["budget"]), one["kind"], one["name"]) in known:
+            continue
+        errors = batch.of(Recipe.loads(json.dumps(one["recipe"])))
+        head: Row = {n: one[n] for n in ("budget", "kind", "name", "visited")}
+        new: list[Row] = []
+        for number, (s, value, *anchors) in enumerate(zip(batch.samples, errors, floors, ceilings, strict=True)):
+            row = {"row": "probe sample" if number < PROBES else "seed", **head, "seed": s.seed}
+            new.append({**row, "error": f"{value:.5f}", "drift": f"{drift(value, *anchors):.5f}"})
+        mean = paired(errors[PROBES:])
+        row = {"row": "recipe", **head, "error": f"{mean.mean:.5f}", "low": f"{mean.low:.5f}"}
+        row |= {"high": f"{mean.high:.5f}", "pairs": mean.n, "drift": f"{drift(mean.mean, *ends):.5f}"}
+        if one["predicted"] is not None:
+            row["predicted_error"] = f"{one['predicted']:.5f}"
+            row["predicted_drift"] = f"{drift(one['predicted'], *ends):.5f}"
+        emit([*new, row])
 
-    def __init__(self, model: VideoDiT, objective: Latents, samples: Sequence[Sample]) -> None:
-        self.model, self.spec, self.samples = model, objective.spec, samples
-        given = [{k: v for k, v in s.args.items() if k not in ("frames", "height", "width")} for s in samples]
-        self.condition = torch.cat([model.condition(**names) for names in given])
-        self.objective = objective
-        self.dense = self.run()
 
-    def run(self, *, other: bool = False) -> Tensor:
-        """The last latents; from other noise where `other`."""
-        chosen = [replace(s, seed=other_seed(s.seed)) if other else s for s in self.samples]
-        noise = torch.cat([self.objective.first_latent(self.model, s) for s in chosen])
-        return draw_clip(self.model, noise, self.condition, self.spec).float().cpu()
-
-    def errors(self, found: Tensor) -> list[float]:
-        """Relative L2 distance to dense of every seed."""
-        gap, base = ((t).flatten(1).norm(dim=1) for t in (found - self.dense, self.dense))
-        return (gap / base).tolist()
-
-    def of(self, recipe: Recipe) -> list[float]:
-        """Errors of a recipe."""
-        with attach(self.model, replace(recipe, host={}), on_unseen="run"):
-            return self.errors(self.run())
-
-
-def judge(
-    model: VideoDiT,
-    objective: Latents,
-    unseen: Workload,
-    known: tuple[Found, Preflight],
-    options: argparse.Namespace,
-    emit: Callable[[list[Row]], None],
-) -> None:
-    """Every recipe on every unseen seed, and what the pairs say; rows are handed to `emit` as they come."""
-    found, before = known
-    batch = Batch(model, objective, unseen.samples)
-    with attach_method(model, OtherKernel()):
-        floors = batch.errors(batch.run())
-    ceilings = batch.errors(batch.run(other=True))
-    floor, ceiling = (sum(v) / len(v) for v in (floors, ceilings))
-    band = found.weights.band
-    emit(
-        [
-            {"row": "prediction", "kind": "leave one out", "name": "90 % band, a factor", "error": f"{band:.3f}"},
-            {"row": "anchors", "kind": "floor", "error": f"{floor:.3g}", "pairs": len(unseen)},
-            {"row": "anchors", "kind": "ceiling", "error": f"{ceiling:.4f}", "pairs": len(unseen)},
-        ]
-    )
-    for budget in options.budgets:
-        rows: list[Row] = []
-        tried: dict[str, list[Rung]] = {"residual": [], "output": []}
-        for measure in ("residual", "output"):
-            rung = allocated(found, budget, measure)
-            tried[measure] = [] if rung is None else [rung]
-        rivals = plain_rungs(found, budget, options.plain)
-        rivals += [r for r in published(found, before.shape, before.levels) if spent(r, found, before) <= budget]
-        tried["plain"] = rivals
-        best: dict[str, tuple[Rung, list[float]]] = {}
-        for kind, rungs in tried.items():
-            for rung in rungs:
-                values = batch.of(rung.recipe)
-                if kind not in best or sum(values) < sum(best[kind][1]):
-                    best[kind] = rung, values
-                share = f"{spent(rung, found, before):.4f}"
-                head: Row = {"budget": budget, "kind": kind, "name": rung.name, "visited": share}
-                for s, value, low, high in zip(unseen.samples, values, floors, ceilings, strict=True):
-                    own = {"seed": s.seed, "error": f"{value:.5f}", "drift": f"{drift(value, low, high):.5f}"}
-                    rows.append({"row": "seed", **head, **own})
-                mean = paired(values)
-                row: Row = {"row": "recipe", **head, "error": f"{mean.mean:.5f}", "low": f"{mean.low:.5f}"}
-                row |= {"high": f"{mean.high:.5f}", "pairs": len(values)}
-                row["drift"] = f"{drift(mean.mean, floor, ceiling):.5f}"
-                if rung.predicted is not None and kind != "output":  # that one predicts in another unit
-                    row["predicted_error"] = f"{rung.predicted:.5f}"
-                    row["predicted_drift"] = f"{drift(rung.predicted, floor, ceiling):.5f}"
-                rows.append(row)
-        for rival in ("output", "plain"):
-            if rival in best and "residual" in best:
-                ratio = log_ratio(best[rival][1], best["residual"][1])
-                name = f"{best[rival][0].name} over the allocation by residual error"
-                verdict: Row = {"row": "error ratio", "budget": budget, "kind": rival, "name": name}
+def compare(rows: Sequence[Row], emit: Callable[[list[Row]], None]) -> None:
+    """Paired ratios of errors over the allocation and over what the probe samples advise, at every budget."""
+    out: list[Row] = []
+    for budget in dict.fromkeys(str(r["budget"]) for r in rows if r["row"] == "recipe"):
+        known: dict[str, dict[str, tuple[list[float], list[float]]]] = {}  # kind -> name -> errors of probes, seeds
+        for r in rows:
+            if str(r["budget"]) == budget and r["row"] in ("seed", "probe sample"):
+                own = known.setdefault(str(r["kind"]), {}).setdefault(str(r["name"]), ([], []))
+                own[r["row"] == "seed"].append(float(str(r["error"])))
+        ours = next(iter(known["residual"].items()))
+        ladder = dict([ours, *known["plain"].items()])
+        advised = min(ladder.items(), key=lambda one: fmean(one[1][0]))
+        mean = paired(advised[1][1])
+        row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
+        out.append({**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": mean.n})
+        for words, chosen in (("the allocation", ours), ("what is advised", advised)):
+            for kind in ("output", "no gains", "plain"):
+                rival = min(known[kind].items(), key=lambda one: fmean(one[1][1]))
+                if rival[0] == chosen[0]:
+                    continue
+                ratio = log_ratio(rival[1][1], chosen[1][1])
+                verdict: Row = {"row": "error ratio", "budget": budget, "kind": kind}
+                verdict["name"] = f"{rival[0]} over {words}" + f" ({len(known[kind])} of its kind)"
                 verdict |= {"error": f"{ratio.mean:.4f}", "low": f"{ratio.low:.4f}", "high": f"{ratio.high:.4f}"}
-                rows.append({**verdict, "pairs": ratio.n})
-        emit(rows)
+                out.append({**verdict, "pairs": ratio.n})
+    pairs = [(float(str(r["predicted_error"])), float(str(r["error"]))) for r in rows if r["predicted_error"]]
+    logs = torch.tensor(pairs, dtype=torch.float64).log().T
+    found = float(torch.corrcoef(logs)[0, 1])
+    words = "of the logarithms of predicted and measured errors, all recipes"
+    out.append({"row": "correlation", "name": words, "error": f"{found:.3f}", "pairs": len(pairs)})
+    emit(out)
 
 
 if __name__ == "__main__":

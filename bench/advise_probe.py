@@ -6,7 +6,7 @@
 
 Weights are random and a few blocks stand for all of them (every block has one attention of the same size): rows say how
 many ran and how many the model has. Before anything is timed, the model with the probe in it must give the bits of the
-model without. Forecasts: the time model is fitted to a third of the plans and checked on the others.
+model without. Forecasts: every plan by a time model that is fitted to all the others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from glocal.advise.inside import ready_for
 from glocal.advise.methods import MethodSpec, candidates, default_tile
 from glocal.advise.preflight import Inside
 from glocal.advise.probe import Probe, ProbeSpec
-from glocal.advise.timing import MethodTime, time_methods
+from glocal.advise.timing import MethodTime, blocks_of, time_methods
+from glocal.canvas import Canvas, Layout
 from glocal.plan.time_model import TimeSample, fit_time_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,6 +117,8 @@ def hunyuan(device: str, tiny: bool, blocks: int) -> Case:
     return Case(model, arguments, (frames, height // 2, width // 2), blocks, 60)
 
 
+SHAPES = {"wan": (21, 45, 80), "hunyuan": (33, 45, 80)}  # tokens at full size
+LEAST = 16  # timed plans that make a forecast
 MODELS: dict[str, Callable[[str, bool, int], Case]] = {"wan": wan, "hunyuan": hunyuan}
 
 
@@ -177,6 +180,15 @@ def timing_row(row: dict[str, object], method: MethodSpec, time: MethodTime) -> 
     return {**row, "kind": kind, "name": "" if kind == "dense call" else method.words(), **values}
 
 
+def write(rows: list[dict[str, object]], path: Path) -> None:
+    """All rows, whole or not at all."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, table.getvalue())
+
+
 @torch.no_grad()
 def main() -> None:
     """Parse the command line and measure."""
@@ -187,10 +199,16 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=2, help="transformer blocks that run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--plans", type=int, default=99, help="plans timed at most; under 16 no forecast is made")
+    parser.add_argument("--plans", type=int, default=99, help=f"plans timed at most; no forecast under {LEAST}")
+    parser.add_argument("--finish", type=Path, help="rows of a run that was cut: forecast from what it timed")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
+    if options.finish is not None:
+        rows = finish(options.finish)
+        write(rows, options.out)
+        print(rows[-1])
+        return
     for name in options.model:
         torch.manual_seed(0)
         case = MODELS[name](options.device, options.tiny, options.blocks)
@@ -199,11 +217,7 @@ def main() -> None:
             if any(row["kind"] == "forecast" for row in more):  # they say what the timed rows said, and more
                 rows[:] = [row for row in rows if row["kind"] != "timed" or row["model"] != more[0]["model"]]
             rows.extend(more)
-            table = io.StringIO()
-            writer = csv.DictWriter(table, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            write_atomic(options.out, table.getvalue())
+            write(rows, options.out)
             for row in more:
                 if row["kind"] not in ("forecast", "fitted", "timed"):
                     print({k: v for k, v in row.items() if v != ""}, flush=True)
@@ -278,25 +292,41 @@ def measure(
 
     with attach(case.model, Inside(site, look)):
         forward()
-    out: list[dict[str, object]] = []
     timed = [f for f in found if f[0] != "dense" and f[1].median > 0]
-    if len(timed) < 16:  # a run that only compiles the kernels
+    if len(timed) < LEAST:  # a run that only compiles the kernels
         return
     samples = [TimeSample(t.full, t.partial, 0.0, t.median) for _, t, _ in timed]
-    model = fit_time_model(samples[::3], [s for i, s in enumerate(samples) if i % 3])
-    errors = []
-    for number, ((_, t, method), sample) in enumerate(zip(timed, samples, strict=True)):
+    emit(forecasts([timing_row(row, method, t) for _, t, method in timed], samples))
+
+
+def forecasts(timed: list[dict[str, object]], samples: list[TimeSample]) -> list[dict[str, object]]:
+    """Every plan forecast by a time model that is fitted to all the others."""
+    out, errors = [], []
+    for number, (row, sample) in enumerate(zip(timed, samples, strict=True)):
+        model = fit_time_model([s for other, s in enumerate(samples) if other != number])
         forecast = model.seconds(sample.full_blocks, sample.partial_blocks)
-        error = forecast / t.median - 1
-        kind = "forecast" if number % 3 else "fitted"
-        if number % 3:
-            errors.append(abs(error))
-        values = {"forecast_s": f"{forecast:.5f}", "measured_s": f"{t.median:.5f}", "error": f"{error:.4f}"}
-        more = {"visited": f"{t.visited:.4f}", "kernel": t.kernel}
-        out.append({**row, "kind": kind, "name": method.words(), **values, **more})
-    worst = max(errors)
-    out.append({**row, "kind": "worst forecast", "name": f"{len(errors)} plans", "error": f"{worst:.4f}"})
-    emit(out)
+        errors.append(abs(forecast / sample.seconds - 1))
+        values = {"forecast_s": f"{forecast:.5f}", "error": f"{forecast / sample.seconds - 1:.4f}"}
+        out.append({**row, "kind": "forecast", **values})
+    last = {**timed[0], "kind": "worst forecast", "name": f"{len(errors)} plans", "error": f"{max(errors):.4f}"}
+    return [*out, {**last, "visited": "", "kernel": "", "measured_s": ""}]
+
+
+def finish(path: Path) -> list[dict[str, object]]:
+    """Forecasts for the timed rows of a run that was cut; block counts come from the planner."""
+    with path.open(newline="") as file:
+        rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(file)]
+    out = [r for r in rows if r["kind"] in ("dense forward", "dense call")]
+    for name in dict.fromkeys(r["model"] for r in rows):
+        timed = [r for r in rows if r["kind"] == "timed" and r["model"] == name]
+        shape = SHAPES[str(name)]
+        known = {m.words(): m for m in plans(shape, default_tile(shape))}
+        samples = []
+        for row in timed:
+            built = known[str(row["name"])].plan(Layout.of(Canvas(shape)))
+            samples.append(TimeSample(*blocks_of(built, int(str(row["heads"]))), 0.0, float(str(row["measured_s"]))))
+        out += forecasts(timed, samples)
+    return out
 
 
 if __name__ == "__main__":

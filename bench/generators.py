@@ -3,7 +3,7 @@ results/generators.csv.
 
 python bench/generators.py                                     # all cases on the GPU
 python bench/generators.py --case "wan2.1-14b 81" --rounds 2   # one of them; rows of the others stay in the table
-python bench/generators.py --case flux --profile               # where the time of a forward goes, by kernel
+python bench/generators.py --case flux --profile gna           # where the time of a forward goes, by kernel
 python bench/generators.py --tiny --device cpu --out /dev/stdout
 
 Architectures, sizes and dtype are the papers', weights are random: time does not depend on them, except that a router
@@ -17,12 +17,14 @@ attention call with all that the method does for it (attention_ms: routing, perm
 block of each stack (block_ms) and the forward without its blocks (rest_ms). step_s is the step of the whole model put
 together from them: rest + number of blocks x block, no block dense. run_forecast is not measured: it is the ratio of
 whole runs that follows from dense and sparse steps and from the first steps and layers that the paper leaves dense
-(without text encoder and decoder). HiDiffusion's steps are of several kinds, a row each; its run_forecast is of all.
+(without text encoder and decoder). step_speedup_flash2 is against a step with FlashAttention-2 as torch brings it,
+which most of the papers compare with. HiDiffusion's steps are of several kinds, a row each; its run_forecast is of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import time
 from dataclasses import replace
@@ -34,6 +36,10 @@ from generation.measure import Options, measure
 from generation.rows import read, rows_of, write
 
 CSV = Path(__file__).resolve().parent.parent / "results" / "generators.csv"
+SHOWN = (
+    "case", "method", "kept", "kernel", "attention_ms", "block_ms", "rest_ms",
+    "attention_speedup", "step_speedup", "step_speedup_flash2", "run_forecast", "error",
+)  # fmt: skip
 
 
 def main() -> int:
@@ -44,16 +50,18 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="blocks of each stack to build")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seconds", type=float, help="begin no further case after so many")
+    parser.add_argument("--case-seconds", type=float, default=3600.0, help="no further round of a case after so many")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--warm", action="store_true", help="compile the kernels of the cases and measure nothing")
-    parser.add_argument("--profile", action="store_true", help="print the kernels of one forward of each method")
+    parser.add_argument("--profile", help="print the kernels of one forward of methods whose name contains this")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small grids and few heads, to see that it runs")
     parser.add_argument("--out", type=Path, default=CSV)
     args = parser.parse_args()
     device = torch.device(args.device)
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype is None else args.dtype
-    options = Options(device, getattr(torch, chosen), args.rounds, args.warm, args.profile)
+    dtype = getattr(torch, chosen)
+    options = Options(device, dtype, args.rounds, args.warm, args.profile, args.case_seconds)
     begin, wrong = time.perf_counter(), 0
     for case in dict.fromkeys(
         c for word in ([""] if args.case is None else args.case) for c in CASES if word in c.name
@@ -67,16 +75,14 @@ def main() -> int:
         measured = measure(case.tiny() if args.tiny else case, options)
         wrong += len(measured.wrong)
         mine = rows_of(measured)
+        print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
         for row in mine:
-            print(
-                {k: row[k] for k in ("case", "method", "kept", "kernel", "attention_ms", "block_ms", "rest_ms")},
-                {k: row[k] for k in ("attention_speedup", "step_speedup", "run_forecast", "error")},
-                flush=True,
-            )
+            print({name: row[name] for name in SHOWN}, flush=True)
         names = {(row["case"], row["method"]) for row in mine}
         kept = [row for row in read(args.out) if (row["case"], row["method"]) not in names]
         write(kept + mine, args.out)
         del measured
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
     return 1 if wrong else 0

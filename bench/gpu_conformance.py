@@ -1,6 +1,6 @@
 """Run the conformance suite of the CUDA backends on this card and record the outcome.
 
-python bench/gpu_conformance.py [-o results/gpu_conformance.csv] [--jobs N]
+python bench/gpu_conformance.py [-o results/gpu_conformance.csv] [--jobs N] [--resume]
 
 One row a test and backend: passed, failed, refused with the backend's own words, or not run for lack of time. Exit code
 1 if one failed. The suite is dealt over several processes, since compiling takes longer than running.
@@ -63,6 +63,22 @@ def backend_of(name: str) -> str:
     return max((b for b in registry.names() if re.search(rf"(^|-){b}($|-)", inside)), key=len, default="")
 
 
+def cells(name: str) -> tuple[str, str, str]:
+    """The first columns of a test's row: test, backend, case."""
+    test, _, inside = name.rpartition("::")[2].partition("[")
+    inside, backend = inside.rstrip("]"), backend_of(name)
+    case = re.sub(rf"(^|-){backend}($|-)", "", inside) if backend else inside
+    return test.removeprefix("test_"), backend, case
+
+
+def finished(path: Path) -> list[list[str]]:
+    """Rows of an earlier run that need no other."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.reader(file) if row[3] in ("passed", "refused")]
+
+
 def main() -> int:
     """Run and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -70,8 +86,11 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=12)
     parser.add_argument("--limit", type=int, default=400, help="seconds for each process")
     parser.add_argument("-k", dest="select", help="as pytest takes it")
+    parser.add_argument("--resume", action="store_true", help="run what the file does not know as passed or refused")
     given = parser.parse_args()
-    names = collected(given.select)
+    known = finished(given.out) if given.resume else []
+    told = {tuple(row[:3]) for row in known}
+    names = [name for name in collected(given.select) if cells(name) not in told]
     groups: dict[tuple[str, str], list[str]] = {}
     for name in names:  # cases of one test and backend share compiled kernels, so they go to one process
         groups.setdefault((name.partition("[")[0], backend_of(name)), []).append(name)
@@ -86,11 +105,8 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     versions = f"torch {torch.__version__}"
     writer.writerow(("test", "backend", "case", "outcome", "words", "device", "versions"))
-    for name, outcome, words in rows:
-        test, _, inside = name.partition("[")
-        inside, backend = inside.rstrip("]"), backend_of(name)
-        case = re.sub(rf"(^|-){backend}($|-)", "", inside) if backend else inside
-        writer.writerow((test.removeprefix("test_"), backend, case, outcome, words, device, versions))
+    new = [[*cells(name), outcome, words, device, versions] for name, outcome, words in rows]
+    writer.writerows(sorted(known + new))
     write_atomic(given.out, text.getvalue())
     for name, outcome, words in rows:
         if outcome == "failed":

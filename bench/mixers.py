@@ -1,21 +1,26 @@
 """The eleven token mixers in one small backbone on equal terms, into results/mixers.csv and results/mixers.svg.
 
-python bench/mixers.py --device cuda --workers 11           # examine, then train all runs, several at once
-python bench/mixers.py --device cuda --examine              # only sizes, times and memory: alone on the device
+python bench/mixers.py --device cuda --workers 11           # train all runs, several at once
+python bench/mixers.py --device cuda --workers 11 --examine # times and memory, one mixer at a time: no runs beside it
 python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
-Runs lie in --out and are not repeated. Scenes are painted once and handed to the workers in a file. Times of --examine
-are what the table shows; those that a training job measures while other runs share the device are not used.
+Runs lie in --out and are not repeated; --seconds ends a call, and the next one goes on. Scenes are painted once and
+handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; without
+it they are left out.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -23,24 +28,50 @@ import torch
 
 from glocal._files import write_atomic
 from glocal.bench.mixer_suite import COLUMNS, COUNTS, SPEC, picture, table
-from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, examine, run_folder, task_of, trained
+from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, measured, planned, run_folder, task_of, trained
 from glocal.bench.suites import table as as_csv
 from glocal.data.labelled import Stored
+from glocal.train.vision import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 CSV = ROOT / "results" / "mixers.csv"
 
 
-def work(a: argparse.Namespace, task: Task, spec: MixerSpec, found: dict[str, Entry]) -> None:
+def work(a: argparse.Namespace, spec: MixerSpec, found: dict[str, Entry]) -> None:
     """The runs of one worker: every `workers`-th of all."""
+    task = loaded(a.out / "scenes.pt", task_of(a.task, size=a.size, device="cpu", counts=(1, 1)), a.device)
     runs = [(seed, e) for seed in range(spec.seeds) for e in found.values() if not e.reason]
     for number, (seed, entry) in enumerate(runs):
         if number % a.workers == a.child:
             frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
-            begin = time.monotonic()
-            score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out)
+            begin, name = time.monotonic(), f"{entry.mixer} seed {seed}"
+
+            def told(trainer: Trainer, name: str = name) -> None:
+                row = trainer.curve[-1]
+                print(f"{name}: {row.step} updates, loss {row.loss:.3f}, {row.seconds:.0f} s", flush=True)
+
+            score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out, told)
             spent = time.monotonic() - begin
-            print(f"{entry.mixer} seed {seed}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
+            print(f"{name}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
+
+
+def look(a: argparse.Namespace, spec: MixerSpec, found: dict[str, Entry]) -> None:
+    """Times and memory of the mixers of one worker, each alone on the device while it is timed."""
+    task = task_of(a.task, size=a.size, device=a.device, counts=(a.batch, 1))
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        with (a.out / "turn").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            yield
+
+    for number, entry in enumerate(found.values()):
+        if number % a.workers == a.child and not entry.reason:
+            e = measured(entry, task, spec, alone)
+            place = run_folder(a.out, e.mixer, 0).with_name(f"examined-{number}.json")
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(place, json.dumps(asdict(e)).encode())
+            print(f"{e.mixer}: {e.step_seconds * 1e3:.1f} ms a step, {e.images_s:.0f} images/s", flush=True)
 
 
 def saved(task: Task, path: Path) -> None:
@@ -51,11 +82,14 @@ def saved(task: Task, path: Path) -> None:
         for name, data in (("train", task.train), ("test", task.test))
         for what in ("images", "targets")
     }
-    torch.save(parts, path)
+    torch.save(parts, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
 
 
 def loaded(path: Path, like: Task, device: str) -> Task:
-    """The task whose scenes were saved; `like` has its name, size and classes."""
+    """The task whose scenes are being saved; `like` has its name, size and classes."""
+    while not path.is_file():
+        time.sleep(0.1)
     parts = torch.load(path, map_location=device, weights_only=True)
     train, test = (
         Stored(parts[f"{name} images"], parts[f"{name} targets"], like.train.classes) for name in ("train", "test")
@@ -63,9 +97,15 @@ def loaded(path: Path, like: Task, device: str) -> Task:
     return replace(like, train=train, test=test)
 
 
-def known(path: Path) -> dict[str, Entry]:
-    """What was examined."""
-    return {e["mixer"]: Entry(**{**e, "scores": tuple(e["scores"])}) for e in json.loads(path.read_text())}
+def known(out: Path) -> dict[str, Entry]:
+    """What was planned, with the times of --examine."""
+    entries = [Entry(**{**e, "scores": tuple(e["scores"])}) for e in json.loads((out / "planned.json").read_text())]
+    for number, entry in enumerate(entries):
+        file = out / "runs" / f"examined-{number}.json"
+        if file.is_file():
+            found = json.loads(file.read_text())
+            entries[number] = replace(entry, **{name: found[name] for name in ("step_seconds", "images_s", "memory")})
+    return {e.mixer: e for e in entries}
 
 
 def results(found: dict[str, Entry], task: Task, spec: MixerSpec, out: Path) -> list[Entry]:
@@ -86,6 +126,27 @@ def results(found: dict[str, Entry], task: Task, spec: MixerSpec, out: Path) -> 
     ]
 
 
+def run(a: argparse.Namespace, spec: MixerSpec) -> bool:
+    """Start the workers, paint their scenes, wait for them; whether all came through."""
+    end = time.monotonic() + a.seconds
+    command = [sys.executable, *sys.argv]
+    children = [subprocess.Popen([*command, "--child", str(i)], env=os.environ) for i in range(a.workers)]
+    if not a.examine:
+        begin, threads = time.monotonic(), os.cpu_count()
+        torch.set_num_threads(min(8, 1 if threads is None else threads))
+        saved(task_of(a.task, size=a.size, device="cpu", counts=(a.train, a.test)), a.out / "scenes.pt")
+        print(f"scenes painted in {time.monotonic() - begin:.0f} s", flush=True)
+    codes = []
+    for child in children:
+        try:
+            codes.append(child.wait(max(0.1, end - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            child.terminate()
+            codes.append(child.wait())
+    (a.out / "scenes.pt").unlink(missing_ok=True)
+    return not any(codes)
+
+
 def main() -> None:
     """Read the arguments and run."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -93,17 +154,18 @@ def main() -> None:
     p.add_argument("--task", default="classification")
     p.add_argument("--size", type=int)
     p.add_argument("--mixers", default=",".join(ENTRIES))
-    p.add_argument("--match", default="params")
+    p.add_argument("--match", default="params", choices=("params", "flops", "none"))
     p.add_argument("--steps", type=int, default=SPEC.steps)
     p.add_argument("--seeds", type=int, default=SPEC.seeds)
     p.add_argument("--batch", type=int, default=SPEC.batch)
     p.add_argument("--train", type=int, default=COUNTS[0])
     p.add_argument("--test", type=int, default=COUNTS[1])
-    p.add_argument("--dims", default="48,96,192,288", help="channels of the levels")
-    p.add_argument("--depths", default="2,2,4,2")
-    p.add_argument("--head-dim", type=int, default=24)
-    p.add_argument("--lr", type=float, default=1e-3)
+    p.add_argument("--dims", default=",".join(map(str, SPEC.frame.dims)), help="channels of the levels")
+    p.add_argument("--depths", default=",".join(map(str, SPEC.frame.depths)))
+    p.add_argument("--head-dim", type=int, default=SPEC.frame.head_dim)
+    p.add_argument("--lr", type=float, default=SPEC.lr)
     p.add_argument("--workers", type=int, default=1)
+    p.add_argument("--seconds", type=float, default=1e9, help="the time after which runs are left for another call")
     p.add_argument("--examine", action="store_true")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "mixers")
     p.add_argument("--csv", type=Path, default=CSV)
@@ -115,34 +177,28 @@ def main() -> None:
         a.steps, match=a.match, seeds=a.seeds, batch=a.batch, lr=a.lr, device=a.device,
         precision="no" if a.device == "cpu" else "bf16", frame=Frame(dims, depths, a.head_dim),
     )  # fmt: skip
-    examined, scenes = a.out / "examined.json", a.out / "scenes.pt"
     if a.child is not None:
-        few = task_of(a.task, size=a.size, device="cpu", counts=(1, 1))
-        work(a, loaded(scenes, few, a.device), spec, known(examined))
+        (look if a.examine else work)(a, spec, known(a.out))
         return
-    task = task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test))
-    if a.examine or not examined.is_file():
-        found = examine(a.mixers.split(","), task, spec)
-        write_atomic(examined, json.dumps([asdict(e) for e in found.values()], indent=1).encode())
-        for e in found.values():
-            print(e.mixer, e.reason or f"{e.step_seconds * 1e3:.1f} ms a step, {e.images_s:.0f} images/s", flush=True)
-    failed = []
-    if not a.examine:
-        saved(task, scenes)
-        command = [sys.executable, *sys.argv]
-        children = [subprocess.Popen([*command, "--child", str(i)]) for i in range(a.workers)]
-        failed = [child.args for child in children if child.wait() != 0]
-        scenes.unlink()
-    entries = results(known(examined), task, spec, a.out)
-    if not any(e.scores for e in entries):
-        raise SystemExit(bool(failed))
-    lines = table(entries, task, replace(spec, seeds=max(len(e.scores) for e in entries)))
-    write_atomic(a.csv, as_csv(COLUMNS, lines).encode())
-    write_atomic(a.csv.with_suffix(".svg"), picture(entries, task.score).encode())
-    for line in lines:
-        row = dict(zip(COLUMNS, line, strict=True))
-        print({k: row[k] for k in ("mixer", "mean", "spread", "params", "mmacs", "images_s", "step_ms", "step_mib")})
-    raise SystemExit(bool(failed))
+    few = task_of(a.task, size=a.size, device="cpu", counts=(1, 1))
+    if not (a.out / "planned.json").is_file():
+        plans = planned(a.mixers.split(","), few, spec)
+        write_atomic(a.out / "planned.json", json.dumps([asdict(e) for e in plans.values()], indent=1).encode())
+        for e in plans.values():
+            print(e.mixer, e.reason or f"{e.params:,} parameters, MLPs of {e.mlp_ratio}", flush=True)
+    fine = run(a, spec)
+    entries = results(known(a.out), few, spec, a.out)
+    if any(e.scores for e in entries):
+        lines = table(entries, few, replace(spec, seeds=max(len(e.scores) for e in entries)))
+        write_atomic(a.csv, as_csv(COLUMNS, lines).encode())
+        if any(e.images_s > 0 for e in entries):
+            write_atomic(a.csv.with_suffix(".svg"), picture(entries, few.score).encode())
+        for line in lines:
+            row = dict(zip(COLUMNS, line, strict=True))
+            print(
+                {k: row[k] for k in ("mixer", "mean", "spread", "params", "mmacs", "images_s", "step_ms", "step_mib")}
+            )
+    raise SystemExit(not fine)
 
 
 if __name__ == "__main__":

@@ -233,7 +233,7 @@ def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, obje
                 "head_dim": case.size,
                 "dtype": "bfloat16",
                 "call": name,
-                "launch": f"{launch.GROUP},{launch.STAGES},{launch.PROGRAMS}" if name.startswith("ours") else "",
+                "launch": f"{launch.DIRECT_COLUMNS},{launch.PROGRAMS}" if name.startswith("ours") else "",
                 "error": f"{error:.2e}" if name.startswith("ours") else "",
                 "ms": f"{time.median * 1e3:.4f}",
                 "ms_low": f"{time.low * 1e3:.4f}",
@@ -256,28 +256,33 @@ def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, obje
     return rows
 
 
-TRIALS = ((4, 1), (2, 1), (4, 2))
+TRIALS = tuple((direct, programs) for direct in (512, 0) for programs in (1024, 2048))
 
 
 def pick(case: Case, x: Inputs) -> None:
-    """Take the fastest launch sizes of the forward pass for this case, and print them all."""
-    calls: dict[str, Run] = {}
-    sizes: dict[str, tuple[int, int, int]] = {}
-    for group, stages in TRIALS:
-        for programs in (1024, 2048, 4096, 8192):
-            launch.GROUP, launch.STAGES, launch.PROGRAMS = group, stages, programs
-            name = f"{group} tiles, {stages} stages, {programs} programs"
+    """Take the launch sizes with the fastest forward pass for this case, and print them all, both passes; those whose
+    results are wrong are left out.
+    """
+    sizes = {f"direct to {direct} columns, {programs} programs": (direct, programs) for direct, programs in TRIALS}
+    for part in (1, 0):
+        calls: dict[str, Run] = {}
+        for name, (launch.DIRECT_COLUMNS, launch.PROGRAMS) in sizes.items():
             try:
-                calls[name], sizes[name] = graph(ours(case, x)[0]), (group, stages, programs)
+                if part:
+                    check(case, x)
+                calls[name] = graph(ours(case, x)[part])
             except Exception as error:
-                print(name, type(error).__name__, str(error)[:80])
-    timed = compare_paired(calls, 5, "cuda", warmup=1)
-    found = sorted((t.median * 1e3, name) for name, t in timed.times.items())
-    print(
-        f"{case.name} {case.images} x {case.heads} x {case.side}: "
-        + "; ".join(f"{name} {ms:.4f}" for ms, name in found)
-    )
-    launch.GROUP, launch.STAGES, launch.PROGRAMS = sizes[found[0][1]]
+                print(name, type(error).__name__, str(error)[:200])
+        timed = compare_paired(calls, 3, "cuda", warmup=1)
+        found = sorted((t.median * 1e3, name) for name, t in timed.times.items())
+        print(
+            f"{('forward', 'backward')[part]} of {case.name} {case.images} x {case.heads} x {case.side}: "
+            + "; ".join(f"{name} {ms:.4f}" for ms, name in found),
+            flush=True,
+        )
+        for name in [name for name in sizes if name not in calls]:
+            del sizes[name]
+        launch.DIRECT_COLUMNS, launch.PROGRAMS = sizes[found[0][1]]
 
 
 def main() -> int:

@@ -1,13 +1,20 @@
-"""Error against time of every sparse method on the built-in video model, into results/video_methods.csv.
+"""Error against work of every sparse method and of the recipes of `glocal advise` on the built-in video model, into
+results/video_methods.csv and results/video_methods.svg.
 
-python bench/video_methods.py                            # five budgets a method, 32 seeds; a GPU, minutes
-python bench/video_methods.py --device cpu --seeds 2 --steps 2 --budgets 1 --out /dev/stdout
+    python bench/video_methods.py --device cuda          # five budgets a method, 32 seeds; minutes on a GPU
+    python bench/video_methods.py --tiny                 # a dry run
+    python bench/video_methods.py --figure-only          # draw the rows that are there
 
-For each seed the dense clip and the clips of all methods come from the same noise and condition, run after one another
-in an order that is drawn anew. error is the relative L2 distance of a clip to the dense one of its seed, speedup the
-ratio of whole generation times; both with t intervals of 90 % over seeds. `floor` is dense attention by another exact
-kernel: no method can be nearer. paro is calibrated on seeds of its own. First every method runs once against the
-definition (backend "reference").
+error is the relative L2 distance of the last latent of a seed to the dense one of the same seed and condition, with t
+intervals of 90 % over seeds; `errors` holds all of them, in the order of seeds, so that any two rows are paired.
+`floor` is dense attention by another exact kernel: no method can be nearer. `visited` is the share of query-key pairs
+that kernels compute over a whole run, dense calls included: on a canvas of 4,096 tokens the time of a GPU is that of
+launches and Python, not of attention, so work stands in the place of time (bench/generators.py measures time where it
+counts). `gain` of a recipe is the error of the best single method with at most its work (picked on these very seeds)
+over its own, paired, with its interval. paro is calibrated on a seed of its own, recipes are composed on others again.
+
+First every method runs once against the definition (backend "reference"). Rows are written as they come, and a run
+that finds them goes on behind them.
 """
 
 from __future__ import annotations
@@ -15,35 +22,45 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import random
+import json
 import sys
 import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import advise_evidence as evidence
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glocal._files import write_atomic
 from glocal.adapt import Method, attach
 from glocal.adapt.paro import Paro
-from glocal.adapt.paro_calibration import ParoSpec, calibrate
+from glocal.adapt.paro_calibration import ParoSpec, calibrate_each
 from glocal.adapt.published import made
-from glocal.adapt.records import Core, SiteCall
 from glocal.adapt.sparse import SparseMethod
+from glocal.advise import Latents, Sample, demo_workload
+from glocal.advise.search import allocated
+from glocal.advise.validation import OtherKernel
 from glocal.measure import relative_l2
 from glocal.measure.stats import log_ratio, paired
-from glocal.models.generation import SampleSpec, draw_noise, load_demo, sample
+from glocal.models.generation import SampleSpec, VideoDiT, draw_noise, load_demo, sample
 
-ROOT = Path(__file__).resolve().parent.parent
-CSV = ROOT / "results" / "video_methods.csv"
+RESULTS = Path(__file__).resolve().parent.parent / "results"
 SPA = {"mass": 0.0, "block": 64, "neighbours": False}
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
+TOLERANCE = 1e-3
+ALLOCATED = "glocal advise"
+Row = dict[str, Any]
+COLUMNS: tuple[str, ...] = (
+    "method", "settings", "kept", "visited", "error", "error_low", "error_high", "gain", "gain_low", "gain_high",
+    "than", "seeds", "steps", "kernel", "device", "torch", "errors",
+)  # fmt: skip
 
 # system -> settings from sparse to nearly dense; the demo's canvas is 16 x 16 x 16 tokens
 BUDGETS: dict[str, list[dict[str, Any]]] = {
     "radial": [{"decay": d, "block": 64} for d in (0.1, 0.25, 0.5, 1.0, 2.0)],
+    "radial, rectified": [{"decay": d, "block": 64, "rectify": True} for d in (0.1, 0.25, 0.5, 1.0, 2.0)],
     "rectified_spaattn": [SPA | {"drop": d} for d in (0.9, 0.8, 0.7, 0.5, 0.3)],
     "rectified_spaattn, not rectified": [SPA | {"drop": d, "rectify": False} for d in (0.9, 0.8, 0.7, 0.5, 0.3)],
     "gna": [
@@ -52,152 +69,258 @@ BUDGETS: dict[str, list[dict[str, Any]]] = {
     "tile_windows": [{"tile": [4, 4, 4], "window": w} for w in ([2, 2, 2], [4, 2, 2], [2, 3, 3], [3, 3, 3], [4, 3, 3])],
     "paro": [{"density": d} for d in (0.1, 0.2, 0.3, 0.5, 0.7)],
 }
+WORK = (0.3, 0.45, 0.6, 0.75, 0.9)  # of the recipes, as shares of dense
 
 
-class Floor(Method):
-    """Dense attention by another exact kernel."""
+class Clips:
+    """All unseen seeds in one batch, and their dense latents at the end of a run [S, ...]."""
 
-    def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
-        with sdpa_kernel(SDPBackend.MATH):
-            return inner(q, k, v, call)
+    def __init__(self, model: VideoDiT, objective: Latents, samples: Sequence[Sample]) -> None:
+        self.model, self.spec = model, objective.spec
+        given = [{k: v for k, v in s.args.items() if k not in ("frames", "height", "width")} for s in samples]
+        self.condition = torch.cat([model.condition(**names) for names in given])
+        first = next(model.parameters())
+        self.noise = torch.cat([objective.first_latent(model, s) for s in samples]).to(first.device, first.dtype)
+        self.dense = self.run()
 
+    def run(self) -> Tensor:
+        """The last latents."""
+        return sample(self.model, self.noise, self.condition, self.spec).float()
 
-class Generator:
-    """Clips of the built-in model."""
-
-    def __init__(self, device: str, steps: int) -> None:
-        self.device = torch.device(device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        self.model = load_demo(device).to(self.dtype)
-        self.spec = SampleSpec(steps=steps)
-
-    def clip(self, seed: int) -> tuple[Tensor, float]:
-        """The clip [1, T, C, H, W] of a seed and the seconds it took."""
-        draw = random.Random(seed)
-        asked = {name: draw.choice(words) for name, words in self.model.config.fields}
-        condition = self.model.condition(**asked)
-        noise = draw_noise(seed, channels=self.model.config.channels).to(self.device, self.dtype)
-        self._wait()
-        begin = time.perf_counter()
-        found = sample(self.model, noise, condition, self.spec)
-        self._wait()
-        return found.float(), time.perf_counter() - begin
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+    def errors(self) -> list[float]:
+        """Relative L2 distances of a run, as the model is now, to the dense one."""
+        gap, base = (t.flatten(1).norm(dim=1) for t in (self.run() - self.dense, self.dense))
+        return (gap / base).tolist()
 
 
-def contenders(generator: Generator, budgets: int, backend: str) -> dict[tuple[str, int], SparseMethod]:
-    """Every method at every budget."""
-    found: dict[tuple[str, int], SparseMethod] = {}
+@dataclass(frozen=True)
+class Setup:
+    """The model, what is judged, and the unseen seeds in one batch."""
+
+    model: Any
+    objective: Latents
+    clips: Clips
+    budgets: int
+    backend: str
+    only: tuple[str, ...] = ()
+
+    def wants(self, name: str) -> bool:
+        """Whether a method is asked for."""
+        return not self.only or name in self.only
+
+    def one(self) -> Tensor:
+        """A whole run from noise that is no seed of the workload, [1, T, C, H, W]."""
+        noise = torch.cat([draw_noise(10_000, 1, *self.size, self.model.config.channels)])
+        first = next(self.model.parameters())
+        return sample(self.model, noise.to(first.device, first.dtype), None, self.objective.spec)
+
+    @property
+    def size(self) -> tuple[int, int, int]:
+        """Frames, rows and columns of a clip."""
+        o = self.objective
+        return o.frames, o.height, o.width
+
+
+def contenders(setup: Setup, done: set[tuple[str, str]]) -> Iterator[tuple[str, str, SparseMethod]]:
+    """Every method at every budget: its name, its settings in words, itself."""
     for system, settings in BUDGETS.items():
-        for number, values in enumerate(settings[:budgets]):
-            method: Method
-            if system == "paro":
-                spec = ParoSpec(density=values["density"])
-                plan = calibrate(generator.model, lambda: generator.clip(10_000), spec)
-                method = Paro(plan)
-            else:
-                method = made(system.split(",")[0], values)
+        if not setup.wants(system):
+            continue
+        rest = [(words(v), v) for v in settings[: setup.budgets] if (system, words(v)) not in done]
+        plans = []
+        if system == "paro" and rest:
+            specs = [ParoSpec(density=v["density"]) for _, v in rest]
+            plans = calibrate_each(setup.model, setup.one, specs)
+        for number, (name, values) in enumerate(rest):
+            method = Paro(plans[number]) if plans else made(system.split(",")[0], values)
             assert isinstance(method, SparseMethod)
-            method.backend = backend
-            found[system, number] = method
-    return found
+            method.backend = setup.backend
+            yield system, name, method
 
 
-def check(generator: Generator, method: SparseMethod) -> float:
+def words(values: dict[str, Any]) -> str:
+    """Settings for people."""
+    return " ".join(f"{k}={v}" for k, v in values.items() if k not in SPA or k == "drop")
+
+
+def check(setup: Setup, method: SparseMethod) -> float:
     """Relative difference of one forward to that by the definition."""
-    model, outs = generator.model, []
-    noise = draw_noise(0, channels=model.config.channels).to(generator.device, generator.dtype)
+    model, outs = setup.model, []
+    first = next(model.parameters())
+    noise = draw_noise(0, 1, *setup.size, model.config.channels).to(first.device, first.dtype)
     backend = method.backend
     for name in (backend, "reference"):
         method.backend = name
         with torch.no_grad(), attach(model, method) as handle:
             handle.state.total = 1
-            outs.append(model(noise, torch.ones(1, device=generator.device, dtype=generator.dtype)).float())
+            outs.append(model(noise, torch.ones(1, device=first.device, dtype=first.dtype)).float())
     method.backend = backend
     method.ran.clear()
     return float(relative_l2(outs[1], outs[0]))
 
 
-def main() -> None:
+def measured(setup: Setup, method: Method) -> list[float]:
+    """Errors of a method, by seed."""
+    with attach(setup.model, method) as handle:
+        handle.state.total = setup.objective.spec.steps
+        return setup.clips.errors()
+
+
+def visited(method: SparseMethod) -> float:
+    """Share of pairs that kernels computed; a dense call computes all."""
+    calls = sum(r.calls for r in method.ran.values())
+    return sum(r.visited * r.sparse + (r.calls - r.sparse) for r in method.ran.values()) / calls
+
+
+def row_of(name: str, settings: str, errors: list[float], **more: Any) -> Row:
+    """A row; `errors` are kept in it."""
+    found = paired(errors)
+    return {
+        "method": name, "settings": settings, "error": f"{found.mean:.5f}", "error_low": f"{found.low:.5f}",
+        "error_high": f"{found.high:.5f}", "seeds": len(errors), "errors": " ".join(f"{e:.5f}" for e in errors),
+    } | more  # fmt: skip
+
+
+def compare(rows: list[Row]) -> None:
+    """Hold each recipe against the best single method of at most its work."""
+    singles = [r for r in rows if r["method"] in BUDGETS]
+    for row in rows:
+        rivals = [r for r in singles if float(r["visited"]) <= float(row["visited"])]
+        if row["method"] != ALLOCATED or not rivals:
+            continue
+        best = min(rivals, key=lambda r: float(r["error"]))
+        theirs, mine = ([float(e) for e in r["errors"].split()] for r in (best, row))
+        ratio = log_ratio(theirs, mine)
+        row |= {"gain": f"{ratio.mean:.3f}", "gain_low": f"{ratio.low:.3f}", "gain_high": f"{ratio.high:.3f}"}
+        row["than"] = f"{best['method']} {best['settings']}"
+
+
+def write(rows: list[Row], out: Path) -> None:
+    """The table, whole or not at all."""
+    text = io.StringIO()
+    table = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomic(out, text.getvalue())
+
+
+def figure(rows: list[Row], out: Path) -> None:
+    """Curves of error against work; bars are the intervals."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "glocal"
+    from matplotlib import pyplot
+
+    picture, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
+    for name in [*BUDGETS, ALLOCATED]:
+        mine = sorted((r for r in rows if r["method"] == name), key=lambda r: float(r["visited"]))
+        if not mine:
+            continue
+        x, y, low, high = ([float(r[c]) for r in mine] for c in ("visited", "error", "error_low", "error_high"))
+        bars = [[a - b for a, b in zip(y, low, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+        style = {"color": "black", "linewidth": 2.5, "zorder": 5} if name == ALLOCATED else {"linewidth": 1.2}
+        axes.errorbar(x, y, yerr=bars, label=name, marker="o", markersize=4, capsize=2, **style)  # type: ignore[arg-type]
+    for row in rows:
+        if row["method"] == "floor":
+            axes.axhline(float(row["error"]), color="grey", linestyle=":", label="another exact kernel")
+    axes.set_yscale("log")
+    axes.set_xlabel("share of query-key pairs computed over a run")
+    axes.set_ylabel("relative error of the clip, mean over seeds")
+    axes.legend(fontsize=8)
+    text = io.StringIO()
+    picture.savefig(text, format="svg", metadata={"Date": None})
+    write_atomic(out, text.getvalue())
+
+
+def main() -> int:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=32)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budgets", type=int, default=5)
     parser.add_argument("--backend", default="auto", help="kernel of the sparse calls")
-    parser.add_argument("--out", type=Path, default=CSV)
+    parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing more after so many")
+    parser.add_argument("--only", action="append", help="only this method, several times; also floor, glocal advise")
+    parser.add_argument("--carry", type=Path, action="append", help="a table whose rows are taken over, several times")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--figure-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS / "video_methods.csv")
     args = parser.parse_args()
-    generator = Generator(args.device, args.steps)
-    methods: dict[tuple[str, int], Method] = {("floor", 0): Floor()}
-    for key, method in contenders(generator, args.budgets, args.backend).items():
-        off = check(generator, method)
-        if off > TOLERANCE[generator.dtype]:
-            raise RuntimeError(f"{key}: a forward is off by {off:.2e}, more than {TOLERANCE[generator.dtype]:.0e}")
-        methods[key] = method
-    errors: dict[tuple[str, int], list[float]] = {key: [] for key in methods}
-    times: dict[tuple[str, int], list[float]] = {key: [] for key in methods}
-    dense: list[float] = []
-    order = random.Random(0)
-    for seed in range(-1, args.seeds):  # the first one plans and compiles
-        clip, took = generator.clip(max(seed, 0))
-        if seed >= 0:
-            dense.append(took)
-        keys = list(methods)
-        order.shuffle(keys)
-        for key in keys:
-            with attach(generator.model, methods[key]) as handle:
-                handle.state.total = args.steps
-                mine, took = generator.clip(max(seed, 0))
-            if seed >= 0:
-                errors[key].append(float(relative_l2(clip, mine)))
-                times[key].append(took)
-        print(f"seed {seed}", file=sys.stderr, flush=True)
-    rows = [_row(key, method, errors[key], times[key], dense, args) for key, method in methods.items()]
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    if str(args.out) == "/dev/stdout":
-        sys.stdout.write(text.getvalue())
-    else:
-        write_atomic(args.out, text.getvalue())
-        print(text.getvalue())
+    rows: list[Row] = []
+    for path in [args.out, *([] if args.carry is None else args.carry)]:
+        known = {(r["method"], r["settings"]) for r in rows}
+        more = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
+        rows += [r for r in more if (r["method"], r["settings"]) not in known]
+    if args.carry is not None:
+        compare(rows)
+        write(rows, args.out)
+    if not args.figure_only:
+        begin = time.monotonic()
+        wrong = run(args, rows, begin)
+        if wrong:
+            print(f"wrong: {json.dumps(wrong)}", file=sys.stderr)
+            return 1
+    figure(rows, args.out.with_suffix(".svg"))
+    return 0
 
 
-def _row(
-    key: tuple[str, int],
-    method: Method,
-    errors: list[float],
-    times: list[float],
-    dense: list[float],
-    args: argparse.Namespace,
-) -> dict[str, object]:
-    error, speed = paired(errors), log_ratio(dense, times)
-    sparse = isinstance(method, SparseMethod)
-    settings = BUDGETS[key[0]][key[1]] if key[0] in BUDGETS else {}
-    kernels = sorted({k for r in method.ran.values() for k in r.kernels}) if isinstance(method, SparseMethod) else []
-    return {
-        "method": key[0],
-        "settings": " ".join(f"{k}={v}" for k, v in settings.items() if k not in SPA or k == "drop"),
-        "kept": f"{method.kept:.4f}" if sparse else "1.0000",  # type: ignore[attr-defined]
-        "kernel": ",".join(kernels),
-        "error": f"{error.mean:.4f}",
-        "error_low": f"{error.low:.4f}",
-        "error_high": f"{error.high:.4f}",
-        "seconds": f"{sorted(times)[len(times) // 2]:.4f}",
-        "speedup": f"{speed.mean:.3f}",
-        "speedup_low": f"{speed.low:.3f}",
-        "speedup_high": f"{speed.high:.3f}",
-        "seeds": len(errors),
-        "steps": args.steps,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "torch": torch.__version__,
-    }
+def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
+    """Fill `rows` up and write them; returns methods whose check failed."""
+    torch.manual_seed(0)
+    model = load_demo(args.device)
+    size = (4, 32, 32) if args.tiny else (16, 64, 64)
+    steps, seeds = (2, 2) if args.tiny else (args.steps, args.seeds)
+    objective = Latents(SampleSpec(steps=steps), *size)
+    apart = evidence.PROBES + evidence.WEIGHTS
+    samples = demo_workload(seeds + apart, fields=model.config.fields).samples
+    name = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
+    tail = {"steps": steps, "device": name, "torch": torch.__version__}
+    wrong: list[str] = []
+    done = {(r["method"], r["settings"]) for r in rows}
+
+    def emit(row: Row) -> None:
+        rows.append(row | tail)
+        compare(rows)
+        write(rows, args.out)
+        shown = ("method", "settings", "visited", "error", "error_low", "error_high", "gain", "than")
+        print(f"{time.monotonic() - begin:.0f} s", {k: row[k] for k in shown if k in row}, flush=True)
+
+    with torch.no_grad():
+        only = () if args.only is None else tuple(args.only)
+        setup = Setup(model, objective, Clips(model, objective, samples[apart:]), args.budgets, args.backend, only)
+        if ("floor", "") not in done and setup.wants("floor"):
+            emit(row_of("floor", "", measured(setup, OtherKernel()), kept="1.0000", visited="1.0000"))
+        for system, settings, method in contenders(setup, done):
+            if time.monotonic() - begin > args.seconds:
+                return wrong
+            try:
+                off = check(setup, method)
+            except ValueError as problem:
+                if not args.tiny:
+                    raise
+                print(f"{system} {settings}: {problem}", file=sys.stderr)
+                continue
+            if off > TOLERANCE:
+                wrong.append(f"{system} {settings}: a forward is off by {off:.2e}")
+                continue
+            errors = measured(setup, method)
+            kernels = ",".join(sorted({k for r in method.ran.values() for k in r.kernels}))
+            shares = {"kept": f"{method.kept:.4f}", "visited": f"{visited(method):.4f}", "kernel": kernels}
+            emit(row_of(system, settings, errors, **shares))
+        works = WORK[: args.budgets] if setup.wants(ALLOCATED) else ()
+        rest = [work for work in works if (ALLOCATED, f"work={work}") not in done]
+        if rest and time.monotonic() - begin < args.seconds:
+            batch = evidence.Batch(model, objective, samples)
+            searched = evidence.search(batch)
+            for work in rest:
+                rung = allocated(searched.found, work)
+                if rung is not None:
+                    share = f"{evidence.spent(rung, searched.found, searched.before):.4f}"
+                    emit(row_of(ALLOCATED, f"work={work}", batch.of(rung.recipe)[apart:], visited=share))
+    return wrong
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import platform
 import subprocess
@@ -279,12 +280,16 @@ def main() -> None:
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--batch", type=int, default=64)
     p.add_argument("--out", type=Path, default=CSV)
+    p.add_argument("--turn", type=Path, help="a file that other drivers lock while they time")
     p.add_argument("--peak", choices=("ours", *GATHERS))
     a = p.parse_args()
     if a.peak is not None:
         own_peak(None if a.peak == "ours" else a.peak)
         return
     rows = []
+    turn = None if a.turn is None else a.turn.open("w")
+    if turn is not None:
+        fcntl.flock(turn, fcntl.LOCK_EX)
     for name in a.only.split(","):
         for row in CLAIMS[name](a):
             rows.append(row)

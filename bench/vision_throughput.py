@@ -8,7 +8,8 @@ python bench/vision_throughput.py --profile --only davit_tiny --modes eager     
 Each pair has a process: it checks that both models give equal logits from equal weights (where timm has the same
 model; otherwise ours against itself on the CPU), compiles and warms up; when all are ready they take turns, and the two
 of a pair run interleaved. `infer` is a forward pass without gradients, `train` forward and backward in training mode.
-Weights and images are random bfloat16. Pairs whose figures lie in --folder already are not run again.
+Weights and images are random bfloat16. A time is that of three calls in a row and of the wait for the last, so that the
+host counts where the device waits for it. Pairs whose figures lie in --folder already are not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,6 +59,8 @@ PAIRS = {
 # Largest errors: of logits over their largest, of gradients over the largest of their parameter; --quick in bfloat16.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 6e-2}
 GRADIENTS = 2e-2
+ROW = 3  # calls in a row
+SLOTS = 3  # first training steps at once
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ def models_of(name: str, plan: Plan) -> tuple[nn.Module, nn.Module, float]:
     theirs_name, same = PAIRS[name]
     torch.manual_seed(0)
     theirs = timm.create_model(theirs_name, num_classes=1000).eval()
-    ours = create_model(name).eval()
+    ours = create_model(name, drop_path=0.0).eval()  # as timm makes its models
     dtype = torch.bfloat16 if plan.quick else torch.float32
     ours, theirs, image = ours.to(dtype), theirs.to(dtype), torch.randn(1, 3, 224, 224).to(dtype)
     with torch.no_grad():
@@ -137,6 +141,51 @@ def calls(model: nn.Module, step: str, plan: Plan) -> Callable[[], object]:
     return train
 
 
+def in_a_row(run: Callable[[], object], plan: Plan) -> Callable[[], None]:
+    """ROW calls, and the wait for the device."""
+
+    def several() -> None:
+        for _ in range(ROW):
+            run()
+        if plan.device == "cuda":
+            torch.cuda.synchronize()
+
+    return several
+
+
+def without_windows(name: str, problem: Exception) -> str:
+    """Leave out the kernels of small windows: figures without them are worth more than none."""
+    print(f"{name}: {type(problem).__name__}: {str(problem)[:600]}", file=sys.stderr, flush=True)
+    for module in (window_attention, neighborhood):
+        setattr(module, "small_windows", lambda *call: False)  # noqa: B010
+    return "without the kernels of small windows"
+
+
+@contextmanager
+def slot(folder: Path, step: str) -> Iterator[None]:
+    """A place among SLOTS: so many training steps at once fit into the memory of a GPU."""
+    if step == "infer":
+        yield
+        return
+    files = [(folder / f"slot{i}").open("w") for i in range(SLOTS)]
+    held = None
+    while held is None:
+        for file in files:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            held = file
+            break
+        else:
+            time.sleep(0.05)
+    try:
+        yield
+    finally:
+        for file in files:
+            file.close()
+
+
 def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     """Measure one pair; its rows go to folder/name.json."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -144,11 +193,8 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
     windows.CAPABILITY = replace(windows.CAPABILITY, by_name_only=None)
     try:
         ours, theirs, error = models_of(name, plan)
-    except Exception as problem:  # figures without these kernels are worth more than none
-        print(f"{name}: {type(problem).__name__}: {str(problem)[:600]}", file=sys.stderr, flush=True)
-        note = "without the kernels of small windows"
-        for module in (window_attention, neighborhood):
-            setattr(module, "small_windows", lambda *call: False)  # noqa: B010
+    except Exception as problem:
+        note = without_windows(name, problem)
         ours, theirs, error = models_of(name, plan)
     contenders: dict[tuple[str, str], dict[str, Callable[[], object]]] = {}
     seconds: dict[str, float] = {}
@@ -161,12 +207,19 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
                 wrapped = torch.compile(model) if mode == "compiled" else model
                 run = calls(wrapped, step, plan)
                 begin = time.monotonic()
-                run()
+                with slot(folder, step):
+                    try:
+                        run()
+                    except Exception as problem:
+                        if who == "timm":
+                            raise
+                        note = without_windows(name, problem)
+                        run()
+                    if plan.device == "cuda":
+                        model.zero_grad(set_to_none=True)
+                        torch.cuda.empty_cache()
                 seconds[f"{mode} {step} {who}"] = time.monotonic() - begin
                 ready[who] = run
-                if plan.device == "cuda":
-                    model.zero_grad(set_to_none=True)
-                    torch.cuda.empty_cache()
             contenders[mode, step] = ready
     (folder / f"{name}.ready").touch()
     limit = time.monotonic() + plan.patience
@@ -181,7 +234,8 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
             if plan.profile:
                 profiled(f"{name} {mode} {step}", ready, plan)
                 continue
-            timed = compare_paired(ready, plan.rounds, plan.device, baseline="timm", warmup=2)
+            rows_of = {who: in_a_row(run, plan) for who, run in ready.items()}
+            timed = compare_paired(rows_of, plan.rounds, plan.device, baseline="timm", warmup=1)
             images = plan.batch if step == "infer" else plan.train_batch
             peaks = {who: peak(run, plan) for who, run in ready.items()}
             ratio = timed.ratios["glocal"]
@@ -193,8 +247,8 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
                     "mode": mode,
                     "pass": step,
                     "batch": images,
-                    "images_s": f"{images / timed.times['glocal'].median:.0f}",
-                    "timm_images_s": f"{images / timed.times['timm'].median:.0f}",
+                    "images_s": f"{ROW * images / timed.times['glocal'].median:.0f}",
+                    "timm_images_s": f"{ROW * images / timed.times['timm'].median:.0f}",
                     "ratio": f"{ratio.median:.3f}",
                     "ratio_low": f"{ratio.low:.3f}",
                     "ratio_high": f"{ratio.high:.3f}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,18 +19,23 @@ from glocal.adapt import Method, attach
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
 
+FLASH = "dense, FlashAttention-2"  # what most of the papers compare with
+_LONG = 200_000  # tokens from which it takes too long
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled."""
+    """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled. profile: of
+    methods whose name contains this; None: of none. seconds: no further round of a case after so many.
+    """
 
     device: torch.device
     dtype: torch.dtype
     rounds: int = 3
     warm: bool = False
-    profile: bool = False
+    profile: str | None = None
+    seconds: float = 3600.0
 
 
 @dataclass
@@ -46,10 +52,11 @@ class Times:
 
 @dataclass
 class Contender:
-    """A method of the case, or dense attention (no entry). method: None where only the dense kernel is put in."""
+    """A method of the case, or dense attention (no entry, no method). kernel: of what is dense; None is the fastest."""
 
     entry: Entry | None = None
     method: Method | None = None
+    kernel: str | None = None
     error: float = 0.0
     times: Times = field(default_factory=Times)
 
@@ -122,7 +129,8 @@ class Bench:
     def run(self, contender: Contender, *, keep: bool) -> None:
         """One forward by all clocks, kept or not."""
         clock, times = Clock(self.device), contender.times
-        with self.held(contender.method, self.kernel), attach(self.model, clock):
+        kernel = self.kernel if contender.kernel is None else contender.kernel
+        with self.held(contender.method, kernel), attach(self.model, clock):
             with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
                 took = seconds(lambda: self.forward(self.given), self.device)
         blocks = [mark.read() for mark in marks.values()]
@@ -148,8 +156,10 @@ class Bench:
 
 def measure(case: Case, options: Options) -> Measured:
     """All methods of a case. One that cannot run, or is wrong, is reported and left out."""
+    begin = time.perf_counter()
     bench = Bench(case, options)
-    contenders, wrong = {"dense": Contender()}, list[str]()
+    contenders: dict[str, Contender] = {"dense": Contender()}
+    wrong: list[str] = []
     for entry in case.entries:
         try:
             error = bench.check(entry)
@@ -162,16 +172,22 @@ def measure(case: Case, options: Options) -> Measured:
             worst = f"more than {TOLERANCE[options.dtype]:.0e}"
             print(f"{case.name}: {entry.name}: output is off by {error:.2e}, {worst}", file=sys.stderr, flush=True)
             continue
-        contenders[entry.name] = Contender(entry, made, error)
+        contenders[entry.name] = Contender(entry, made, error=error)
     rounds = 0 if options.warm else options.rounds if case.rounds is None else min(case.rounds, options.rounds)
-    for turn in range(rounds + 1):  # the first one plans and compiles
+    if bench.kernel != "sdpa flash" and options.device.type == "cuda" and case.tokens < _LONG and not options.warm:
+        contenders[FLASH] = Contender(kernel="sdpa flash")
+    for turn in range(rounds + 1):  # the first one plans and compiles; a dense kernel was chosen by a call
+        if turn > 1 and time.perf_counter() - begin > options.seconds:
+            break
         for name, contender in list(contenders.items()):
+            if turn == 0 and contender.method is None and rounds:
+                continue
             try:
                 bench.run(contender, keep=turn > 0)
             except (ValueError, RuntimeError) as problem:
                 print(f"{case.name}: {name}: {str(problem)[:400]}", file=sys.stderr, flush=True)
                 del contenders[name]
-    if options.profile:
-        for name, contender in contenders.items():
+    for name, contender in contenders.items():
+        if options.profile is not None and options.profile in name:
             print(f"{case.name}: {name}\n{bench.profile(contender)}", flush=True)
     return Measured(case, bench.kernel, contenders, wrong)

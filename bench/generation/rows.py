@@ -6,12 +6,13 @@ import csv
 import io
 import sys
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from generation.measure import Contender, Measured
+from generation.measure import FLASH, Contender, Measured
 from glocal._files import write_atomic
 
 
@@ -56,6 +57,9 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     turns = range(len(times.step))
     mine = [whole_step(measured, contender, t) for t in turns]
     ratios = sorted(whole_step(measured, base, t) / s for t, s in zip(turns, mine, strict=True))
+    dense = measured.kernel if contender.kernel is None else contender.kernel
+    other = measured.contenders.get(FLASH)
+    flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
     ran, kind = contender.ran, case.kind
     return {
@@ -65,7 +69,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "tokens": case.tokens,
         "kept": "" if contender.kept is None else f"{contender.kept:.4f}",
         "visited": f"{sum(r.visited for r in ran) / len(ran):.4f}" if ran else "",
-        "kernel": ",".join(sorted({k for r in ran for k in r.kernels})) if ran else measured.kernel,
+        "kernel": ",".join(sorted({k for r in ran for k in r.kernels})) if ran else dense,
         "attention_ms": _ms(median(times.attention)),
         "attention_speedup": _ratio(median(attention)),
         "block_ms": " + ".join(_ms(median(b[i] for b in times.blocks)) for i in range(len(kind.stacks))),
@@ -74,6 +78,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "step_speedup": _ratio(median(ratios)),
         "step_speedup_low": _ratio(ratios[0]),
         "step_speedup_high": _ratio(ratios[-1]),
+        "step_speedup_flash2": _ratio(median(flash[t] / s for t, s in zip(turns, mine, strict=True)) if flash else nan),
         "dense_steps": 0 if entry is None else entry.dense_steps,
         "dense_layers": 0 if entry is None else sum(entry.dense_layers),
         "run_forecast": _ratio(run_forecast(measured, contender)),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from generation.models import Kind, draw
 from glocal.adapt import Method, Site
@@ -80,7 +80,8 @@ class Dense(Method):
         words = call.layout.lengths.get("text")
         if words is not None and q.shape[0] == 1:
             valid = call.layout.nk - call.layout.kv.parts[-1].tokens + int(words[0])
-            k, v = k[:, :, :valid], v[:, :, :valid]
+            out = dense(self.kernel, q[:, :, :valid], k[:, :, :valid], v[:, :, :valid])
+            return pad(out, (0, 0, 0, q.shape[2] - valid))
         return dense(self.kernel, q, k, v)
 
 
@@ -97,7 +98,7 @@ def dense(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return scaled_dot_product_attention(q, k, v)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=16)
 def _every(tokens: int) -> tuple[Canvas, Blocks]:
     groups = -(-tokens // 128)
     return Canvas((tokens,)), Blocks(torch.ones(groups, groups, dtype=torch.bool), 128, 128)
@@ -109,10 +110,10 @@ def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype
         return "sdpa"
     q, k, v = (draw((1, kind.heads, tokens, kind.dim), device, dtype) for _ in "qkv")
     found: dict[str, float] = {}
-    for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *(() if kind.words else ("gluon",))):
+    for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *(("gluon",) if kind.stacks else ())):
         try:
             dense(kernel, q, k, v)
-            found[kernel] = min(seconds(lambda kernel=kernel: dense(kernel, q, k, v), device) for _ in range(2))
+            found[kernel] = seconds(lambda kernel=kernel: dense(kernel, q, k, v), device)
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"  {kernel}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
     print("  dense: " + ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()), flush=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from glocal.adapt import paro
 from glocal.adapt.paro import blocks_of
-from glocal.adapt.paro_calibration import ParoSpec, calibrate, keep_blocks, order_facts, order_scores
+from glocal.adapt.paro_calibration import ParoSpec, calibrate, calibrate_each, keep_blocks, order_facts, order_scores
 from glocal.adapt.paro_plan import ORDERS, ParoPlan, pack_bits, read_published, sequence, unpack_bits
 from glocal.canvas import Canvas, Layout
 from glocal.kernels.quant import Quant
@@ -125,6 +125,21 @@ def test_a_plan_from_a_run_of_a_pipeline(tmp_path: Path) -> None:
     again = ParoPlan.load(tmp_path / "plan.safetensors")
     assert torch.equal(again.bits, plan.bits) and torch.equal(again.orders, plan.orders) and again.times == 4
     assert torch.equal(generate(pipe), plain)
+
+
+def test_plans_of_several_densities_from_the_same_runs(model: VideoDiT, clip: Tensor) -> None:
+    def go() -> None:
+        with torch.no_grad():
+            model(clip, torch.tensor([0.5]))
+
+    specs = [ParoSpec(density=d, block=4) for d in (0.3, 0.6)]
+    for plan, spec in zip(calibrate_each(model, go, specs), specs, strict=True):
+        alone = calibrate(model, go, spec)
+        assert torch.equal(plan.bits, alone.bits) and torch.equal(plan.orders, alone.orders)
+    with pytest.raises(ValueError, match="differ in more than density; go one by one"):
+        calibrate_each(model, go, [specs[0], ParoSpec(density=0.3, block=8)])
+    with pytest.raises(ValueError, match="specs is empty"):
+        calibrate_each(model, go, [])
 
 
 def test_calibration_of_the_built_in_model(model: VideoDiT, clip: Tensor) -> None:

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
 from glocal.adapt import attach
+from glocal.adapt.freeswim import FreeSwim
+from glocal.adapt.hidiffusion import HiDiffusion
+from glocal.adapt.paro import Paro
+from glocal.adapt.paro_calibration import ParoSpec, calibrate
 from glocal.adapt.published import kind, kinds, made, published
+from glocal.adapt.radial import PRESETS as RADIAL
 from glocal.adapt.sparse import SparseMethod
+from glocal.kernels.quant import Quant
 from glocal.models.generation.video_dit import VideoDiT
 
 from .test_pipelines import wan
-from .test_sparse_methods import FLUX, HUNYUAN
+from .test_sparse_methods import FLUX, HUNYUAN, WAN
 from .test_sparse_methods import made as built
 
 
@@ -63,11 +72,51 @@ def test_methods_from_plain_values_in_the_built_in_model(
 
 
 def test_refusals() -> None:
-    assert kinds() == ("gna", "radial", "rectified_spaattn", "tile_windows")
+    assert kinds() == ("freeswim", "gna", "hidiffusion", "paro", "radial", "rectified_spaattn", "tile_windows")
     assert kind("tile_windows").presets == {}
-    with pytest.raises(ValueError, match=r"system='radail' is no method of settings; legal: gna, .*; nearest: radial"):
+    with pytest.raises(
+        ValueError, match=r"system='radail' is no method of settings; legal: freeswim, .*; nearest: radial"
+    ):
         made("radail", {})
     with pytest.raises(ValueError, match="radial: decai is unknown; legal: decay, .*; nearest: decay"):
         made("radial", {"decai": 1})
     with pytest.raises(ValueError, match="tile_windows: window must be given; settings: tile, window"):
         made("tile_windows", {"tile": [2, 2]})
+    with pytest.raises(ValueError, match="tile_windows: preset='wan' is unknown; legal: none is published"):
+        made("tile_windows", {"preset": "wan"})
+    with pytest.raises(ValueError, match=r"radial: preset='wan' is unknown; legal: wan2.1-14b, "):
+        made("radial", {"preset": "wan"})
+    with pytest.raises(ValueError, match=r"hidiffusion: preset must be given; .*; or a preset: sd, sdxl"):
+        made("hidiffusion", {"raunet": False})
+    with pytest.raises(ValueError, match="paro: plan must be given; settings: plan, quant, empty"):
+        made("paro", {"quant": "int8"})
+
+
+def test_a_preset_with_single_settings_changed() -> None:
+    method = made("radial", {"preset": "wan2.1-14b", "dense_steps": 3})
+    assert method.settings == replace(RADIAL["wan2.1-14b"].settings, dense_steps=3)  # type: ignore[attr-defined]
+    hidi = made("hidiffusion", {"preset": "sdxl", "window_attention": False})
+    assert isinstance(hidi, HiDiffusion) and not hidi.settings.window_attention and hidi.settings.raunet
+
+
+def test_systems_for_large_sizes_are_listed_apart(generator: torch.Generator) -> None:
+    found = published(built(WAN, generator)[0], large=True)
+    assert {p.system for p in found} == {"freeswim"} and len(found) == 4
+    assert isinstance(found[0].method(cache_steps=3), FreeSwim)
+
+
+def test_paro_from_a_file(model: VideoDiT, clip: Tensor, tmp_path: Path) -> None:
+    spec = ParoSpec(density=0.3, block=4)
+    plan = calibrate(model, lambda: model(clip, torch.tensor([0.5])), spec)
+    plan.save(tmp_path / "plan.safetensors")
+    outs = []
+    for method in (made("paro", {"plan": str(tmp_path / "plan.safetensors")}), Paro(plan)):
+        with torch.no_grad(), attach(model, method) as handle:
+            handle.state.total = 1
+            outs.append(model(clip, torch.tensor([0.5])))
+        assert isinstance(method, SparseMethod) and method.kept < 1
+    assert torch.equal(outs[0], outs[1])
+    rounded = made("paro", {"plan": str(tmp_path / "plan.safetensors"), "quant": "int4", "empty": "drop"})
+    assert isinstance(rounded, Paro) and rounded.quant == Quant("int4") and rounded.empty == "drop"
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        made("paro", {"plan": str(tmp_path / "none.safetensors")})

@@ -117,7 +117,7 @@ def test_words_see_everything_and_are_seen(generator: torch.Generator) -> None:
     layout = Layout.of(Canvas((2, 4, 4), before=5))
     q, k = (torch.randn(1, 2, 37, 8, generator=generator) for _ in "qk")
     routed = route_call(q, k, call_of(layout, 2, 8), (2, 4, 4), FEW)
-    seen = attend(q, k, k, routed.selection, canvas=layout, backend="reference").counts
+    seen = attend(q, k, k, routed.plan, canvas=layout, backend="reference").counts
     assert seen is not None
     assert bool((seen[..., :5, :] > 0).all()) and bool((seen[..., :5] > 0).all())
     assert float((seen[..., 5:, 5:] > 0).double().mean()) == 0.25  # one media block of four

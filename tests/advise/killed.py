@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, inside, run
+from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, climb, inside, run
 from glocal.advise.state import State
 from glocal.advise.timing import MethodTime, Times
 from glocal.cli import _advise_job
@@ -29,7 +29,7 @@ from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
 FIELDS = (("shape", ("disc", "square")), ("colour", ("red", "green", "blue")))
 EFFORT = Effort("tiny", 2, 4, 1, (0.9, 0.7), pairs=2, rounds=1, steps_a_bucket=1, published=1)
 METHODS = tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))[:4])
-STAGES = ("preflight", "times", "probe", "weights", "bucket", "anchors", "rung", "pair", "write")
+STAGES = ("preflight", "times", "probe", "weights", "bucket", "gain", "anchors", "rung", "pair", "write")
 
 
 def make() -> tuple[VideoDiT, Frames]:
@@ -46,7 +46,8 @@ def fixed_times(q: Any, k: Any, v: Any, call: Any, methods: Any, *, rounds: int,
     """Times that do not change from run to run."""
     dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
     found = {
-        n: replace(dense, method=n, median=0.1 + r.plan.visited, visited=r.plan.visited) for n, r in methods.items()
+        n: replace(dense, method=n, median=0.1 + r.plan.visited, visited=r.plan.visited, kept=r.plan.kept)
+        for n, r in methods.items()
     }
     return Times(dense, found, None)
 
@@ -56,15 +57,15 @@ def accepted(runs: Any, target: Any) -> Any:
     return replace(found, verdict=replace(found.verdict, accepted=True, failures=()))
 
 
-VERDICT = run.verdict_over
+VERDICT = climb.verdict_over
 
 
 def settle() -> None:
     """What depends on the clock is settled, so that a recipe depends on samples alone."""
     inside.time_methods = fixed_times  # type: ignore[assignment]
     run._refusal = lambda *args: None  # type: ignore[assignment]
-    run.winners = lambda measured, anchors, target: (sorted(measured, key=lambda r: r.recipe.id), "")  # type: ignore[assignment]
-    run.verdict_over = accepted
+    climb.winners = lambda measured, anchors, target: (sorted(measured, key=lambda r: r.recipe.id), "")  # type: ignore[assignment]
+    climb.verdict_over = accepted
 
 
 def kill_in(stage: str) -> None:

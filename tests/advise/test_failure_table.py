@@ -30,6 +30,7 @@ from glocal.advise import (
     apply,
     attach,
     candidates,
+    climb,
     inside,
     preflight,
     run,
@@ -110,7 +111,7 @@ def test_one_pass_models_get_advice_with_labels(monkeypatch: pytest.MonkeyPatch)
     """Segmentation end to end: rules hold always, mIoU stands beside the error, the ceiling knows no place."""
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     model = private()
     options = AdviseOptions(candidates=tuple(candidates((16, 16), tile_shape=(4, 4))[:3]), min_tokens=16)
     target = Target(limits={"drift": 1e6, "pixels_changed": 1.0})
@@ -179,7 +180,7 @@ def test_several_canvases_in_one_workload_are_all_proven(
 ) -> None:
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     sizes = ({"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32, "width": 32})
     effort = replace(EFFORT, pairs=4)
     found = advise(
@@ -305,7 +306,7 @@ def test_less_memory_stands_in_the_evidence(
     model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from glocal.advise import probe
-    from glocal.cli._advice_page import rows
+    from glocal.cli._advice_rows import rows
     from glocal.cli._advise_job import evidence
 
     true_sums = probe.partial_sums
@@ -385,9 +386,9 @@ def test_a_refusal_before_anything_was_tried_has_a_page(
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     if why == "floor":
-        monkeypatch.setattr(run, "refused", lambda anchors, target: "No recipe can be judged on this model.")
+        monkeypatch.setattr(climb, "refused", lambda anchors, target: "No recipe can be judged on this model.")
     else:
-        monkeypatch.setattr(run, "build_ladder", lambda *args: [])
+        monkeypatch.setattr(climb, "build_ladder", lambda *args: [])
     found = advise(model, workload, objective=objective, effort=EFFORT, options=OPTIONS)
     assert found.status == "dense" and not found.ladder and found.anchors is not None
     html = render_advice(advice_page(found, model="m", workload="w", created="now", reproduce="glocal", facts={}))

@@ -22,8 +22,10 @@ from glocal.advise import (
     Workload,
     advise,
     candidates,
+    climb,
     inside,
     run,
+    stages,
 )
 from glocal.advise.timing import MethodTime, Times
 from glocal.cli import _advise_job
@@ -79,7 +81,8 @@ def test_a_failing_candidate_is_dropped_with_its_error(
     objective: Frames,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from glocal.cli._advice_page import advice_page, rows
+    from glocal.cli._advice_page import advice_page
+    from glocal.cli._advice_rows import rows
     from glocal.report import render_advice
 
     ids = {LISTED[i].id for i in broken}
@@ -124,13 +127,14 @@ def test_an_abort_in_any_stage_leaves_nothing(
         raise error("stopped")
 
     before = objective.run(model, workload.samples[0]).tensor
-    monkeypatch.setattr(run, stage, stop)
+    owner = next(m for m in (run, stages, climb) if hasattr(m, stage))
+    monkeypatch.setattr(owner, stage, stop)
     loaded = _advise_job.Loaded(model, workload, objective, "quick")
     monkeypatch.setattr(_advise_job, "load", lambda job: loaded)
     monkeypatch.setattr("glocal.advise.AdviseOptions", lambda **_: OPTIONS)
     monkeypatch.setitem(run.effort_of.__globals__["EFFORTS"], "quick", EFFORT)
     job = _advise_job.Job("tiny", tmp_path / "out", limits={"drift": 1e6})
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     with pytest.raises(error, match="stopped"):
         _advise_job.run_job(job, as_json=True, quiet=True)
     assert not list(tmp_path.iterdir()) and not open_handles(model)

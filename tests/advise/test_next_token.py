@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glocal.advise import AdviseOptions, Effort, MethodSpec, Target, Workload, advise, attach, inside, run
+from glocal.advise import AdviseOptions, Effort, MethodSpec, Target, Workload, advise, attach, climb, inside, run
 from glocal.advise.methods import candidates
 from glocal.advise.next_token import NextToken
 from glocal.advise.objective import Output
@@ -91,7 +91,7 @@ def test_prefill_advice_end_to_end(decoder: Decoder, monkeypatch: pytest.MonkeyP
     """Causal candidates, rules for prefills of the text model, proven on the length; short prompts run dense."""
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))  # whatever it takes
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))  # whatever it takes
     methods = tuple(
         MethodSpec(s, p, block=(32, 32), kind=k)  # type: ignore[arg-type]
         for s, p, k in [
@@ -122,7 +122,7 @@ def test_prefill_advice_end_to_end(decoder: Decoder, monkeypatch: pytest.MonkeyP
 def test_prefill_advice_for_a_decoder_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -148,7 +148,7 @@ def test_on_the_built_in_model_the_allocation_keeps_the_needles_that_one_window_
 ) -> None:
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     objective = NextToken(encode, tokens=2048, scored=128, window=256, fact=FACT, question=QUESTION)
     workload = Workload.from_calls([{"text": make_text(2048, n)} for n in range(4)], range(4))
     effort = Effort("tiny", 1, 16, 1, (0.6,), pairs=2, rounds=1, steps_a_bucket=1, published=0, rungs=1)

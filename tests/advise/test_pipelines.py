@@ -22,6 +22,7 @@ from glocal.advise import (
     advise,
     attach,
     candidates,
+    climb,
     inside,
     run,
 )
@@ -156,7 +157,7 @@ def test_advice_for_a_pipeline_and_its_recipe_in_a_new_one(
     name = make.__name__
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(run, "winners", lambda measured, anchors, target: (list(measured), ""))
+    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     # At this size the text refiner weighs as much as the blocks.
     monkeypatch.setattr(importlib.import_module("glocal.advise.preflight"), "MOST_UNKNOWN", 1.0)
     pipe = built(make)

@@ -68,7 +68,8 @@ def test_status_follows_the_verdict_and_the_number_of_pairs(
 
 
 def test_the_page_of_a_validation_is_whole(model: VideoDiT, workload: Workload, objective: Frames) -> None:
-    from glocal.cli._advice_page import advice_page, rows
+    from glocal.cli._advice_page import advice_page
+    from glocal.cli._advice_rows import rows
     from glocal.report import render_advice
 
     advice = validate(model, RECIPE, workload, objective=objective, target=WIDE, pairs=2)

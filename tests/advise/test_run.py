@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
+from glocal.advise.advice import Advice
 from glocal.advise.methods import candidates
-from glocal.advise.run import Advice
 from glocal.advise.timing import MethodTime, Times, blocks_of
 from glocal.models.generation import SampleSpec, VideoDiT
 
@@ -94,7 +94,8 @@ def test_an_unreachable_target_is_refused_by_amdahl(model: VideoDiT) -> None:
 
 
 def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
-    from glocal.cli._advice_page import advice_page, rows
+    from glocal.cli._advice_page import advice_page
+    from glocal.cli._advice_rows import rows
     from glocal.report import render_advice
 
     page = advice_page(advice, model="tiny", workload="4", created="now", reproduce="glocal", facts={"device": "cpu"})

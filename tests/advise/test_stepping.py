@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, inside, run
+from glocal.advise import AdviseOptions, Effort, Frames, Target, Workload, advise, candidates, climb, inside, run
 from glocal.advise.search import Rung
 from glocal.advise.timing import MethodTime, Times
 from glocal.advise.validation import Validation, verdict_over
@@ -44,11 +44,11 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
             assert rung.error is not None
             return replace(rung, seconds=1 / (2 + rung.error), dense_seconds=1.0)
 
-        measure_rung = run.measure_rung
+        measure_rung = climb.measure_rung
         monkeypatch.setattr(inside, "time_methods", fixed_times)
         monkeypatch.setattr(run, "_refusal", lambda *args: None)
-        monkeypatch.setattr(run, "measure_rung", measured)
-        monkeypatch.setattr(run, "verdict_over", validated)
+        monkeypatch.setattr(climb, "measure_rung", measured)
+        monkeypatch.setattr(climb, "verdict_over", validated)
         return seen
 
     return prepare

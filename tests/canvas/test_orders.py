@@ -36,6 +36,16 @@ def test_blocks_are_boxes(shape, box, dilation):
         assert [tuple(int(a[t]) for a in table.axes) for t in tokens] == want
 
 
+def test_halves_of_a_block_are_halves_of_its_box():
+    canvas = Canvas((8, 24))
+    order = tile(canvas, (4, 8), slowest=1)
+    first = order.gather.reshape(-1, 2, 16)[0, 0]
+    assert sorted(first.tolist()) == sorted(y * 24 + x for y in range(4) for x in range(4))
+    plain = tile(canvas, (4, 8))
+    assert order.name != plain.name and order.regions == plain.regions
+    assert torch.equal(order.gather.reshape(-1, 32).sort(-1).values, plain.gather.reshape(-1, 32).sort(-1).values)
+
+
 @pytest.mark.parametrize("block", [1, 4, 5])
 def test_raster_pads_every_part(block):
     canvas = Canvas((3, 4), before=3, after=1)
@@ -68,3 +78,5 @@ def test_errors():
         tile(Canvas((3, 4)), (2, 2), (1, 0))
     with pytest.raises(ValueError, match="has 2 grids; name the part instead"):
         tile(Canvas([Part("a", (2, 2)), Part("b", (2, 2))]), (2, 2))
+    with pytest.raises(ValueError, match=r"tile: slowest=2 must be an axis of \(3, 4\), from 0 to 1"):
+        tile(Canvas((3, 4)), (2, 2), slowest=2)

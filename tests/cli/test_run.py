@@ -224,3 +224,28 @@ def test_a_picture_from_a_caption(tmp_path: Path) -> None:
     assert code == 2 and "unknown field 'captoin'; legal: caption, size; nearest: caption" in err
     code, _, err = run(*words, "-c", "caption=a red dics")
     assert code == 2 and "word 'dics' is unknown" in err and "nearest: 'disc'" in err
+
+
+def test_paro_from_the_command_line(tmp_path: Path) -> None:
+    from glocal.adapt.paro_calibration import ParoSpec, calibrate
+    from glocal.models import generation
+
+    demo = generation.load_demo()
+    clip = generation.draw_noise(0, channels=demo.config.channels)
+    path = tmp_path / "plan.safetensors"
+    with torch.no_grad():
+        calibrate(demo, lambda: demo(clip, torch.ones(1)), ParoSpec(density=0.4, block=4)).save(path)
+    code, out, err = run("demo", "--method", "paro", "--set", f"plan={path}", "--steps", "2", "--json")
+    record = json.loads(out)
+    assert code == 0, err
+    assert record["method"] == {"system": "paro", "settings": {"plan": str(path)}}
+    assert all(site["sparse"] and site["kept"] < 1 for site in record["sites"])
+
+
+def test_systems_for_other_models_say_so() -> None:
+    code, _, err = run("demo", "--method", "freeswim", "--set", "preset=wan2.1-1.3b")
+    assert code == 2 and "the model has attention of kind self; legal: self and cross attention" in " ".join(
+        err.split()
+    )
+    code, _, err = run("demo", "--method", "hidiffusion", "--set", "preset=sdxl")
+    assert code == 2 and "HiDiffusion found no attention site it wants in VideoDiT" in " ".join(err.split())

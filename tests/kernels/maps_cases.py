@@ -17,8 +17,10 @@ from torch import Tensor
 
 from glocal.kernels import maps
 from glocal.nn.blocks import SameConv2d, conv
+from glocal.nn.blocks.mbconv import MBConv
 from glocal.ops import Ratio, Subtract, Unnormalised, depthwise_conv, layer_norm, linear_attention
 from glocal.ops.channel import gram
+from glocal.ops.norm import stored_norm
 from glocal.testing._common import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +51,7 @@ def plain(call: Callable[[], Tensor], monkeypatch: pytest.MonkeyPatch) -> Tensor
     with monkeypatch.context() as patch:
         patch.setattr(maps, "usable", lambda *tensors: False)
         patch.setattr("glocal.nn.blocks.layout.usable", lambda *tensors: False)
+        patch.setattr("glocal.nn.blocks.mbconv.usable", lambda *tensors: False)
         return call()
 
 
@@ -114,6 +117,38 @@ def _with(layer: torch.nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Te
     finally:
         del layer.weight, layer.bias
         layer.weight, layer.bias = torch.nn.Parameter(weight.detach()), torch.nn.Parameter(bias.detach())
+
+
+def _stats(c: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean, variance, weight, bias = (some(c, seed=i).to(DEVICE) for i in range(4))
+    return mean, variance.square() + 0.1, weight, bias
+
+
+@pytest.mark.parametrize("act", ["none", "gelu", "gelu_tanh"])
+@torch.no_grad()
+def test_stored_norms_and_activations(act: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, stats = some(2, 6, 5, 40).to(DEVICE), _stats(40)
+    kernel, padding = some(40, 1, 3, 3, seed=5).to(DEVICE), (0, 1, 0, 1)
+    for call in (
+        lambda: stored_norm(x, stats, 1e-3, act),
+        lambda: depthwise_conv(x, kernel, stride=2, padding=padding, norm=(stats, 1e-3), act=act),
+        lambda: depthwise_conv(x, kernel, padding=(1, 1, 1, 1), residual=True, act=act),
+    ):
+        assert (call() - plain(call, monkeypatch)).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_an_inverted_residual_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    block = MBConv(16, 24, 2).to(DEVICE)
+    for norm in (block.pre_norm, block.norm1, block.norm2):
+        norm.running_mean.normal_()  # type: ignore[union-attr]
+        norm.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+    x = some(2, 7, 6, 16).to(DEVICE)
+    with monkeypatch.context() as patch:
+        patch.setattr("glocal.nn.blocks.mbconv.usable", lambda *tensors: True)
+        found = block.eval()(x)
+    assert (found - plain(lambda: block(x), monkeypatch)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("tokens", [1, 70])

@@ -85,7 +85,7 @@ def test_compiles_for_hopper(
     launch_backward.backward(Known(grad, rows, grad, rows), q, k, v, call)
     torch.use_deterministic_algorithms(False)
     found = {name: kernel for name, kernel in kernels if name.startswith("backward")}
-    whole = whole and (block, size) == (128, 128)
+    whole = whole and block == 128
     assert set(found) == {"backward_kv_kernel"} | (set() if whole else {"backward_q_kernel"})
     for name, kernel in found.items():
         assert "wgmma.mma_async" in kernel.asm["ptx"] and "cp.async.bulk.tensor" in kernel.asm["ptx"]
@@ -97,8 +97,8 @@ def test_compiles_for_hopper(
 # Addresses that stay on the stack where two accumulators [64, 128] fill the registers.
 STACK = {
     ("backward_kv_kernel", 128, 128, True): 128,
-    ("backward_kv_kernel", 128, 128, False): 8,
-    ("backward_kv_kernel", 64, 128, False): 96,
+    ("backward_kv_kernel", 128, 128, False): 24,
+    ("backward_kv_kernel", 64, 128, False): 48,
 }
 
 

@@ -207,6 +207,23 @@ def test_a_table_that_does_not_know_the_usual_backend_decides_nothing(able: None
     assert registry.pick(SPARSE, "auto", blocks=None, kept=Visits(0.1), table=table).name == "triton"
 
 
+def test_small_windows_go_to_their_own_kernels(able: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glocal.kernels import windows
+
+    monkeypatch.setattr(windows, "missing", lambda device: None)
+    few = replace(SPARSE, head_dim=32, value_dim=32, keys=128)
+    for table in (device(*ROWS), None):
+        found = registry.pick(few, "auto", blocks=None, kept=Visits(0.1), table=table)
+        assert (found.name, found.needs) == ("windows", "windows"), found.why
+        assert registry.pick(few, "auto", blocks=(64, 64), kept=Visits(0.1), table=table).name == "triton"
+    most = replace(few, keys=5000)
+    assert registry.pick(most, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name == "triton"
+    short = replace(few, nq=200, nk=200)  # a tile sees more than half of all keys
+    assert registry.pick(short, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name != "windows"
+    tells = registry.explain(few, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS))
+    assert "runs: windows (small windows: a tile of queries sees at most 128 of 8192 keys)" in tells
+
+
 def test_gradients_count_both_passes(able: None) -> None:
     back = (row("triton", "full", 9.0, direction="backward"), row("flex", "full", 2.0, direction="backward"))
     table = device(*ROWS, *back)

@@ -102,3 +102,17 @@ def test_linears_start_small() -> None:
     blocks.init_linears(layer)
     assert 0.015 < float(layer[0].weight.detach().std()) < 0.025 and not layer[0].bias.any()  # type: ignore[union-attr]
     assert torch.equal(layer[1].weight, before)  # type: ignore[arg-type]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_gelu_of_tanh_joins_the_product_on_a_gpu() -> None:
+    from glocal.nn.blocks.mbconv import tanh_gelu
+
+    torch.manual_seed(0)
+    layer = blocks.Mlp(64, 256, tanh_gelu).cuda()
+    x = torch.randn(2, 5, 7, 64, device="cuda")
+    wanted = layer(x)
+    with torch.no_grad():
+        found = layer(x)
+    assert torch.allclose(found, wanted, atol=1e-5)

@@ -8,11 +8,11 @@ from math import prod
 import pytest
 import torch
 
-from glocal.canvas import Canvas, tile
+from glocal.canvas import Canvas, from_gather, tile
 from glocal.measure import peak_memory
 from glocal.patterns import Axial, Causal, Dense, Neighborhood, Pattern, RadialTokens, Sinks, Windows, frame, per_head
 from glocal.plan.build import PlanSpec, clear_cache, plan
-from glocal.plan.tiling import _factors, _loose, _touches, best_tiles
+from glocal.plan.tiling import _factors, _loose, _touches, best_cuts, best_tiles
 
 ONE = (1, 1, 1)
 
@@ -43,6 +43,24 @@ def test_intersections_are_bounded_from_above() -> None:
     order = tile(Canvas(shape), box)
     made = plan(pattern, Canvas(shape), PlanSpec(16, 16, order, order))
     assert _touches(pattern, shape, box, box, ONE) >= int(made.full.count.sum() + made.partial.count.sum())
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (12, 24, 40)], ids=str)
+def test_halves_of_blocks_see_fewest_halves(shape: tuple[int, ...]) -> None:
+    pattern, canvas = Neighborhood(12), Canvas(shape)
+    boxes = best_tiles(pattern, shape, 64, 64)
+    assert boxes is not None
+    (q, step), (k, _) = boxes
+
+    def visited(q_cut: int, k_cut: int) -> int:
+        orders = [tile(canvas, box, step, slowest=cut) for box, cut in ((q, q_cut), (k, k_cut))]
+        halves = [from_gather(f"{order.name} as data", order.gather) for order in orders]
+        made = plan(pattern, canvas, PlanSpec(32, 32, *halves))
+        return int(made.full.count.sum() + made.partial.count.sum())
+
+    every = [visited(a, b) for a in range(len(shape)) if q[a] % 2 == 0 for b in range(len(shape)) if k[b] % 2 == 0]
+    assert len(set(every)) > 1
+    assert visited(*best_cuts(pattern, shape, boxes)) == min(every)
 
 
 @pytest.mark.parametrize("pattern", [RadialTokens(), Neighborhood(5) | frame(0), Neighborhood((3, 5, 7))], ids=repr)

@@ -97,3 +97,15 @@ def test_bad_arguments() -> None:
         Keep(mass=0.5, crossing="maybe")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top=-1 must not be negative"):
         Keep(top=-1)
+
+
+def test_the_map_holds_what_is_selected(generator: torch.Generator) -> None:
+    scores = torch.randn(2, 2, 5, 9, generator=generator)
+    words = torch.randn(2, 2, 5, 2, generator=generator)
+    must = torch.rand(5, 9, generator=generator) > 0.8
+    keep = Keep(mass=0.4, crossing="in", at_least=2, forced="union")
+    kept, found = keep.select(scores, None, must, words), keep.mask(scores, None, must, words)
+    want = torch.zeros_like(found)
+    for place in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(5)).tolist():
+        want[tuple(place)][kept.index[tuple(place)][: int(kept.count[tuple(place)])].long()] = True
+    assert torch.equal(found, want)

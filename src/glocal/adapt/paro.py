@@ -6,7 +6,7 @@ static block mask. Positions are untouched: queries and keys arrive rotated. `pa
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,9 +22,27 @@ from glocal.canvas import Canvas
 from glocal.kernels.quant import Quant
 from glocal.ops import Score
 from glocal.plan.blockplan import BlockPlan
+from glocal.plan.facts import declare_lasting
 from glocal.plan.selection import plan_selection
 from glocal.routing.partition import Partition
 from glocal.routing.selection import from_mask
+
+
+@dataclass(frozen=True)
+class ParoSettings:
+    """plan: a file of `ParoPlan.save`. quant: what queries and keys are rounded to ("int8", "int4", "fp8"), with the
+    defaults of `Quant` for the rest; None keeps their type. empty: see `Paro`.
+    """
+
+    plan: str | Path
+    quant: Literal["int8", "int4", "fp8"] | None = None
+    empty: Literal["run", "drop"] = "run"
+
+
+def paro_of(settings: ParoSettings) -> Paro:
+    """The method from plain values."""
+    quant = None if settings.quant is None else Quant(settings.quant)
+    return Paro(ParoPlan.load(settings.plan), quant=quant, empty=settings.empty)
 
 
 class Paro(SparseMethod):
@@ -32,6 +50,8 @@ class Paro(SparseMethod):
 
     empty: what heads do that the plan calls empty, "run" as in the published code or "drop" to zero.
     """
+
+    cuts_words = False  # a plan is made for the length with hidden words
 
     def __init__(
         self,
@@ -70,7 +90,9 @@ class Paro(SparseMethod):
                     f"{self.plan.blocks}; a plan serves the resolution and length it was made for."
                 )
             chosen = from_mask(call.layout, part, part, self.plan.mask(time, layer)[None])
-            self._plans[place] = (state, plan_selection(chosen, device=q.device))
+            made = plan_selection(chosen, device=q.device)
+            declare_lasting(made.full.index)
+            self._plans[place] = (state, made)
         return self._plans[place][1]
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
@@ -93,7 +115,7 @@ def blocks_of(canvas: Canvas, axes: tuple[int, ...], orders: Tensor, block: int)
     lists = {n: sequence(axes, words, media, n) for n in set(orders.tolist())}
     members = torch.stack([lists[n] for n in orders.tolist()])  # [heads, N]
     members = pad(members, (0, -members.shape[1] % block), value=-1).unflatten(1, (-1, block))
-    return Partition(members[None].int(), "axis orders")
+    return Partition(members[None].int(), "axis orders", fixed=True)
 
 
 def paro(

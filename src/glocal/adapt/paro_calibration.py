@@ -8,8 +8,8 @@ the first is a gain, so its complement is added here. The share `alpha` between 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,15 +50,23 @@ def calibrate(model: Any, run: Callable[[], Any], spec: ParoSpec | None = None) 
     run: generates one or two samples; it is called twice, with dense attention. Time is six times queries x keys for
     each call of attention, memory a few rows at a time. Raises ValueError if heads or resolution change on the way.
     """
-    spec = ParoSpec() if spec is None else spec
-    looking = _Orders(spec)
+    return calibrate_each(model, run, [ParoSpec() if spec is None else spec])[0]
+
+
+def calibrate_each(model: Any, run: Callable[[], Any], specs: Sequence[ParoSpec]) -> list[ParoPlan]:
+    """`calibrate` for specs that differ in `density` alone, from the same two runs."""
+    if not specs:
+        raise ValueError("calibrate_each: specs is empty; give at least one.")
+    for spec in specs:
+        if replace(spec, density=specs[0].density) != specs[0]:
+            raise ValueError(f"calibrate_each: {spec} and {specs[0]} differ in more than density; go one by one.")
+    looking = _Orders(specs[0])
     with attach(model, looking):
         run()
-    orders = looking.orders()
-    summing = _Masks(spec, orders)
+    summing = _Masks(specs[0], looking.orders())
     with attach(model, summing):
         run()
-    return summing.plan()
+    return [summing.plan(spec.density) for spec in specs]
 
 
 def order_scores(sparse: Tensor, quant: Tensor, alpha: float = 0.5) -> Tensor:
@@ -148,14 +156,14 @@ class _Masks(_Watching):
         text = sum(p.tokens for p in call.layout.q.parts if not p.is_grid)
         self.words = -(-text // self.spec.block)
 
-    def plan(self) -> ParoPlan:
-        """Masks of the density asked for."""
+    def plan(self, density: float) -> ParoPlan:
+        """Masks of a density."""
         steps, layers = 1 + max(s for s, _ in self.mass), 1 + max(n for _, n in self.mass)
         own = steps // 2 if self.spec.share_second_half else steps
         groups = [[s] for s in range(own)] + ([list(range(own, steps))] if own < steps else [])
         bits = []
         for group in groups:
             each = [torch.stack([self.mass[s, n] for s in group]).sum(0) for n in range(layers)]
-            bits.append(torch.stack([pack_bits(keep_blocks(m, self.spec.density, self.words)) for m in each]))
+            bits.append(torch.stack([pack_bits(keep_blocks(m, density, self.words)) for m in each]))
         blocks = next(iter(self.mass.values())).shape[-1]
         return ParoPlan(self._orders, torch.stack(bits), blocks, steps, self.spec.block)

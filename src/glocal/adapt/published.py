@@ -5,7 +5,7 @@ read.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -16,11 +16,14 @@ from glocal.adapt.presets import Preset
 
 @dataclass(frozen=True)
 class Kind:
-    """A system. settings: their record. method: settings -> method. presets: what is published, by name."""
+    """A system. settings: their record. method: settings -> method. presets: what is published, by name. plain: fields
+    that have plain values; the others come with a preset.
+    """
 
     settings: type
     method: Callable[[Any], Method]
     presets: Mapping[str, Preset[Any]]
+    plain: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,22 @@ class Published:
         return kind(self.system).method(replace(self.settings, **changed))
 
 
+# system -> record of settings, what makes the method
 _KINDS = {
+    "freeswim": ("FreeSwimSettings", "FreeSwim"),
     "gna": ("GNASettings", "GNA"),
+    "hidiffusion": ("HiSettings", "HiDiffusion"),
+    "paro": ("ParoSettings", "paro_of"),
     "radial": ("RadialSettings", "Radial"),
     "rectified_spaattn": ("SpaSettings", "RectifiedSpaAttn"),
     "tile_windows": ("TileSettings", "TileMethod"),
 }
+_APART = {"hidiffusion": ("places", "shares")}  # fields without plain values
+_OTHER_AIMS = ("freeswim", "hidiffusion")  # they make large pictures, not the same ones in less time
 
 
 def kinds() -> tuple[str, ...]:
-    """The systems that are made from settings alone (`paro` needs a plan of the model)."""
+    """The systems that `made` makes; settings of `paro` name a file with a plan of the model."""
     return tuple(_KINDS)
 
 
@@ -57,13 +66,17 @@ def kind(system: str) -> Kind:
         raise ValueError(f"system={system!r} is no method of settings; legal: {', '.join(_KINDS)}; nearest: {near}.")
     module = import_module(f"glocal.adapt.{system}")
     settings, method = (getattr(module, name) for name in _KINDS[system])
-    return Kind(settings, method, getattr(module, "PRESETS", {}))
+    plain = tuple(f.name for f in fields(settings) if f.name not in _APART.get(system, ()))
+    return Kind(settings, method, getattr(module, "PRESETS", {}), plain)
 
 
-def published(model: Any) -> tuple[Published, ...]:
-    """What is published for models, or pipelines, like this one; empty where nothing is."""
+def published(model: Any, *, large: bool = False) -> tuple[Published, ...]:
+    """What is published for models, or pipelines, like this one; empty where nothing is.
+
+    large: of the systems for sizes beyond the trained one instead of those that save time.
+    """
     found: list[Published] = []
-    for system in _KINDS:
+    for system in [name for name in _KINDS if (name in _OTHER_AIMS) == large]:
         for name, preset in kind(system).presets.items():
             if preset.fits(model):
                 found.append(Published(system, name, preset.source, preset.settings))
@@ -74,20 +87,29 @@ def made(system: str, settings: Mapping[str, Any]) -> Method:
     """A method from names and plain values, as a command line gives them: lists become tuples.
 
     ``made("tile_windows", {"tile": [4, 8, 8], "window": [3, 3, 3]})``; for `gna` window, stride and dilation stand
-    beside the other settings. Raises ValueError for an unknown or a missing setting.
+    beside the other settings. ``preset`` names published settings, of which the others given change single ones;
+    `hidiffusion` needs one. Raises ValueError for an unknown or a missing setting.
     """
     one = kind(system)
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    preset = values.pop("preset", None)
     if system == "gna" and "window" in values:
         window = import_module("glocal.adapt.gna").Window
         values["window"] = window(**{n: values.pop(n) for n in ("window", "stride", "dilation") if n in values})
-    legal = [f.name for f in fields(one.settings)]
-    unknown = [name for name in values if name not in legal]
+    legal = [*one.plain, *(["preset"] if one.presets else [])]
+    unknown = [name for name in values if name not in one.plain]
     if unknown:
         near = get_close_matches(unknown[0], legal, n=1, cutoff=0.0)[0]
         raise ValueError(f"{system}: {unknown[0]} is unknown; legal: {', '.join(legal)}; nearest: {near}.")
-    try:
-        return one.method(one.settings(**values))
-    except TypeError as error:
-        missing = [name for name in legal if repr(name) in str(error)]
-        raise ValueError(f"{system}: {', '.join(missing)} must be given; settings: {', '.join(legal)}.") from error
+    if preset is not None:
+        if preset not in one.presets:
+            names = ", ".join(one.presets) if one.presets else "none is published"
+            raise ValueError(f"{system}: preset={preset!r} is unknown; legal: {names}.")
+        return one.method(replace(one.presets[preset].settings, **values))
+    missing = [f.name for f in fields(one.settings) if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in missing if name not in values]
+    if missing:
+        hint = f"; or a preset: {', '.join(one.presets)}" if one.presets else ""
+        words = ", ".join(name for name in missing if name in one.plain) if set(missing) & set(one.plain) else "preset"
+        raise ValueError(f"{system}: {words} must be given; settings: {', '.join(legal)}{hint}.")
+    return one.method(one.settings(**values))

@@ -19,10 +19,10 @@ from glocal.adapt.presets import Preset, chosen
 from glocal.adapt.records import SiteCall
 from glocal.adapt.rectified_spaattn import partitions, word_keys
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
-from glocal.ops.epilogue import Epilogue
+from glocal.ops.epilogue import Epilogue, GroupEpilogue
 from glocal.ops.rectify import rectification, spread
 from glocal.patterns.radial import RadialBlocks, pooled_band
-from glocal.routing.shares import helpful, pooled, shares
+from glocal.routing.shares import helpful, means, pooled, shares
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,9 @@ class Radial(SparseMethod):
             )
         return self.settings.pattern
 
-    def epilogue(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation) -> Epilogue | None:
+    def epilogue(
+        self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation
+    ) -> Epilogue | GroupEpilogue | None:
         """Factor and addend of the media rows, if asked for."""
         if not self.settings.rectify:
             return None
@@ -95,7 +97,7 @@ class Radial(SparseMethod):
         mine, theirs = pooled(q, part), pooled(k, part)
         share = shares(mine, theirs, word_keys(k, words, call), call.site.scale)
         kept = mask.expand(share.blocks.shape)
-        factor, addend = rectification(share, kept, helpful(mine, theirs), pooled(v, part).mean)
+        factor, addend = rectification(share, kept, helpful(mine, theirs), means(v, part))
         return spread(whole, q.shape[2], factor, addend, v.dtype)
 
 

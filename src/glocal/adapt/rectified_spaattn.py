@@ -24,12 +24,13 @@ from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
 from glocal.canvas import Canvas, Order
 from glocal.canvas.curves import gilbert
 from glocal.canvas.touching import touching_blocks
-from glocal.ops.epilogue import Epilogue
+from glocal.ops.epilogue import Epilogue, GroupEpilogue
 from glocal.ops.rectify import rectification, spread
+from glocal.plan.blockplan import BlockPlan
+from glocal.plan.dynamic import plan_blocks
 from glocal.routing.keep import Keep
 from glocal.routing.partition import Partition
-from glocal.routing.selection import Selection, from_mask
-from glocal.routing.shares import Shares, Tail, helpful, pooled, shares
+from glocal.routing.shares import Shares, Tail, helpful, means, pooled, shares
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ PRESETS: Mapping[str, Preset[SpaSettings]] = {
 
 @dataclass(frozen=True, eq=False)
 class Routed:
-    """What is decided for one call. selection: who sees whom. share, kept, good: of the media blocks, [B, H, query
+    """What is decided for one call. plan: who sees whom. share, kept, good: of the media blocks, [B, H, query
     groups, key groups]. part: the media groups; whole: those of all tokens, the words behind.
     """
 
-    selection: Selection
+    plan: BlockPlan
     share: Shares
     kept: Tensor
     good: Tensor
@@ -119,14 +120,16 @@ class RectifiedSpaAttn(SparseMethod):
         """Route this call."""
         axes = media_grid(call, "rectified_spaattn")
         self._routed = route_call(q, k, call, axes, self.settings)
-        return self._routed.selection
+        return self._routed.plan
 
-    def epilogue(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation) -> Epilogue | None:
+    def epilogue(
+        self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation
+    ) -> Epilogue | GroupEpilogue | None:
         """Factor and addend of the media rows."""
         routed, self._routed = self._routed, None
         if not self.settings.rectify or routed is None:
             return None
-        mean = pooled(v, routed.part, self.settings.tail).mean
+        mean = means(v, routed.part, self.settings.tail)
         factor, addend = rectification(routed.share, routed.kept, routed.good, mean)
         return spread(routed.whole, q.shape[2], factor, addend, v.dtype)
 
@@ -149,17 +152,13 @@ def route_call(q: Tensor, k: Tensor, call: SiteCall, axes: tuple[int, ...], sett
     competing = share.words[..., None].log() if words.numel() else None
     kept = kept_blocks(keep, share, forced, competing)
     mask = torch.nn.functional.pad(kept, (0, whole.groups - part.groups, 0, whole.groups - part.groups), value=True)
-    selection = from_mask(call.layout, whole, whole, mask)
     good = helpful(mine, theirs) if settings.rectify else kept
-    return Routed(selection, share, kept, good, part, whole)
+    return Routed(plan_blocks(mask, call.layout, whole, whole), share, kept, good, part, whole)
 
 
 def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None, competing: Tensor | None) -> Tensor:
     """Bool [B, H, query groups, key groups]: the blocks that won a place, and the forced ones."""
-    found = keep.select(share.blocks.log(), forced=forced, competing=competing)
-    live = torch.arange(found.index.shape[-1], device=found.index.device) < found.count[..., None]
-    counts = torch.zeros(share.blocks.shape, dtype=torch.int32, device=found.index.device)
-    return counts.scatter_add_(-1, found.index.long(), live.int()) > 0
+    return keep.mask(share.blocks.log(), forced=forced, competing=competing)
 
 
 def word_keys(k: Tensor, words: Tensor, call: SiteCall) -> Tensor | None:
@@ -192,7 +191,8 @@ def partitions(
     )
     pieces = [torch.nn.functional.pad(t, (0, -t.numel() % block), value=-1) for t in (tokens, words)]
     members = [p.reshape(1, 1, -1, block).int().to(device) for p in (pieces[0], torch.cat(pieces))]
-    return Partition(members[0], f"{curve} blocks"), Partition(members[1], f"{curve} blocks, words"), words.to(device)
+    media_blocks = Partition(members[0], f"{curve} blocks", fixed=True)
+    return media_blocks, Partition(members[1], f"{curve} blocks, words", fixed=True), words.to(device)
 
 
 @lru_cache(maxsize=16)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from glocal.adapt.attach import Method
 from glocal.adapt.records import Core, Site, SiteCall
+from glocal.adapt.visible_words import without_hidden
 from glocal.ops import Score, attend
-from glocal.ops.epilogue import Epilogue
+from glocal.ops.epilogue import Epilogue, GroupEpilogue
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.routing.selection import Selection
@@ -96,26 +97,28 @@ class Ran:
 def _counted(plan: BlockPlan) -> tuple[Tensor, Tensor]:
     """Visited and kept shares of a plan whose blocks are whole but for pads, which lie alike in all heads."""
     sizes = ((plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block))
-    q_valid, k_valid = ((order[0, 0].unflatten(0, (-1, n)) >= 0).sum(-1).double() for order, n in sizes)
-    blocks, pairs = torch.zeros(2, plan.full.count.shape[0], dtype=torch.double, device=plan.device)
+    q_valid, k_valid = ((order[0, 0].unflatten(0, (-1, n)) >= 0).sum(-1, dtype=torch.int32) for order, n in sizes)
+    blocks, pairs = torch.zeros(2, plan.full.count.shape[0], dtype=torch.long, device=plan.device)
     for lists in (plan.full, plan.partial):
         live = torch.arange(lists.index.shape[-1], device=plan.device) < lists.count[..., None]  # [U, blocks, most]
         keys = torch.where(live, k_valid[lists.index.long()], 0).sum(-1)  # [U, blocks]
-        blocks, pairs = blocks + lists.count.sum(-1), pairs + (keys * q_valid).sum(-1)
+        blocks, pairs = blocks + lists.count.sum(-1), pairs + (keys.long() * q_valid).sum(-1)
     total = plan.layout.nq * plan.layout.nk
     owner = plan.owner.long()
-    return blocks[owner].mean() * plan.q_block * plan.kv_block / total, pairs[owner].mean() / total
+    return blocks[owner].double().mean() * plan.q_block * plan.kv_block / total, pairs[owner].double().mean() / total
 
 
 class SparseMethod(Method):
     """Base: acts at `core` of self and joint attention. Subclasses say with whom each query attends (`relation`), and
     may rectify (`epilogue`).
 
-    ran: by (component, site name), what ran.
+    ran: by (component, site name), what ran. cuts_words: hidden words at the end are cut off before all that; a method
+    whose plan counts them says False.
     """
 
     schedule = Schedule()
     backend = "auto"
+    cuts_words = True
 
     @property
     def ran(self) -> dict[tuple[str, str], Ran]:
@@ -130,7 +133,9 @@ class SparseMethod(Method):
         """Who sees whom in this call; q, k [B, H, N, D]."""
         raise TypeError(f"{type(self).__name__} must define relation().")
 
-    def epilogue(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation) -> Epilogue | None:
+    def epilogue(
+        self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, relation: Relation
+    ) -> Epilogue | GroupEpilogue | None:
         """What is done to the output of the sparse attention."""
         return None
 
@@ -146,6 +151,15 @@ class SparseMethod(Method):
         if why is not None:
             ran.dense[why] += 1
             return inner(q, k, v, call)
+        shorter = without_hidden(call.layout) if self.cuts_words else None
+        if shorter is None:
+            return self._sparse(q, k, v, call, ran)
+        q, k, v = (t[:, :, : shorter.nq] for t in (q, k, v))
+        out = self._sparse(q, k, v, replace(call, layout=shorter), ran)
+        return torch.nn.functional.pad(out, (0, 0, 0, call.layout.nq - shorter.nq))
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, ran: Ran) -> Tensor:
+        """A call that is not dense; q, k, v [B, H, N, D] -> [B, H, N, D]."""
         relation = self.relation(q, k, call)
         done = attend(q, k, v, relation, canvas=call.layout, score=self.score(call), backend=self.backend)
         if done.plan is None:  # a kernel without plans: small cases

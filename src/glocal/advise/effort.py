@@ -19,7 +19,9 @@ class Effort:
     published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
     nearest one all the same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples
     of its own; fewer where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket
-    runs give the step weights. correct: once the ladder is measured, fit the step weights to it and allocate again.
+    runs give the step weights. finalists: methods that the search goes on with, those that a first allocation uses
+    most; each is calibrated by one step of the whole model. correct: once the ladder is measured, fit the step weights
+    to it and allocate again. reduced: step weights are measured on a canvas of at most so many tokens.
     """
 
     name: str
@@ -36,13 +38,15 @@ class Effort:
     probes: int = 1
     samples: int = 1
     correct: bool = False
+    finalists: int = 24
+    reduced: int = 30_000
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 4, 3, 1, 1, show=True, rungs=1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 4, 3, 1, 1, show=True, rungs=1, finalists=6),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
     "standard": Effort("standard", probes=2, correct=True),
-    "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True),
+    "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),
 }
 
 

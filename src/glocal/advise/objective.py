@@ -58,6 +58,8 @@ class Step(Protocol):
 class Objective(Protocol):
     """How a kind of model is run and judged.
 
+    An objective whose samples say a size may tell it by `sizes(sample)`, its arguments of pixels and frames by name:
+    step weights are then measured on a smaller canvas.
     coordinate: how phases of a recipe are said: "sigma" for models that run over noise levels, "prefill" for language,
     "always" for one pass. restart: whether `run` can go on from a latent. guidance: its scale, None without.
     higher: measures that are better when higher, so `--max` cannot bound them.
@@ -198,6 +200,10 @@ class Latents:
                 model.canvas(torch.empty(1, *self._clip(model, item), device="meta"))
             except ValueError as error:
                 raise ValueError(f"sample {item.id!r}: {error}") from error
+
+    def sizes(self, item: Sample) -> Mapping[str, int]:
+        """Arguments of a sample that say its size, in pixels and frames."""
+        return {name: item.args.get(name, getattr(self, name)) for name in ("frames", "height", "width")}
 
     def first_latent(self, model: VideoDiT, item: Sample) -> Tensor:
         """The noise [1, T, C, H, W] of a sample."""

@@ -6,14 +6,15 @@ whole blocks is ``sum(o_j) / sum(l_j)`` over its blocks. Blocks it sees in part 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from glocal.adapt.records import SiteCall
-from glocal.plan.blockplan import BlockPlan, unpack
+from glocal.plan.blockplan import BlockLists, BlockPlan, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,9 +34,9 @@ class Keys:
     segment: Tensor | None
     first: int
 
-    def logits(self, q: Tensor, keys: Tensor) -> Tensor:
-        """q [H, R, D], keys [H, K, D] -> [H, R, K]."""
-        s = q @ keys.transpose(-1, -2) * self.factor
+    def logits(self, q: Tensor) -> Tensor:
+        """q [H, R, D] -> [H, K, R]: keys first, so that the keys of a block lie together."""
+        s = self.keys @ (q * self.factor).transpose(-1, -2)
         return s if self.softcap is None else torch.tanh(s / self.softcap) * self.softcap
 
 
@@ -64,8 +65,8 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class PartialSums:
-    """Of some query rows against every key: p = exp(s - m) [H, R, blocks, kv_block] with the dense row maximum m, 0
-    where dense attention hides the key; its sums mass [H, R, blocks] and value [H, R, blocks, D].
+    """Of some query rows against every key: p = exp(s - m) [H, blocks, kv_block, R] with the dense row maximum m, 0
+    where dense attention hides the key; its sums mass [H, blocks, R] and value [H, blocks, R, D].
     """
 
     p: Tensor
@@ -132,12 +133,12 @@ def rows_of(q: Tensor, block: Block, call: SiteCall, heads: tuple[int, int]) -> 
 
 def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
     """One pass over all keys."""
-    s = keys.logits(rows.q, keys.keys)
-    s.masked_fill_(~rows.sees(keys.order, keys), -torch.inf)  # [H, R, ordered keys]
-    top = s.amax(-1)
-    p = s.sub_(top.clamp(min=-1e30)[..., None]).exp_().unflatten(-1, (-1, keys.block))  # [H, R, blocks, kv_block]
-    value = torch.einsum("hrbk,hbkd->hrbd", p, keys.values.unflatten(1, (-1, keys.block)))
-    return PartialSums(p, p.sum(-1), value)
+    s = keys.logits(rows.q)  # [H, ordered keys, R]
+    s.masked_fill_(~rows.sees(keys.order, keys).T, -torch.inf)
+    top = s.amax(1, keepdim=True).clamp(min=-1e30)
+    p = s.sub_(top).exp_().unflatten(1, (-1, keys.block))  # [H, blocks, kv_block, R]
+    value = p.transpose(-1, -2) @ keys.values.unflatten(1, (-1, keys.block))
+    return PartialSums(p, p.sum(2), value)
 
 
 def candidates_at(
@@ -149,18 +150,19 @@ def candidates_at(
     with the partial sums; partial blocks are added.
     """
     picked = torch.stack([plan.full(at[0], heads) for plan in plans], 1)  # [H, C, blocks]
-    mass = (picked @ part.mass.transpose(1, 2)).transpose(0, 1).contiguous()  # [C, H, R]
-    value = picked @ part.value.transpose(1, 2).flatten(2)  # [H, C, R * D]
+    mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C, H, R]
+    value = picked @ part.value.flatten(2)  # [H, C, R * D]
     value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
     for number, plan in enumerate(plans):
         plan.add_partial(mass[number], value[number], (part, keys), at, heads)
-    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(-1).clamp(min=1e-30)
+    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(1).clamp(min=1e-30)
 
 
 class Lists:
     """The lists of one plan at some query blocks, of sample 0; heads that share a list are computed together.
 
-    What decides the flow lies on the CPU, so that a device is waited for once a plan.
+    A block that only padding makes partial counts as full: nothing is summed at padding. What decides the flow lies on
+    the CPU, so that a device is waited for once a plan.
     """
 
     def __init__(self, plan: BlockPlan, numbers: Sequence[int], heads: int) -> None:
@@ -170,16 +172,35 @@ class Lists:
         self.plan = plan
         device = plan.device
         pick, chosen = distinct.to(device)[:, None], torch.tensor(list(numbers), device=device)[None]
-        index, count = plan.full.index[pick, chosen].long(), plan.full.count[pick, chosen]  # [U, chosen, most], [U, c]
-        live = torch.arange(index.shape[-1], device=device) < count[..., None]
-        self.fulls = torch.zeros(*count.shape, plan.kv_blocks, device=device).scatter_add_(-1, index, live.float())
-        self.counts = plan.partial.count[pick, chosen].cpu()  # [U, chosen]
-        self.distinct = distinct.tolist()
+        index, live = _listed(plan.full, pick, chosen)
+        self.fulls = torch.zeros(*live.shape[:2], plan.kv_blocks, device=device).scatter_add_(-1, index, live.float())
+        assert plan.partial.mask is not None
+        index, live = _listed(plan.partial, pick, chosen)
+        masks = plan.partial.mask[pick, chosen].long()
+        whole = live & self._whole(index, masks, chosen)
+        self.fulls.scatter_add_(-1, index, whole.float())
+        live = live & ~whole
+        order = torch.argsort((~live).byte(), dim=-1, stable=True)
+        self.index, self.mask = index.gather(-1, order), masks.gather(-1, order)  # [U, chosen, most]
+        self.counts = live.sum(-1).tolist()  # [U][chosen]
+        self.several = len(distinct) > 1
         self.of_head_there = self.of_head.to(device)
+
+    def _whole(self, index: Tensor, masks: Tensor, chosen: Tensor) -> Tensor:
+        """Which entries [U, chosen, most] show all there is to see."""
+        plan = self.plan
+        if plan.q_order.shape[1] > 1 or plan.kv_order.shape[1] > 1 or not plan.masks.shape[0]:
+            return torch.zeros_like(index, dtype=torch.bool)  # padding differs by head
+        rows, keys = (
+            (order[0, 0].reshape(-1, block) >= 0).sum(-1)
+            for order, block in ((plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block))
+        )
+        seen = torch.cat([unpack(part, plan.kv_block).sum((-1, -2)) for part in plan.masks.split(1024)])  # [M]
+        return seen[masks] == rows[chosen][..., None] * keys[index]
 
     def full(self, at: int, heads: tuple[int, int]) -> Tensor:
         """How often each head visits each key block in full, float [H, blocks]."""
-        if len(self.distinct) == 1:
+        if not self.several:
             return self.fulls[0, at].expand(heads[1] - heads[0], -1)
         return self.fulls[self.of_head_there[slice(*heads)], at]
 
@@ -193,19 +214,38 @@ class Lists:
     ) -> None:
         """Add the partly visible key blocks to mass [H, R] and value [H, R, D]."""
         part, keys = sums
-        lists, mine = self.plan.partial, self.of_head[slice(*heads)]
-        assert lists.mask is not None
-        for unique in mine.unique().tolist() if len(self.distinct) > 1 else (0,):
-            count = int(self.counts[unique, at[0]])
+        mine = self.of_head[slice(*heads)]
+        for unique in mine.unique().tolist() if self.several else (0,):
+            count = self.counts[unique][at[0]]
             if not count:
                 continue
-            one, block = self.distinct[unique], at[1].number
             some: slice | Tensor = slice(None)  # the usual pattern: no copies of keys by head
-            if len(self.distinct) > 1:
+            if self.several:
                 some = (mine == unique).nonzero()[:, 0].to(mass.device)
-            blocks = lists.index[one, block, :count].long()
-            masks = self.plan.masks[lists.mask[one, block, :count].long()]
-            bits = unpack(masks, keys.block)[:, at[1].kept].transpose(0, 1)  # [R, count, kv_block]
-            p = (part.p[some][:, :, blocks] * bits).flatten(2)  # [H, R, count * kv_block]
-            mass[some] += p.sum(-1)
-            value[some] += p @ keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
+            blocks = self.index[unique, at[0], :count]
+            masks = self.plan.masks[self.mask[unique, at[0], :count]]
+            bits = unpack(masks, keys.block)[:, at[1].kept].transpose(1, 2)  # [count, kv_block, R]
+            p = (part.p[some][:, blocks] * bits).flatten(1, 2)  # [H, count * kv_block, R]
+            mass[some] += p.sum(1)
+            values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
+            value[some] += p.transpose(1, 2) @ values
+
+
+def _listed(lists: BlockLists, pick: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Key blocks [U, chosen, most] that some lists name for some query blocks, and which entries are real."""
+    index, count = lists.index[pick, chosen].long(), lists.count[pick, chosen]
+    return index, torch.arange(index.shape[-1], device=index.device) < count[..., None]
+
+
+@contextmanager
+def quick_products(q: Tensor) -> Iterator[None]:
+    """For half-precision tensors on a GPU: products in TF32, which holds every one of their values exactly."""
+    if not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16):
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

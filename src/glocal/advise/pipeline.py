@@ -74,6 +74,10 @@ class Pipeline:
                         f"{', '.join(self._legal)}."
                     )
 
+    def sizes(self, sample: Sample) -> Mapping[str, int]:
+        """Arguments of a sample that say its size, where it does."""
+        return {name: sample.args[name] for name in ("num_frames", "height", "width") if name in sample.args}
+
     def levels_of(self, model: Any, sample: Sample) -> tuple[float, ...]:
         """Noise levels of the schedule that `sample` runs: what its scheduler was set to in one step."""
         if sample.key not in self._levels:

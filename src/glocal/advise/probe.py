@@ -8,7 +8,6 @@ number of query blocks, and the records say so.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,8 +17,7 @@ from torch import Tensor
 from glocal.adapt.attach import Method
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
-from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, rows_of
-from glocal.advise.preflight import synchronise
+from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, quick_products, rows_of
 from glocal.plan.blockplan import BlockPlan
 
 LEAST_BLOCKS = 8  # query blocks a call, however little memory there is
@@ -103,7 +101,7 @@ def share_of(spec: ProbeSpec, q: Tensor, plan: BlockPlan) -> Share:
     if spec.heads is not None:
         return Share(spec.heads, spec.blocks)
     keys, rows, size = plan.kv_order.shape[-1], plan.q_block, q.shape[-1]
-    one = 4 * (3 * rows * keys + rows * plan.kv_blocks * size + 2 * keys * size)
+    one = 4 * (2 * rows * keys + rows * plan.kv_blocks * size + 2 * keys * size)
     return Share(max(1, min(q.shape[1], spec.memory // one)), spec.blocks)
 
 
@@ -119,7 +117,6 @@ class Probe(MediaMethod):
     """Measures all candidates at the calls of the chosen steps; the model's own output is left as it is.
 
     weigh: in place of the error in the residual stream, what an error counts for (see `advise.sensitivity`).
-    seconds: spent on measuring.
     """
 
     def __init__(self, spec: ProbeSpec, weigh: Weigh | None = None) -> None:
@@ -127,17 +124,12 @@ class Probe(MediaMethod):
         self.records: list[ProbeRecord] = []
         self.errors: dict[str, str] = {}
         self.share: Share | None = None
-        self.seconds = 0.0
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """Dense as before, then the records."""
         out = inner(q, k, v, call)
         if call.state.step in self.spec.steps:
-            synchronise(q)
-            began = time.perf_counter()
             self._measure(q, k, v, call)
-            synchronise(q)
-            self.seconds += time.perf_counter() - began
         return out
 
     @torch.no_grad()
@@ -160,7 +152,8 @@ class Probe(MediaMethod):
             self.share = share_of(self.spec, q, next(iter(plans.values())))
         while True:
             try:
-                return measure(q, k, v, call, plans, self.spec, self.share, self.weigh)
+                with quick_products(q):
+                    return measure(q, k, v, call, plans, self.spec, self.share, self.weigh)
             except (torch.OutOfMemoryError, MemoryError):
                 if not self.share.less(call.site.name, q.shape[1]):
                     raise
@@ -227,7 +220,7 @@ def measure(
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
             outs, masses = candidates_at(part, lists, (place[block.number], block), keys, (head, last))
-            dense = part.value.sum(2) / part.mass.sum(2).clamp(min=1e-30)[..., None]  # [H, R, D]
+            dense = part.value.sum(1) / part.mass.sum(1).clamp(min=1e-30)[..., None]  # [H, R, D]
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
             if weigh is not None:

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from glocal._progress import NoProgress, Progress
+from glocal.advise.advice import Advice
 from glocal.advise.effort import Effort, Target
 from glocal.advise.inside import times_inside
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, preflight
 from glocal.advise.proof import proven_on, with_origin
 from glocal.advise.recipe import Recipe
-from glocal.advise.run import Advice
 from glocal.advise.search import Rung
 from glocal.advise.validation import judged, validate_pairs
 from glocal.advise.workload import Workload

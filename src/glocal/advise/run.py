@@ -2,124 +2,31 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
-from typing import Any, Literal, TypeVar
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from glocal._progress import NoProgress, Progress
-from glocal.advise.dropped import Dropped, broken_records
+from glocal.advise.advice import Advice, Run
+from glocal.advise.calibrate import counted_by
+from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
-from glocal.advise.farm import Farm, Task
+from glocal.advise.farm import Farm
 from glocal.advise.forecast import check_budget, check_memory, measured_forecast
 from glocal.advise.identity import components
 from glocal.advise.inside import times_inside
-from glocal.advise.ladder import (
-    Anchors,
-    build_ladder,
-    corrected,
-    mean_anchors,
-    mean_rung,
-    nearest,
-    needed,
-    refused,
-    winners,
-)
-from glocal.advise.methods import MethodSpec
-from glocal.advise.objective import Objective, Output
+from glocal.advise.ladder import needed
+from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Preflight, preflight
-from glocal.advise.probe import ProbeRecord, Shrunk
-from glocal.advise.proof import Attempt, proven_on, with_origin
+from glocal.advise.proof import with_origin
 from glocal.advise.recipe import Fallback, Recipe
-from glocal.advise.search import Found, Rung, base_rules, measure_rung
+from glocal.advise.search import Found, base_rules
+from glocal.advise.stages import kept, measured_gains, plain_methods, probes, step_weights
 from glocal.advise.state import State
-from glocal.advise.tasks import Looks, Probed, measure_anchors, probe_sample
 from glocal.advise.timing import Times
-from glocal.advise.validation import Validation, judged, run_pair, verdict_over
-from glocal.advise.weights import (
-    Bucket,
-    StepWeight,
-    Weights,
-    fit_weights,
-    make_buckets,
-    one_bucket,
-    residual_total,
-    weight_run,
-)
-from glocal.advise.workload import Sample, Split, Workload
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, eq=False)
-class Advice:
-    """What `advise` found. Every number it holds was measured in this run or is named predicted.
-
-    status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
-    rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
-    shrunk: where the probe had to do with less memory.
-    """
-
-    recipe: Recipe
-    status: Literal["validated", "candidate", "dense"]
-    reason: str
-    effort: Effort
-    target: Target
-    preflight: Preflight
-    times: Times
-    records: tuple[ProbeRecord, ...]
-    dropped: Mapping[str, str]
-    methods: Mapping[str, MethodSpec]
-    weights: Weights | None = None
-    ladder: tuple[Rung, ...] = ()
-    chosen: Rung | None = None
-    anchors: tuple[float, float] | None = None
-    validation: Validation | None = None
-    rejected: tuple[Attempt, ...] = ()
-    stages: Mapping[str, float] = field(default_factory=dict)
-    shrunk: tuple[Shrunk, ...] = ()
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the recipe met every limit."""
-        return self.status != "dense"
-
-
-@dataclass
-class Run:
-    """What the stages share."""
-
-    model: Any
-    objective: Objective
-    effort: Effort
-    target: Target
-    options: AdviseOptions
-    progress: Progress
-    state: State
-    farm: Farm
-    stages: dict[str, float] = field(default_factory=dict)
-    began: float = 0.0
-    name: str | None = None
-    dropped: Dropped = field(default_factory=Dropped)
-
-    def stage(self, name: str | None, steps: int | None = None) -> None:
-        """End the running stage and begin another."""
-        now = time.monotonic()
-        if self.name is not None:
-            self.stages[self.name] = now - self.began
-        self.name, self.began = name, now
-        if name is None:
-            self.progress.close()
-        else:
-            self.progress.stage(name, steps)
-
-    def once(self, name: str, function: Callable[..., T], *args: Any) -> T:
-        """One part that runs here, whatever the number of processes: ``function(model, objective, *args)``."""
-        return self.state.once(name, lambda: function(self.model, self.objective, *args))
+from glocal.advise.weights import make_buckets
+from glocal.advise.workload import Split, Workload
 
 
 def advise(
@@ -220,161 +127,25 @@ def _advise(run: Run, split: Split) -> Advice:
         run.stage(None)
         return replace(base, reason=refusal)
 
-    plain = _plain(times, methods, run.effort.plain)
-    probed, others = _probes(run, split, methods, plain, buckets)
+    plain = plain_methods(times, methods, run.effort.plain)
+    probed, others = probes(run, split, methods, plain, buckets)
     methods = {n: m for n, m in methods.items() if n not in run.dropped.why}
     plain = {n: m for n, m in plain.items() if n in methods}
     if not plain:
         raise AdviceError("Every method that was to give the step weights failed; see the errors of the candidates.")
-    records = [r for p in (*probed, *others) for r in _kept(run, p.records) if r.method in methods]
+    records = [r for p in (*probed, *others) for r in kept(run, p.records) if r.method in methods]
     if not records:
         raise ValueError(f"keep_dense={list(options.keep_dense)!r} leaves no site to advise on.")
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
     base = replace(base, records=tuple(records), shrunk=shrunk)
 
-    fallback = Fallback(min_tokens=options.min_tokens)
     run.stage("step weights", len(buckets) * len(plain) * len(others))
-    weights = _step_weights(run, split.weights, others, (buckets, plain, records, fallback))
+    fallback = Fallback(min_tokens=options.min_tokens)
+    weights = step_weights(run, split.weights, others, (before, buckets, plain, records, fallback))
     found = Found(records, times, weights, methods, base_rules(records), fallback)
-    return _climbed(run, replace(base, weights=weights), found, split, probed)
-
-
-def _probes(
-    run: Run,
-    split: Split,
-    methods: Mapping[str, MethodSpec],
-    plain: Mapping[str, MethodSpec],
-    buckets: Sequence[Bucket],
-) -> tuple[list[Probed], list[Probed]]:
-    """Probe samples with every candidate, step-weight samples with the plain ones."""
-    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
-    first = [Task(f"probe/{s.id}", probe_sample, (s, methods, looks)) for s in split.probe.samples]
-    second = [Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in split.weights.samples]
-    run.stage("probe", len(first) + len(second))
-    found: list[Probed] = run.farm.map([*first, *second])
-    for probed in found:
-        for name, why in probed.errors.items():
-            run.dropped.unfit(name, why)
-    for name in sorted(broken_records([r for p in found for r in p.records])):
-        run.dropped.fail(name, "the probe found NaN or infinity in its output")
-    return found[: len(first)], found[len(first) :]
-
-
-def _kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
-    """Records of the sites that may be touched."""
-    return [r for r in records if not any(fnmatch(r.site, glob) for glob in run.options.keep_dense)]
-
-
-def _step_weights(
-    run: Run,
-    samples: Workload,
-    probed: Sequence[Probed],
-    known: tuple[Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
-) -> Weights:
-    """One bucket sparse at a time, on every step-weight sample."""
-    buckets, plain, records, fallback = known
-    rules = base_rules(records)
-    tasks, places = [], []
-    for sample, dense in zip(samples.samples, probed, strict=True):
-        for bucket in buckets:
-            for name, method in plain.items():
-                recipe = one_bucket(bucket, name, method, rules, fallback)
-                reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
-                task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
-                tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
-                places.append((sample, bucket, name))
-    ends = run.farm.map(tasks)
-    runs = []
-    for (sample, bucket, name), (end, one) in zip(places, ends, strict=True):
-        mine = [r for r in records if r.sample == sample.id]
-        runs.append(StepWeight(bucket.number, name, end, one, residual_total(mine, name, bucket.number)))
-    return fit_weights(buckets, runs)
-
-
-def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:
-    """The latent before a bucket, for a model that can go on from it."""
-    return dense.latents[bucket.first - 1] if run.objective.restart and bucket.first else None
-
-
-def _climbed(run: Run, base: Advice, found: Found, split: Split, probed: Sequence[Probed]) -> Advice:
-    """Measure the ladder on the probe samples, and prove the winner."""
-    samples, before = split.probe.samples, base.preflight
-    ladder = build_ladder(found, run.effort, before.shape, before.levels)
-    run.stage("ladder", (len(ladder) + 1) * len(samples))
-    ends: list[Anchors] = run.farm.map(
-        [Task(f"anchors/{s.id}", measure_anchors, (s, p)) for s, p in zip(samples, probed, strict=True)]
-    )
-    anchors = mean_anchors(ends)
-    base = replace(base, anchors=(anchors.floor, anchors.ceiling))
-    why = refused(anchors, run.target)
-    if why is not None:
-        run.stage(None)
-        return replace(base, reason=why)
-    dense = [(s, (p.output, end.seconds)) for s, p, end in zip(samples, probed, ends, strict=True)]
-    measured = _measure(run, ladder, dense)
-    if run.effort.correct:
-        more = corrected(found, measured, anchors, run.target)
-        if more is not None:
-            measured += _measure(run, [more], dense)
-    base = replace(base, ladder=tuple(measured))
-    steps, why = winners(measured, anchors, run.target)
-    if not steps and run.effort.show:
-        steps = nearest(measured)
-    if not steps:
-        run.stage(None)
-        return replace(base, reason=why)
-    return _validated(run, base, steps, split)
-
-
-def _measure(run: Run, rungs: Sequence[Rung], dense: Sequence[tuple[Sample, tuple[Output, float]]]) -> list[Rung]:
-    """The rungs that ran on every sample; a kernel may fail in any way, the report names it, and three such stop."""
-    tasks, names = [], {}
-    for rung in rungs:
-        for sample, known in dense:
-            tasks.append(Task(f"rung/{rung.recipe.id[:16]}-{sample.id}", measure_rung, (rung, sample, known)))
-            names[tasks[-1].name] = rung.name
-    failed: set[str] = set()
-
-    def fail(task: Task, error: Exception) -> None:
-        if names[task.name] not in failed:
-            failed.add(names[task.name])
-            run.dropped.fail(names[task.name], str(error))
-
-    done = run.farm.map(tasks, fail=fail)
-    each = [done[i : i + len(dense)] for i in range(0, len(done), len(dense))]
-    return [mean_rung(own) for own in each if all(r is not None for r in own)]
-
-
-def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> Advice:
-    """The first of `steps` that is accepted, each on samples of its own; dense if none is."""
-    attempts: list[Attempt] = []
-    for number, (rung, fresh) in enumerate(zip(steps, split.validations, strict=False)):
-        run.stage("validation" if not number else f"validation {number + 1}", len(fresh))
-        pairs = [
-            Task(f"pair/{rung.recipe.id[:16]}-{s.id}", run_pair, (i, s, rung.recipe))
-            for i, s in enumerate(fresh.samples)
-        ]
-        found = verdict_over(run.farm.map(pairs), run.target)
-        attempts.append(Attempt(replace(rung, recipe=proven_on(rung.recipe, found.places)), found))
-        if found.verdict.accepted:
-            break
-    run.stage(None)
-    last, before = attempts[-1], tuple(attempts[:-1])
-    status, reason = judged(last.validation)
-    if before:
-        reason += f" {len(before)} faster recipe{'s' if len(before) > 1 else ''} failed on other samples."
-    recipe = Recipe("dense", fallback=last.rung.recipe.fallback)
-    if status != "dense":
-        recipe = replace(last.rung.recipe, status=status)
-    return replace(
-        base,
-        recipe=recipe,
-        status=status,
-        reason=reason,
-        chosen=last.rung,
-        validation=last.validation,
-        rejected=before,
-    )
+    gain = measured_gains(run, found, (probe_sample_, probed[0]), before, list(plain))
+    found = counted_by(found, gain)
+    return climbed(run, replace(base, weights=found.weights, gains=gain), found, split, probed)
 
 
 def _check_limits(target: Target, before: Preflight, objective: Objective) -> None:
@@ -401,14 +172,3 @@ def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
     if not times.methods or min(t.median for t in times.methods.values()) >= times.dense.median:
         return f"Every candidate is slower than the best dense kernel here ({times.dense.kernel})."
     return None
-
-
-def _plain(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[str, MethodSpec]:
-    """Position methods of middling density, spread over what they keep."""
-    ranked = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
-    middle = [n for n in ranked if 0.15 <= times.methods[n].visited <= 0.6]
-    pool = middle if len(middle) >= count else ranked
-    if not pool:
-        raise AdviceError("No position method fits this canvas, so step weights cannot be measured.")
-    places = sorted({round((i + 0.5) * len(pool) / count - 0.5) for i in range(count)})
-    return {pool[p]: methods[pool[p]] for p in places}

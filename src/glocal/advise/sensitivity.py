@@ -8,7 +8,6 @@ independently of them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from glocal.adapt.records import Core, RunState, SiteCall
-from glocal.advise.preflight import synchronise
 from glocal.advise.probe import Probe, ProbeSpec
 
 COTANGENTS = 4
@@ -53,10 +51,7 @@ class GradientProbe(Probe):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             if state.step in self.spec.steps:
-                began = time.perf_counter()
                 self._take(original, args, kwargs)
-                synchronise(next(iter(self._gradients.values())))
-                self.seconds += time.perf_counter() - began
             return original(*args, **kwargs)
 
         return run

@@ -28,7 +28,6 @@ from glocal.advise.workload import Sample
 class Probed:
     """What a dense run with the probe in it gave. latents: before every step of a model that can go on from one, and
     behind every step. errors: candidates that do not fit. shrunk: where memory did not suffice. steps: those measured.
-    seconds: of the run, without the measuring.
     """
 
     records: tuple[ProbeRecord, ...]
@@ -37,7 +36,6 @@ class Probed:
     errors: Mapping[str, str]
     shrunk: tuple[Shrunk, ...] = ()
     steps: tuple[int, ...] = ()
-    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -60,22 +58,19 @@ def probe_sample(
     probe = GradientProbe(spec) if looks.sensitivity == "gradient" else Probe(spec)
     latents: list[Tensor] = []
     with attach_method(model, probe):
-        output, seconds = timed(
-            lambda: objective.run(
-                model, sample, on_step=lambda step: latents.append(step.latent.detach().cpu().clone())
-            )
-        )
+        output = objective.run(model, sample, on_step=lambda step: latents.append(step.latent.detach().cpu().clone()))
     shrunk = () if probe.share is None else tuple(probe.share.shrunk)
     kept = tuple(latents), dict(probe.errors), shrunk
-    return Probed(tuple(probe.records), on_cpu(output), *kept, tuple(sorted(steps)), seconds - probe.seconds)
+    return Probed(tuple(probe.records), on_cpu(output), *kept, tuple(sorted(steps)))
 
 
 def measure_anchors(model: Any, objective: Objective, sample: Sample, probed: Probed) -> Anchors:
     """The two ends of the scale of drift beside the probed dense run of a sample; AdviceError where the probe changed
     that run. A model that can go on from a latent is checked from the last probed step on, any other one whole.
     """
-    last, seconds = probed.steps[-1], probed.seconds
-    if objective.restart and 0 < last < len(probed.latents):
+    last, seconds = probed.steps[-1], 0.0
+    short = objective.restart and 0 < last < len(probed.latents)
+    if short:
         before = probed.latents[last - 1].to(probed.output.tensor.device)
         again = objective.run(model, sample, start=last, latent=before)
     else:
@@ -85,11 +80,15 @@ def measure_anchors(model: Any, objective: Objective, sample: Sample, probed: Pr
     with attach_method(model, OtherKernel()):
         other = objective.run(model, sample)
     measures = dict(objective.distance(probed.output, on_cpu(other)))
-    ceiling = main_error(objective.distance(probed.output, on_cpu(objective.ceiling(model, sample))))
-    return Anchors(seconds, main_error(measures), ceiling, measures)
+    far, spent = timed(lambda: objective.ceiling(model, sample))
+    ceiling = main_error(objective.distance(probed.output, on_cpu(far)))
+    # From another noise a dense run takes as long as from its own.
+    return Anchors(spent if short else seconds, main_error(measures), ceiling, measures)
 
 
 def _pick(bucket: Bucket, count: int) -> list[int]:
     if count >= bucket.steps:
         return list(range(bucket.first, bucket.last + 1))
-    return sorted({bucket.first + round(i * (bucket.steps - 1) / max(count - 1, 1)) for i in range(count)})
+    if count == 1:  # not the first: in pure noise attention is like nowhere else
+        return [bucket.first + bucket.steps // 2]
+    return sorted({bucket.first + round(i * (bucket.steps - 1) / (count - 1)) for i in range(count)})

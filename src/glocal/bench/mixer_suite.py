@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from glocal.bench.mixers import ENTRIES, Entry, MixerSpec, Task, compared, mixers, task_of
+from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, compared, mixers, task_of
 from glocal.bench.suites import Options
 from glocal.report.charts.scatter import Dot, scatter
 
@@ -24,8 +24,8 @@ COLUMNS = (
     "mmacs", "mlp_ratio", "images_s", "step_ms", "step_mib", "train_s", "steps", "batch", "seeds", "match", "reason",
     "device", "versions",
 )  # fmt: skip
-SPEC = MixerSpec(steps=800)
-SIZE, COUNTS = 112, (20_000, 2_000)  # px; scenes to learn from and to test on
+SPEC = MixerSpec(steps=150, frame=Frame(depths=(2, 2, 2, 2)))
+SIZE, COUNTS = 112, (8_000, 1_000)  # px; scenes to learn from and to test on
 FOLDER = Path("out/mixers")
 
 
@@ -64,5 +64,5 @@ def table(found: Iterable[Entry], task: Task, spec: MixerSpec) -> list[tuple[Any
 
 def picture(found: Iterable[Entry], score: str) -> str:
     """SVG: images a second against the mean score, with its spread over seeds."""
-    dots = [Dot(Path(e.mixer).name, e.images_s, e.mean, e.spread) for e in found if e.scores]
+    dots = [Dot(Path(e.mixer).name, e.images_s, e.mean, e.spread) for e in found if e.scores and e.images_s > 0]
     return scatter(dots, "images a second, forward", score)

@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -208,6 +209,40 @@ def examine(entries: Sequence[str], task: Task, spec: MixerSpec, progress: Progr
     return found
 
 
+def measured(entry: Entry, task: Task, spec: MixerSpec, alone: Callable[[], AbstractContextManager[Any]]) -> Entry:
+    """The entry with times and memory of its model; `alone` makes a context that holds the device for the timing."""
+    model = build(entry.mixer, task, replace(spec.frame, mlp_ratio=entry.mlp_ratio))
+    _figures(model, task, spec)  # what is compiled or allocated on first use
+    with alone():
+        found = _figures(model, task, spec)
+    return replace(found, mixer=entry.mixer, mlp_ratio=entry.mlp_ratio)
+
+
+def planned(entries: Sequence[str], task: Task, spec: MixerSpec) -> dict[str, Entry]:
+    """The widths of the MLPs, parameters and multiply-adds of every entry, from shapes: nothing runs on the device.
+
+    Raises ValueError where entries are to be matched by measured time.
+    """
+    if spec.match == "latency":
+        raise ValueError("planned: match='latency' is measured, by `examine`; legal here: none, params, flops.")
+    found: dict[str, Entry] = {}
+    for name in dict.fromkeys(entries):
+        first = next((e for e in found.values() if not e.reason), None)
+        try:
+            frame = spec.frame
+            with torch.device("meta"):
+                if first is not None and spec.match != "none":
+                    frame = _matched(name, task, spec, first)
+                model = build(name, task, frame)
+            macs = count_macs(model, task.size)
+        except Exception as error:  # as in `examine`
+            found[name] = Entry(name, reason=f"{type(error).__name__}: {error}")
+        else:
+            params = sum(p.numel() for p in model.parameters())
+            found[name] = Entry(name, mlp_ratio=frame.mlp_ratio, params=params, macs=macs)
+    return found
+
+
 def compared(entries: Sequence[Entry], baseline: str) -> dict[str, tuple[float, float, float]]:
     """Mean difference of scores to `baseline`, paired by seed, and its interval at 95 % over all comparisons together.
 
@@ -350,8 +385,18 @@ def _autocast(spec: MixerSpec) -> Any:
     return torch.autocast(torch.device(spec.device).type, torch.bfloat16, enabled=spec.precision == "bf16")
 
 
-def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None) -> tuple[float, float]:
-    """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun."""
+def trained(
+    name: str,
+    task: Task,
+    spec: MixerSpec,
+    seed: int,
+    out: Path | None,
+    after: Callable[[Trainer], None] | None = None,
+) -> tuple[float, float]:
+    """Score and seconds of one run in the frame of `spec`; read from `out` if it is there, gone on with if begun.
+
+    after: called whenever a twentieth of the updates is done.
+    """
     assert spec.steps is not None
     folder = None if out is None else run_folder(out, name, seed)
     recipe = Recipe(
@@ -373,7 +418,7 @@ def trained(name: str, task: Task, spec: MixerSpec, seed: int, out: Path | None)
     torch.manual_seed(seed)
     where = accelerator_for(cpu=spec.device == "cpu")
     trainer = Trainer(build(name, task, spec.frame), task.train, recipe, folder, where)
-    trainer.run()
+    trainer.run(after=after)
     score = trainer.evaluate(task.test)[task.score]
     if done is not None:
         curve = [asdict(row) for row in trainer.curve]

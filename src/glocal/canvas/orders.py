@@ -24,8 +24,8 @@ class Region:
     """Consecutive blocks of an order that are boxes of one part.
 
     first: number of the first block. Blocks run over dilation groups, then tiles (both row-major); inside a block the
-    tokens of the box are row-major, followed by padding if the block is larger. A box has `tile` tokens per axis,
-    `dilation` apart.
+    tokens of the box (row-major unless the order says otherwise) are followed by padding if the block is larger. A box
+    has `tile` tokens per axis, `dilation` apart.
     """
 
     part: int
@@ -108,11 +108,14 @@ def tile(
     *,
     part: str | None = None,
     block: int | None = None,
+    slowest: int = 0,
 ) -> Order:
     """One grid cut into boxes of `shape` tokens (`dilation` apart per axis); other parts in raster blocks of that size.
 
     Every axis is padded at its end to a multiple of tile x dilation. block: slots of a block if more than the box
-    holds; the rest of each block is padding. Raises ValueError if the rank differs or a box does not fit its block.
+    holds; the rest of each block is padding. slowest: the axis that runs slowest inside a box, before the others in
+    their order; the halves of a block are the halves of its box along that axis. Raises ValueError if the rank differs
+    or a box does not fit its block.
     """
     grid = canvas.grid if part is None else canvas.parts[canvas.number(part)]
     shape = tuple(int(n) for n in shape)
@@ -124,17 +127,22 @@ def tile(
             )
     if block is not None and block < prod(shape):
         raise ValueError(f"tile: block={block} does not hold a box of {prod(shape)} tokens (shape={shape}).")
-    return _tile(canvas, shape, steps, canvas.number(grid.name), prod(shape) if block is None else block)
+    if not 0 <= slowest < len(shape):
+        raise ValueError(f"tile: slowest={slowest} must be an axis of {grid.axes}, from 0 to {len(shape) - 1}.")
+    return _tile(canvas, shape, steps, canvas.number(grid.name), prod(shape) if block is None else block, slowest)
 
 
 @lru_cache(maxsize=256)
-def _tile(canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], number: int, block: int) -> Order:
+def _tile(
+    canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], number: int, block: int, slowest: int
+) -> Order:
     pieces, regions, first = [], [], 0
     for part_number, tokens, index in canvas.runs():
         part = canvas.parts[part_number]
         if part_number == number:
             piece, region = _boxes(part, index, shape, dilation, part_number, first)
-            piece = pad(piece.reshape(-1, prod(shape)), (0, block - prod(shape)), value=-1).flatten()
+            piece = piece.reshape(-1, *shape).movedim(1 + slowest, 1).reshape(-1, prod(shape))
+            piece = pad(piece, (0, block - prod(shape)), value=-1).flatten()
         else:
             piece = pad(index, (0, -tokens % block), value=-1)
             region = Region(part_number, first, (block,), (1,), (piece.numel() // block,))
@@ -146,6 +154,7 @@ def _tile(canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], num
         regions = []
     name = f"tile{'x'.join(map(str, shape))}/{'x'.join(map(str, dilation))}@{canvas.parts[number].name}"
     name += "" if block == prod(shape) else f"/{block}"
+    name += f"/slowest{slowest}" if slowest else ""
     return Order(name, torch.cat(pieces), block, tuple(regions))
 
 

@@ -235,7 +235,8 @@ def write(out: Path, advice: Any, known: Mapping[str, str], words: PageWords) ->
     from dataclasses import replace
 
     from glocal.advise.state import link_into
-    from glocal.cli._advice_page import advice_page, rows
+    from glocal.cli._advice_page import advice_page
+    from glocal.cli._advice_rows import rows
     from glocal.report import render_advice
 
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())

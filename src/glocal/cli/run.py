@@ -26,10 +26,15 @@ def command(
     model: Annotated[str, typer.Argument(help="demo, demo-image, demo-image-unet, or package.module:factory")],
     recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`")] = None,
     method: Annotated[
-        str | None, typer.Option(help="a system instead: gna, radial, rectified_spaattn, tile_windows")
+        str | None,
+        typer.Option(
+            help="a system instead: gna, radial, rectified_spaattn, tile_windows, paro; freeswim, hidiffusion where "
+            "they fit the model"
+        ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="K=V", help="a setting of the method, several times")
+        list[str] | None,
+        typer.Option("--set", metavar="K=V", help="a setting of the method, or preset=NAME, several times"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of the first noise", min=0)] = 0,
     steps: Annotated[int, typer.Option(help="steps of the run", min=1)] = 8,
@@ -187,8 +192,8 @@ def _used(recipe: Path | None, name: str | None, words: list[str]) -> _Used:
     assert name is not None
     values = _values(words)
     method = made(name, values)
-    assert isinstance(method, SparseMethod)
-    return _Used(method, {"method": {"system": name, "settings": values}}, lambda: _stats(name, method.ran))
+    ran = method.ran if isinstance(method, SparseMethod) else {}  # hidiffusion does not count
+    return _Used(method, {"method": {"system": name, "settings": values}}, lambda: _stats(name, ran))
 
 
 def _values(words: list[str]) -> dict[str, Any]:

@@ -112,17 +112,70 @@ def sum_rows(t: Tensor, order: Tensor, n: int) -> Tensor:
 def finished(t: Tensor, step: Finish) -> Tensor:
     """RMS-norm and rotation of t: [B, H, N, D]."""
     x = t.float() if t.dtype != torch.float64 else t
-    h, d = t.shape[1], t.shape[3]
     if step.weight is not None:
-        weight = step.weight.to(x.dtype)
-        dims = (1, 3) if step.across(h, d) else (3,)
-        x = x * (x.square().mean(dims, keepdim=True) + step.eps).rsqrt()
-        x = x * (weight.reshape(1, h, 1, d) if step.across(h, d) else weight)
+        x = _normed(x, step)[0] * _weight(x, step)
     if step.cos is not None and step.sin is not None:
-        pairs = x.unflatten(-1, (d // 2, 2)).unbind(-1) if step.interleaved else x.chunk(2, -1)
-        a, c = pairs[0] * step.cos - pairs[1] * step.sin, pairs[0] * step.sin + pairs[1] * step.cos
-        x = torch.stack((a, c), -1).flatten(-2) if step.interleaved else torch.cat((a, c), -1)
+        a, b = _pairs(x, step)
+        x = _joined(a * step.cos - b * step.sin, a * step.sin + b * step.cos, step)
     return x.to(t.dtype)
+
+
+def finished_backward(grad: Tensor, t: Tensor, step: Finish) -> list[Tensor]:
+    """grad [B, H, N, D] of `finished` -> gradients of t and of the tensors of the step, in their order."""
+    x, g = (u.float() if u.dtype != torch.float64 else u for u in (t, grad))
+    size, (normed, rate) = x, (x, None)
+    if step.weight is not None:
+        normed, rate = _normed(x, step)
+        size = normed * _weight(x, step)
+    found: list[Tensor] = []
+    if step.cos is not None and step.sin is not None:
+        (a, b), (to_a, to_b) = _pairs(size, step), _pairs(g, step)
+        found = [
+            (to_a * a + to_b * b).sum_to_size(_whole(step.cos)),
+            (to_b * a - to_a * b).sum_to_size(_whole(step.sin)),
+        ]
+        g = _joined(to_a * step.cos + to_b * step.sin, to_b * step.cos - to_a * step.sin, step)
+    if step.weight is not None and rate is not None:
+        by_weight = (g * normed).sum((0, 2) if step.across(*x.shape[1::2]) else (0, 1, 2))
+        g = g * _weight(x, step)
+        g = rate * (g - normed * (g * normed).mean(_dims(x, step), keepdim=True))
+        found = [by_weight, *found]
+    shaped = [f.reshape(u.shape).to(u.dtype) for f, u in zip(found, step.tensors(), strict=True)]
+    return [g.to(t.dtype), *shaped]
+
+
+def _normed(x: Tensor, step: Finish) -> tuple[Tensor, Tensor]:
+    """x [B, H, N, D] over its root mean square, and one over that."""
+    rate = (x.square().mean(_dims(x, step), keepdim=True) + step.eps).rsqrt()
+    return x * rate, rate
+
+
+def _dims(x: Tensor, step: Finish) -> tuple[int, ...]:
+    return (1, 3) if step.across(x.shape[1], x.shape[3]) else (3,)
+
+
+def _weight(x: Tensor, step: Finish) -> Tensor:
+    """[D], or [1, H, 1, D] for a norm over all heads."""
+    assert step.weight is not None
+    h, d = x.shape[1], x.shape[3]
+    weight = step.weight.to(x.dtype)
+    return weight.reshape(1, h, 1, d) if step.across(h, d) else weight
+
+
+def _pairs(x: Tensor, step: Finish) -> tuple[Tensor, Tensor]:
+    """Both channels of each pair, [B, H, N, D / 2]."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1) if step.interleaved else x.chunk(2, -1)
+    return a, b
+
+
+def _joined(a: Tensor, b: Tensor, step: Finish) -> Tensor:
+    """The inverse of `_pairs`."""
+    return torch.stack((a, b), -1).flatten(-2) if step.interleaved else torch.cat((a, b), -1)
+
+
+def _whole(table: Tensor) -> tuple[int, ...]:
+    """The shape of cos or sin with all four axes."""
+    return (1,) * (4 - table.dim()) + tuple(table.shape)
 
 
 def _check_finish(i: int, t: Tensor, order: Tensor, step: Finish) -> None:
@@ -142,7 +195,7 @@ def _check_finish(i: int, t: Tensor, order: Tensor, step: Finish) -> None:
     for name, table in (("cos", step.cos), ("sin", step.sin)):
         if table is None:
             continue
-        shape = (1,) * (4 - table.dim()) + tuple(table.shape)
+        shape = _whole(table)
         wanted = (t.shape[0], h, n, d // 2)
         if d % 2 or len(shape) != 4 or any(have not in (1, want) for have, want in zip(shape, wanted, strict=True)):
             raise ValueError(

@@ -115,6 +115,9 @@ def pick(
             raise ValueError(f"backend={backend!r} cannot run this call: {'; '.join(reasons)}. For it, {legal}.")
         return _picked(chosen.capability, "asked for by name", request, blocks, kept)
     if table is not None:
+        small = _small_windows(request) if blocks is None else None
+        if small is not None:
+            return small
         timed = _timed(table, request, blocks, kept)
         if timed:
             return timed[0][1]
@@ -123,6 +126,8 @@ def pick(
         reasons = _reasons(candidate, request, blocks)
         if not reasons and candidate.capability.by_name_only is not None:
             reasons = [candidate.capability.by_name_only]
+        if not reasons and blocks is not None and candidate.capability.needs == "windows":
+            reasons = ["whether a plan is one of windows, its block sizes do not say; runs when named"]
         if not reasons:
             why = f"first that can on {request.device}"
             if refused:
@@ -131,6 +136,17 @@ def pick(
         refused.append((candidate.name, reasons))
     every = "; ".join(f"{name}: {', '.join(words)}" for name, words in refused)
     raise ValueError(f"backend='auto' finds no backend for this call. {every}.")
+
+
+def _small_windows(request: Request) -> Picked | None:
+    """The kernels for windows of few keys, which tables of block lists say nothing about, where a tile of queries sees
+    less than half of all keys (results/small_windows.csv).
+    """
+    found = _backend("windows")
+    if request.keys is None or 2 * request.keys > request.nk or found.capability.by_name_only is not None:
+        return None
+    why = f"small windows: a tile of queries sees at most {request.keys} of {request.nk} keys"
+    return None if _reasons(found, request, None) else Picked(found.name, why, found.capability.needs)
 
 
 def _timed(

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.canvas import Canvas, Layout
+from glocal.nn._groups import attend_groups
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.window_attention import check_heads
@@ -227,7 +228,7 @@ class _BiLevelRouting(nn.Module):
             t.flatten(0, 1)[rows].flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
             for t in (parts.k, parts.v)
         )  # [B * S, heads, top * m, d]
-        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
+        out = attend_groups(q, k, v, scale=self.scale)
         return out.transpose(1, 2).reshape(b, regions, n, self.dim)
 
     def _by_head(self, t: Tensor) -> Tensor:

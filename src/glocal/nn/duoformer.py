@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._groups import attend_groups
 from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
@@ -89,7 +90,7 @@ def group_attention(
         bias = (None, None) if qkv.bias is None else (qkv.bias[:dim], qkv.bias[dim:])
         q = F.linear(ask, qkv.weight[:dim], bias[0]).reshape(b * groups, m, heads, dim // heads).transpose(1, 2)
         k, v = split_heads(F.linear(x, qkv.weight[dim:], bias[1]).flatten(0, 1), 2, heads)
-    out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
+    out = attend_groups(q, k, v, dropout=dropout, scale=scale)
     return proj(out.transpose(1, 2).reshape(b, groups, m, dim))
 
 

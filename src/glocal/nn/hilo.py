@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._groups import attend_groups
 from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
@@ -64,7 +65,7 @@ class HiLo(nn.Module):
         qkv = to_windows(self.h_qkv(padded), sides)  # [B, windows, N, 3 C]; few channels are cut, not all
         b, windows = qkv.shape[:2]
         q, k, v = split_heads(qkv.flatten(0, 1), 3, self.high_heads)  # [B * windows, heads, N, head size]
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (b, windows))
+        out = attend_groups(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (b, windows))
         size = (padded.shape[1], padded.shape[2])
         return self.h_proj(from_windows(out, size, sides)[:, : x.shape[1], : x.shape[2]])
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._groups import attend_groups
 from glocal.nn.blocks.layout import pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 
@@ -39,7 +39,7 @@ class StripeBranch(nn.Module):
         full = (size[0], size[1])
         groups = [to_windows(pad_to(t, *full), sides).flatten(0, 1) for t in (q, k, v)]  # [B * stripes, N, dim]
         a, b, c = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in groups)
-        out = F.scaled_dot_product_attention(a, b, c).transpose(1, 2).flatten(2)  # [B * stripes, N, dim]
+        out = attend_groups(a, b, c).transpose(1, 2).flatten(2)  # [B * stripes, N, dim]
         local = to_nhwc(self.get_v(to_nchw(groups[2].unflatten(1, sides)))).flatten(1, 2)
         stripes = full[0] * full[1] // (sides[0] * sides[1])
         whole = from_windows((out + local).unflatten(0, (v.shape[0], stripes)), full, sides)

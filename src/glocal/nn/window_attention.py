@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
+from glocal.nn._groups import attend_groups
 from glocal.nn._heads import split_heads
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
@@ -90,7 +90,7 @@ class WindowAttention(nn.Module):
         q, k, v = self.split(groups, stage)
         dropout = self.spec.attn_drop if self.training else 0.0
         bias = self.bias(q, (height, width), size)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.spec.scale)
+        out = attend_groups(q, k, v, bias, dropout=dropout, scale=self.spec.scale)
         out = self.join(out.transpose(1, 2).reshape(b, groups.shape[1], n, self.dim), size)
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))

@@ -2,7 +2,7 @@
 
 from glocal.kernels import planning as _planning
 from glocal.kernels.quant import Quant
-from glocal.ops import cells, merge
+from glocal.ops import _routed, cells, merge
 from glocal.ops._approximation import Approximation
 from glocal.ops.attention import Attended, attend, attention
 from glocal.ops.capture import BlockStats, Capture
@@ -12,7 +12,7 @@ from glocal.ops.epilogue import Epilogue
 from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
-from glocal.ops.norm import layer_norm
+from glocal.ops.norm import layer_norm, stored_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.reorder import Finish, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
@@ -54,6 +54,8 @@ __all__ = [
     "pool",
     "reorder",
     "restore",
+    "stored_norm",
 ]
 
 _planning.register()
+_routed.register()

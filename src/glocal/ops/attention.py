@@ -267,6 +267,7 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     layout = _layout(request.nq, request.nk, pattern, canvas)
     if pattern is None:
         picked = _remembered(
+            request.device,
             (facts, backend),
             lambda: registry.pick(request, backend, blocks=None, kept=1.0, table=_table(request.device)),
         )
@@ -281,6 +282,7 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
 
     table = _table(request.device)
     picked = _remembered(
+        request.device,
         (pattern.key, layout.key, request.keys, facts, backend),
         lambda: registry.pick(
             request, backend, blocks=None, kept=lambda blocks: Visits(*compiled(blocks).visits), table=table
@@ -297,6 +299,7 @@ def _prepare(pattern: Pattern | None, canvas: Canvas | Layout | None, facts: tup
     made = compiled(picked.blocks)
     if backend == "auto" and made.kept == 1.0:  # nothing is hidden: a dense kernel gives the same, and faster
         whole = _remembered(
+            request.device,
             (facts, backend, "hides nothing"),
             lambda: registry.pick(replace(request, sparse=False), backend, blocks=None, kept=1.0, table=table),
         )
@@ -324,6 +327,7 @@ def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepare
 def _pick_for(q_block: int, kv_block: int, masked: bool, facts: tuple[Any, ...], backend: str) -> Picked:
     """For a plan whose contents may change: what it holds is not looked at, only whether it has partial blocks."""
     return _remembered(
+        facts[0],
         (q_block, kv_block, masked, facts, backend),
         lambda: registry.pick(
             Request(*facts),
@@ -340,10 +344,10 @@ _PICKED: dict[tuple[Any, ...], tuple[Picked, tuple[Any, ...]]] = {}
 _MOST_PICKED = 4096
 
 
-def _remembered(request: tuple[Any, ...], pick: Callable[[], Picked]) -> Picked:
+def _remembered(device: str, request: tuple[Any, ...], pick: Callable[[], Picked]) -> Picked:
     """The backend for a request, picked once: asking all of them takes longer than launching a kernel."""
     records = registry.records()
-    card = torch.cuda.current_device() if torch.cuda.is_available() else None
+    card = torch.cuda.current_device() if device == "cuda" and torch.cuda.is_available() else None
     key = (request, card, *map(id, records))
     known = _PICKED.get(key)
     if known is None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from glocal.kernels import maps
+from glocal.ops.norm import Activation, activate, check_activation, stored_norm
+
+Norm = tuple[tuple[Tensor, Tensor, Tensor, Tensor], float]
 
 
 def depthwise_conv(
@@ -16,12 +20,16 @@ def depthwise_conv(
     stride: int = 1,
     padding: tuple[int, int, int, int] = (0, 0, 0, 0),
     residual: bool = False,
+    norm: Norm | None = None,
+    act: Activation = "none",
 ) -> Tensor:
     """Each channel with a square kernel of its own.
 
     x: [B, H, W, C]; weight: [C, 1, K, K]; bias: [C] or None; padding: zeros at the top, bottom, left and right.
-    residual: x is added, which needs a result of its size. Returns [B, h, w, C] with h = (H + top + bottom - K) //
-    stride + 1. Raises ValueError for other weights, a map below the kernel, or a residual that does not fit.
+    residual: x is added, which needs a result of its size. norm: ((mean, variance, weight, bias), eps) of a batch norm
+    by stored statistics behind it; act: an activation at the end, as in `stored_norm`. Returns [B, h, w, C] with
+    h = (H + top + bottom - K) // stride + 1. Raises ValueError for other weights, a map below the kernel, a residual
+    that does not fit, or an unknown activation.
     """
     top, bottom, left, right = padding
     kernel = weight.shape[-1]
@@ -38,10 +46,15 @@ def depthwise_conv(
         raise ValueError(
             f"depthwise_conv: residual=True needs a result of {tuple(x.shape[1:3])}, but it is {(rows, columns)}."
         )
-    if maps.usable(x, weight, bias):
-        from glocal.kernels.maps.depthwise import Depthwise, Shape
+    check_activation("depthwise_conv", act)
+    if maps.usable(x, weight, bias, *(() if norm is None else norm[0])):
+        from glocal.kernels.maps import depthwise
 
-        return Depthwise.apply(x, weight, bias, Shape(stride, top, left, rows, columns, residual))  # type: ignore[no-any-return]
+        shape = depthwise.Shape(stride, top, left, rows, columns, residual)
+        if not torch.is_grad_enabled():
+            return depthwise.forward(x.contiguous(), weight.contiguous(), bias, shape, norm, act)
+        if norm is None and act == "none":
+            return depthwise.Depthwise.apply(x, weight, bias, shape)  # type: ignore[no-any-return]
     image = x.permute(0, 3, 1, 2)
     pad = (0, 0)
     if top == bottom and left == right:
@@ -49,4 +62,5 @@ def depthwise_conv(
     else:
         image = F.pad(image, (left, right, top, bottom))
     found = F.conv2d(image, weight, bias, stride, pad, groups=x.shape[3]).permute(0, 2, 3, 1)
-    return x + found if residual else found
+    found = x + found if residual else found
+    return activate(found, act) if norm is None else stored_norm(found, *norm, act)

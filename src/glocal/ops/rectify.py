@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from glocal.ops.epilogue import Epilogue
+from glocal.ops.epilogue import Epilogue, GroupEpilogue
 from glocal.routing.partition import Partition
 from glocal.routing.shares import Shares
 
@@ -24,7 +24,9 @@ def rectification(share: Shares, kept: Tensor, helpful: Tensor, v_mean: Tensor) 
     return 1 - gone.sum(-1), gone @ v_mean.to(gone.dtype)
 
 
-def spread(part: Partition, tokens: int, factor: Tensor, addend: Tensor, dtype: torch.dtype) -> Epilogue:
+def spread(
+    part: Partition, tokens: int, factor: Tensor, addend: Tensor, dtype: torch.dtype
+) -> Epilogue | GroupEpilogue:
     """The epilogue of all tokens; groups behind those of `factor` (text) keep their output.
 
     part: groups of all queries; factor, addend: of its first groups.

@@ -25,19 +25,14 @@ def reorder(tensors: Sequence[Tensor], order: Tensor, *, finish: Sequence[Finish
     tensors: [B, H, N, D] each, any strides (also slices of a packed qkv); heads and head sizes may differ.
     order: int32 or int64 [B|1, H|1, M], the token of each slot; -1 gives a row of 0, repeats are legal. Its heads
         divide those of every tensor; consecutive heads share a row.
-    finish: norm and rotation of each tensor, None for a tensor that is only moved. Forward only.
+    finish: norm and rotation of each tensor, None for a tensor that is only moved.
 
-    Returns [B, H, M, D] each, differentiable without finish. Raises ValueError for shapes that do not fit, and for
-    gradients through finish.
+    Returns [B, H, M, D] each, differentiable by the tensors and by weight, cos and sin of finish. Raises ValueError for
+    shapes that do not fit.
     """
     permute.check(tensors, order, finish)
     steps = [Finish() if step is None else step for step in finish]
     data = [t for step in steps for t in step.tensors()]
-    if data and torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *data)):
-        raise ValueError(
-            "reorder: finish= computes no gradients, and one of its tensors requires them; legal: torch.no_grad(), or "
-            "norm and rotate first and reorder without finish."
-        )
     return _reorder(list(tensors), order, data, ";".join(map(_encode, steps)))
 
 
@@ -72,6 +67,23 @@ def _(grads: list[Tensor], order: Tensor, tokens: list[int]) -> list[Tensor]:
     return [g.new_empty(g.shape[0], g.shape[1], n, g.shape[3]) for g, n in zip(grads, tokens, strict=True)]
 
 
+@torch.library.custom_op("glocal::finish_backward", mutates_args=())
+def _finish_backward(grads: list[Tensor], tensors: list[Tensor], data: list[Tensor], spec: str) -> list[Tensor]:
+    """Gradients [B, H, N, D] of finished tensors -> those of the tensors, then of all data, by the definition."""
+    found = [
+        permute.finished_backward(grad, t, step)
+        for grad, t, step in zip(grads, tensors, _decode(data, spec), strict=True)
+    ]
+    return [one[0].clone(memory_format=torch.contiguous_format) for one in found] + [
+        g.contiguous() for one in found for g in one[1:]
+    ]
+
+
+@_finish_backward.register_fake
+def _(grads: list[Tensor], tensors: list[Tensor], data: list[Tensor], spec: str) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (*tensors, *data)]
+
+
 @torch.library.custom_op("glocal::restore", mutates_args=())
 def _restore(t: Tensor, order: Tensor, n: int) -> Tensor:
     return _room(order, [t]).scatter_rows(t, order, n)
@@ -83,14 +95,19 @@ def _(t: Tensor, order: Tensor, n: int) -> Tensor:
 
 
 def _reorder_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, order, data, _ = inputs
-    ctx.save_for_backward(order)
-    ctx.tokens, ctx.data = [t.shape[2] for t in tensors], len(data)
+    tensors, order, data, ctx.spec = inputs
+    ctx.save_for_backward(order, *(tensors if data else ()), *data)
+    ctx.tokens = [t.shape[2] for t in tensors]
 
 
 def _reorder_grad(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    (order,) = ctx.saved_tensors
-    return _reorder_backward(list(grads), order, ctx.tokens), None, [None] * ctx.data, None
+    order, *saved = ctx.saved_tensors
+    count = len(ctx.tokens)
+    found = _reorder_backward(list(grads), order, ctx.tokens)
+    if not saved:
+        return found, None, [], None
+    found = _finish_backward(found, saved[:count], saved[count:], ctx.spec)
+    return found[:count], None, found[count:], None
 
 
 def _restore_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -14,7 +14,7 @@ from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
 from glocal.plan.facts import declare_lasting, declare_order, declare_sound, order_facts
 from glocal.plan.states import FULL, NONE, OPEN, PART, Side, classify, mix
-from glocal.plan.tiling import best_tiles
+from glocal.plan.tiling import UNIT, best_cuts, best_tiles
 
 _CACHE: OrderedDict[Hashable, BlockPlan] = OrderedDict()
 _CACHE_SIZE = 64
@@ -87,8 +87,10 @@ def _orders(pattern: Pattern, layout: Layout, spec: PlanSpec) -> tuple[Order, Or
         boxes = best_tiles(pattern, grid.axes, spec.q_block, spec.kv_block)
         if boxes is not None:
             (q_shape, q_step), (k_shape, k_step) = boxes
-            q_tiles = tile(layout.q, q_shape, q_step, block=spec.q_block)
-            return q_tiles, tile(layout.kv, k_shape, k_step, block=spec.kv_block)
+            wide = min(spec.q_block, spec.kv_block) >= 2 * UNIT
+            q_cut, k_cut = best_cuts(pattern, grid.axes, boxes) if wide else (0, 0)
+            q_tiles = tile(layout.q, q_shape, q_step, block=spec.q_block, slowest=q_cut)
+            return q_tiles, tile(layout.kv, k_shape, k_step, block=spec.kv_block, slowest=k_cut)
     return (
         raster(layout.q, spec.q_block) if q_order is None else q_order,
         raster(layout.kv, spec.kv_block) if kv_order is None else kv_order,

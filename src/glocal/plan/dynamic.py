@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from math import prod
 
+import torch
 from torch import Tensor
 
 from glocal.canvas import Layout
-from glocal.plan.blockplan import BlockPlan
+from glocal.plan.blockplan import BlockLists, BlockPlan
 from glocal.plan.facts import declare_turned
 from glocal.plan.lists import compact, compact_columns
-from glocal.plan.selection import assemble, padded
+from glocal.plan.selection import PadTable, assemble, assemble_lists, known_pads, padded
 from glocal.routing.partition import Partition
 from glocal.routing.selection import Selection
 
@@ -41,12 +42,30 @@ def plan_blocks(
     if picked.dtype.is_floating_point or picked.dtype.is_complex:
         raise ValueError(f"plan_blocks: picked is {picked.dtype}; legal: bool, for example scores >= threshold.")
     q_part, kv_part = q_part.to(picked.device), kv_part.to(picked.device)
-    lead = picked.shape[:2]
+    lead = picked.shape[0], picked.shape[1]
     flat = picked.bool().reshape(prod(lead), *picked.shape[2:])  # [U, query groups, key groups]
-    count, index = compact(flat, kv_part.groups if most is None else most)
+    width = kv_part.groups if most is None else most
+    pads = known_pads(q_part, kv_part)
+    if pads is not None:
+        lists = _split(flat, pads, width)
+        none = flat.new_zeros(*lead, flat.shape[1], 0, dtype=torch.int32)
+        selection = Selection(layout, q_part, kv_part, none, none.sum(-1, dtype=torch.int32))
+        return assemble_lists(selection, lead, lists, pads.masks)
+    count, index = compact(flat, width)
     selection = Selection(layout, q_part, kv_part, index.unflatten(0, lead), count.unflatten(0, lead))
     found = padded(selection)
     made = assemble(selection, found, rising_already=True)
     if backward and found.state is None and found.index.shape[:2] == lead:
         declare_turned(made.full.index, compact_columns(flat))
     return made
+
+
+def _split(flat: Tensor, pads: PadTable, width: int) -> tuple[BlockLists, BlockLists]:
+    """Lists of the columns without pads, and of those with some, which are few; each in one pass over the map."""
+    kind = pads.which_k[0, 0]
+    every, some = pads.every[kind], pads.some[kind]
+    full = BlockLists(*compact(flat & every, width))
+    count, index = compact(flat & (some & ~every), min(pads.padded, width))
+    live = torch.arange(index.shape[-1], device=flat.device) < count[..., None]
+    rows = pads.which_q[0, 0][:, None] * pads.kinds + kind[index.long()]
+    return full, BlockLists(count, index, torch.where(live, rows, 0).int())

@@ -29,7 +29,7 @@ from glocal.routing.selection import Selection
 _CHUNK = 1 << 22  # pairs evaluated at once
 _SMALL = 16  # smaller key groups are gathered into blocks
 _GATHERED = 64  # keys of such a block
-_KNOWN_PADS: WeakKeyDictionary[Partition, WeakKeyDictionary[Partition, _Pads | None]] = WeakKeyDictionary()
+_KNOWN_PADS: WeakKeyDictionary[Partition, WeakKeyDictionary[Partition, PadTable | None]] = WeakKeyDictionary()
 _ROWS: WeakKeyDictionary[Partition, Tensor] = WeakKeyDictionary()
 _TABLES: WeakKeyDictionary[BlockPlan, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
@@ -121,9 +121,9 @@ def _empty_masks(selection: Selection) -> Tensor:
 
 
 @dataclass(frozen=True, eq=False)
-class _Pads:
+class PadTable:
     """Where two partitions have pads. masks: all pairs of kinds of padding; the kinds of each group, and of each key
-    kind whether some and every token is there.
+    kind whether some and every token is there. padded: groups of keys that have pads and are not empty.
     """
 
     masks: Tensor
@@ -132,17 +132,30 @@ class _Pads:
     kinds: int
     some: Tensor
     every: Tensor
+    padded: int
 
 
-def _pads(selection: Selection) -> _Pads | None:
+def _pads(q_part: Partition, kv_part: Partition) -> PadTable | None:
     """None if no key group has pads."""
-    valid_q, valid_k = selection.q_groups >= 0, selection.kv_groups >= 0  # [b|1, h|1, groups, tokens]
+    valid_q, valid_k = q_part.members >= 0, kv_part.members >= 0  # [b|1, h|1, groups, tokens]
     if bool(valid_k.all()):
         return None
     kinds_q, which_q = _kinds(valid_q)
     kinds_k, which_k = _kinds(valid_k)
     masks = pack((kinds_q[:, None, :, None] & kinds_k[None, :, None, :]).flatten(0, 1))
-    return _Pads(masks, which_q, which_k, kinds_k.shape[0], kinds_k.any(-1), kinds_k.all(-1))
+    some, every = kinds_k.any(-1), kinds_k.all(-1)
+    padded = int((some & ~every)[which_k].sum(-1).max())
+    return PadTable(masks, which_q, which_k, kinds_k.shape[0], some, every, padded)
+
+
+def known_pads(q_part: Partition, kv_part: Partition) -> PadTable | None:
+    """Pads of groups that follow from a canvas and that all heads share, looked at once; None: no pads, or others."""
+    if not (q_part.fixed and kv_part.fixed and q_part.shared and kv_part.shared):
+        return None
+    known = _KNOWN_PADS.setdefault(q_part, WeakKeyDictionary())
+    if kv_part not in known:
+        known[kv_part] = _pads(q_part, kv_part)
+    return known[kv_part]
 
 
 def padded(selection: Selection) -> _Settled:
@@ -154,10 +167,10 @@ def padded(selection: Selection) -> _Settled:
     if q_part.fixed and kv_part.fixed:
         known = _KNOWN_PADS.setdefault(q_part, WeakKeyDictionary())
         if kv_part not in known:
-            known[kv_part] = _pads(selection)
+            known[kv_part] = _pads(q_part, kv_part)
         pads = known[kv_part]
     else:
-        pads = _pads(selection)
+        pads = _pads(q_part, kv_part)
     if pads is None:
         return _Settled(index, count, None, None, _empty_masks(selection))
     b, h = _sizes(index, pads.which_q, pads.which_k)
@@ -342,6 +355,14 @@ def assemble(selection: Selection, found: _Settled, *, rising_already: bool = Fa
             state, row = (t.gather(-1, place.long()) for t in (state, row))
         full = _list(live & (state == FULL), index, None)
         partial = _list(live & (state == PART), index, row)
+    return assemble_lists(selection, (b, h), (full, partial), found.masks)
+
+
+def assemble_lists(
+    selection: Selection, lead: tuple[int, int], lists: tuple[BlockLists, BlockLists], masks: Tensor
+) -> BlockPlan:
+    """The plan of full and partial lists that hold legal numbers, one of each for `lead` samples and heads."""
+    (b, h), (full, partial) = lead, lists
     declare_sound(full, partial)
     return BlockPlan(
         layout=selection.layout,
@@ -351,8 +372,8 @@ def assemble(selection: Selection, found: _Settled, *, rising_already: bool = Fa
         kv_order=_row(selection.kv_part, h, selection.layout.nk),
         full=full,
         partial=partial,
-        masks=found.masks,
-        owner=torch.arange(b * h, dtype=torch.int32, device=index.device).reshape(b, h),
+        masks=masks,
+        owner=torch.arange(b * h, dtype=torch.int32, device=full.count.device).reshape(b, h),
         name=f"{selection.q_part.name} x {selection.kv_part.name}",
     )
 

@@ -16,6 +16,7 @@ from glocal.plan.states import TABLE_LIMIT, axis_states
 
 Tile = tuple[int, ...]
 Boxes = tuple[Tile, Tile]  # tile and dilation per axis
+UNIT = 64  # tokens that a kernel takes at once, of blocks that are larger
 _BUDGET = 1 << 27  # block pairs times product terms that may be looked at to settle a shortlist
 _SHORTLIST = 24
 _LOOSE = 48  # boxes with padding that are considered, those with least of it
@@ -57,6 +58,29 @@ def best_tiles(pattern: Pattern, shape: tuple[int, ...], q_block: int, kv_block:
         cost = {c: ranked(_touches(pattern, shape, *c, steps), c) for c in shortlist}
     q_tile, k_tile = min(cost, key=lambda choice: cost[choice])
     return (q_tile, steps), (k_tile, steps)
+
+
+def best_cuts(pattern: Pattern, shape: tuple[int, ...], boxes: tuple[Boxes, Boxes]) -> tuple[int, int]:
+    """Axes along which the boxes of best_tiles are cut into halves so that halves see fewest halves; 0 if no matter.
+
+    Kernels take halves of blocks of 128 tokens at once and leave out those pairs of them that see nothing.
+    """
+    (q_tile, q_step), (k_tile, k_step) = boxes
+    terms = _terms(pattern, shape)
+    if not terms or q_step != k_step:
+        return 0, 0
+
+    def halves(tile: Tile) -> dict[int, Tile]:
+        return {a: (*tile[:a], t // 2, *tile[a + 1 :]) for a, t in enumerate(tile) if t % 2 == 0}
+
+    def visits(q_half: Tile, k_half: Tile) -> int:
+        sides = list(zip(q_half, k_half, q_step, strict=True))
+        return sum(prod(_visits(r, n, *side) for r, n, side in zip(term, shape, sides, strict=True)) for term in terms)
+
+    cost = {
+        (visits(q_half, k_half), a, b) for a, q_half in halves(q_tile).items() for b, k_half in halves(k_tile).items()
+    }
+    return min(cost)[1:] if cost else (0, 0)
 
 
 def _of_sequence(length: int, step: int, q_block: int, kv_block: int) -> tuple[Boxes, Boxes] | None:

@@ -79,17 +79,7 @@ class Keep:
         """
         groups = scores.shape[-1]
         fixed = forced is None and competing is None and self.mass is None and not isinstance(self.top, Tensor)
-        scores = scores.detach()
-        visible = scores > -torch.inf  # false for NaN too
-        if allowed is not None:
-            visible = visible & allowed.to(scores.device)
-        must = torch.zeros_like(visible) if forced is None else forced.to(scores.device).expand(scores.shape) & visible
-        if competing is not None:
-            scores = torch.cat([scores, competing.detach().to(scores)], -1)
-            visible = torch.cat([visible, competing > -torch.inf], -1)
-            must = torch.cat([must, torch.zeros_like(competing, dtype=torch.bool)], -1)
-        scores = torch.where(visible, scores, -torch.inf)
-        picked = self._ranked(scores, visible, must, groups) | must
+        scores, picked = self._picked(scores, allowed, forced, competing)
         mine = picked[..., :groups]
         best = scores[..., :groups].argsort(dim=-1, descending=True, stable=True)
         best = best.gather(-1, (~mine.gather(-1, best)).long().argsort(dim=-1, stable=True))  # the picked ones first
@@ -104,6 +94,33 @@ class Keep:
         index = torch.where(live, best[..., :most], 0).int()
         return Kept(index, count, None if competing is None else picked[..., groups:])
 
+    def mask(
+        self,
+        scores: Tensor,
+        allowed: Tensor | None = None,
+        forced: Tensor | None = None,
+        competing: Tensor | None = None,
+    ) -> Tensor:
+        """What `select` keeps as a map, bool like scores; it need not put the kept groups in order."""
+        return self._picked(scores, allowed, forced, competing)[1][..., : scores.shape[-1]]
+
+    def _picked(
+        self, scores: Tensor, allowed: Tensor | None, forced: Tensor | None, competing: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Scores, competing ones behind them and hidden ones at -inf, and which of them are kept."""
+        groups = scores.shape[-1]
+        scores = scores.detach()
+        visible = scores > -torch.inf  # false for NaN too
+        if allowed is not None:
+            visible = visible & allowed.to(scores.device)
+        must = torch.zeros_like(visible) if forced is None else forced.to(scores.device).expand(scores.shape) & visible
+        if competing is not None:
+            scores = torch.cat([scores, competing.detach().to(scores)], -1)
+            visible = torch.cat([visible, competing > -torch.inf], -1)
+            must = torch.cat([must, torch.zeros_like(competing, dtype=torch.bool)], -1)
+        scores = torch.where(visible, scores, -torch.inf)
+        return scores, self._ranked(scores, visible, must, groups) | must
+
     def _limit(self, groups: int) -> int:
         """The fixed number of groups that `top` or `ratio` keeps."""
         if isinstance(self.top, int):
@@ -117,8 +134,10 @@ class Keep:
         ranking = torch.where(candidates, scores, -torch.inf)
         if self.forced == "inside":
             ranking = torch.where(must, torch.inf, ranking)
+        if self.mass is not None and self.forced != "inside" and ranking.dtype != torch.float64:
+            return by_mass(ranking, self.mass + self.tolerance, int(self.crossing == "in"), self.at_least)
         best = ranking.argsort(dim=-1, descending=True, stable=True)
-        if self.mass is not None:
+        if self.mass is not None:  # forced groups lead whatever their share
             share = torch.where(candidates, scores, -torch.inf).softmax(-1).nan_to_num()  # a row of -inf has no mass
             total = share.gather(-1, best).cumsum(-1)
             budget = (total <= self.mass + self.tolerance).sum(-1, keepdim=True)
@@ -133,3 +152,27 @@ class Keep:
         place = torch.arange(scores.shape[-1], device=scores.device)
         won = place.expand_as(best) < budget
         return torch.zeros_like(visible).scatter_(-1, best, won) & candidates
+
+
+@torch.library.custom_op("glocal::by_mass", mutates_args=())
+def by_mass(scores: Tensor, mass: float, first: int, least: int) -> Tensor:
+    """Which columns of scores [..., columns] are kept, bool: the best whose shares of softmax(scores) together are at
+    most `mass`, `first` more, and `least` at least; none of -inf. Ties go to the lowest column.
+
+    On CUDA `glocal.ops` puts a Triton kernel in its place.
+    """
+    return plain_by_mass(scores, mass, first, least)
+
+
+def plain_by_mass(scores: Tensor, mass: float, first: int, least: int) -> Tensor:
+    """`by_mass` in plain torch."""
+    best = scores.argsort(dim=-1, descending=True, stable=True)
+    share = scores.softmax(-1).nan_to_num()  # a row of -inf has no mass
+    budget = (share.gather(-1, best).cumsum(-1) <= mass).sum(-1, keepdim=True) + first
+    won = torch.arange(scores.shape[-1], device=scores.device).expand_as(best) < budget.clamp(min=least)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, best, won) & (scores > -torch.inf)
+
+
+@by_mass.register_fake
+def _(scores: Tensor, mass: float, first: int, least: int) -> Tensor:
+    return torch.empty_like(scores, dtype=torch.bool)

@@ -46,20 +46,51 @@ def pooled(x: Tensor, part: Partition, tail: Tail = "count") -> Pooled:
     part: groups that all heads and samples share. tail: a group with pads is averaged over its tokens ("count") or, as
     published, over a whole block whose missing tokens are zero ("block").
     """
+    mean, spread = _stats(x, part, tail, True)
+    real = part.counts[0, 0].to(x.device)
+    return Pooled(mean, spread, torch.full_like(real, part.most) if tail == "block" else real)
+
+
+def means(x: Tensor, part: Partition, tail: Tail = "count") -> Tensor:
+    """The means of `pooled` alone, [B, H, groups, D]."""
+    return _stats(x, part, tail, False)[0]
+
+
+def _stats(x: Tensor, part: Partition, tail: Tail, spread: bool) -> tuple[Tensor, Tensor]:
     if not part.shared:
         raise ValueError(f"pooled: {part!r} differs by head or sample; legal: groups that all share.")
+    if x.is_cuda and x.dtype != torch.float64 and not (torch.is_grad_enabled() and x.requires_grad):
+        return group_stats(x, part.members[0, 0].to(x.device), tail == "block", spread)
+    return plain_stats(x, part, tail == "block" or _whole(part), spread)
+
+
+@torch.library.custom_op("glocal::group_stats", mutates_args=())
+def group_stats(x: Tensor, members: Tensor, whole: bool, spread: bool) -> tuple[Tensor, Tensor]:
+    """Mean of each group of x [B, H, N, D] and mean absolute deviation from it, float32 [B, H, groups, D]; the second
+    one is empty unless `spread`. members: int32 [groups, most], -1 pads. whole: pads count as tokens of zero.
+
+    Forward only; on CUDA `glocal.ops` puts a Triton kernel in its place.
+    """
+    return plain_stats(x, Partition(members[None, None], "groups"), whole, spread)
+
+
+@group_stats.register_fake
+def _(x: Tensor, members: Tensor, whole: bool, spread: bool) -> tuple[Tensor, Tensor]:
+    mean = x.new_empty(*x.shape[:2], members.shape[0], x.shape[3], dtype=torch.float32)
+    return mean, torch.empty_like(mean) if spread else mean.new_empty(0)
+
+
+def plain_stats(x: Tensor, part: Partition, whole: bool, spread: bool) -> tuple[Tensor, Tensor]:
+    """`group_stats` in plain torch, float64 for float64, differentiable."""
     high = torch.float64 if x.dtype == torch.float64 else torch.float32
     groups = _groups(x, part)  # [B, H, groups, most, D]
-    real = part.counts[0, 0].to(x.device)
-    if tail == "block" or _whole(part):
-        mean = groups.mean(-2, dtype=high)
-        spread = (groups - mean[..., None, :].to(x.dtype)).abs().mean(-2, dtype=high)
-        return Pooled(mean, spread, torch.full_like(real, part.most))
-    live = (part.members[0, 0] >= 0).to(x.device)[..., None]  # [groups, most, 1]
-    count = real.clamp(min=1).to(high)[:, None]  # [groups, 1]
+    live = (part.members[0, 0] >= 0).to(x.device)[..., None] | whole  # [groups, most, 1]
+    count = live.sum(1).clamp(min=1).to(high)  # [groups, 1]
     mean = groups.sum(-2, dtype=high) / count
+    if not spread:
+        return mean, mean.new_empty(0)
     far = torch.where(live, (groups - mean[..., None, :].to(x.dtype)).abs(), 0)
-    return Pooled(mean, far.sum(-2, dtype=high) / count, real)
+    return mean, far.sum(-2, dtype=high) / count
 
 
 def _groups(x: Tensor, part: Partition) -> Tensor:

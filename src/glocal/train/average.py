@@ -22,8 +22,10 @@ class Average:
         kept = min(self.decay, (1 + self.count) / (10 + self.count))
         self.count += 1
         named = dict(model.named_parameters())
-        # One launch for many tensors: a step of a small model on a GPU is ruled by launches.
-        torch._foreach_lerp_(list(self.means.values()), [named[n].detach().float() for n in self.means], 1 - kept)
+        if not named:
+            return
+        means, values = ([found[name] for name in named] for found in (self.means, named))
+        torch._foreach_lerp_(means, [value.detach().float() for value in values], 1 - kept)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:

@@ -34,8 +34,10 @@ def _tile(
 ):  # fmt: skip
     """acc_k, acc_v [BN, D] plus dS^T q and P^T dO of one query tile [BM, D].
 
-    If WHOLE, dS^T of this tile goes into the ring and the gradients of the queries of the tile before come out.
+    If WHOLE, dS^T of this tile goes into the ring and the gradients of the queries of the tile before come out. Where
+    registers allow it, their products fill the time in which dS is made.
     """
+    EARLY: gl.constexpr = D <= 64
     warps: gl.constexpr = BN // 16
     layout: gl.constexpr = products(warps, BM)
     left: gl.constexpr = gl.DotOperandLayout(0, products(warps, D), 2)
@@ -51,19 +53,38 @@ def _tile(
     p_left = gl.convert_layout(p, left)
     acc_v = warpgroup_mma(p_left, grad, acc_v, is_async=True)
     drop = gl.expand_dims(delta.load(gl.SliceLayout(0, layout)), 0)
-    dp = warpgroup_mma_wait(1, deps=[dp])
+    if WHOLE and EARLY:
+        dq = _products(ring, turn, side, BM, BN, D, GROUP)
+        dp = warpgroup_mma_wait(3, deps=[dp])
+    else:
+        dp = warpgroup_mma_wait(1, deps=[dp])
     ds = p.to(gl.float32) * (dp - drop)
     ds = ds.to(k.dtype)
     ds_left = gl.convert_layout(ds, left)
     acc_k = warpgroup_mma(ds_left, q, acc_k, is_async=True)
     if WHOLE:
         _put(ring, ds, turn, side, GROUP)
-        dq = _products(ring, turn, side, BM, BN, D, GROUP)
-        acc_k, acc_v, dq, _, _ = warpgroup_mma_wait(0, deps=[acc_k, acc_v, dq, p_left, ds_left])
-        _add(ring, dq, turn, row, D, GROUP)
+        if EARLY:
+            acc_v, dq, _ = warpgroup_mma_wait(1, deps=[acc_v, dq, p_left])
+            _add(ring, dq, turn, row, D, GROUP)
+            acc_k, _ = warpgroup_mma_wait(0, deps=[acc_k, ds_left])
+        else:
+            dq = _products(ring, turn, side, BM, BN, D, GROUP)
+            acc_k, acc_v, dq, _, _ = warpgroup_mma_wait(0, deps=[acc_k, acc_v, dq, p_left, ds_left])
+            _add(ring, dq, turn, row, D, GROUP)
     else:
         acc_k, acc_v, _, _ = warpgroup_mma_wait(0, deps=[acc_k, acc_v, p_left, ds_left])
     return acc_k, acc_v
+
+
+@gluon.jit
+def _unseen(ring, turn, side, row, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, GROUP: gl.constexpr):
+    """What is left of a step in which a group sees nothing: zeros into the ring, and the tile before comes out."""
+    dtype: gl.constexpr = ring[0].dtype
+    dq = _products(ring, turn, side, BM, BN, D, GROUP)
+    _put(ring, gl.zeros([BN, BM], dtype, products(BN // 16, BM)), turn, side, GROUP)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    _add(ring, dq, turn, row, D, GROUP)
 
 
 @gluon.jit
@@ -102,14 +123,26 @@ def _add(ring, dq, turn, row, D: gl.constexpr, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _list(lists, block, b, h, KIND: gl.constexpr):
-    """Number of entries, query blocks and masks of a key block, full (0) or partial (1)."""
-    owner, sb, sh, div, blocks, whole, whole_count, whole_index, begin, count, index, masks = lists
+def _list(lists, block, b, h, KIND: gl.constexpr, SUBS: gl.constexpr):
+    """Number of steps of a key block, their query blocks if full (0), their tiles of queries and codes if partial."""
+    owner, sb, sh, div, blocks, whole, whole_count, whole_index, begin, count, index, codes = lists
     if KIND == 0:
         begin, count, index = whole, whole_count, whole_index
     place = gl.load(owner + b * sb + (h // div) * sh).to(gl.int64) * blocks + block
     start = gl.load(begin + place)
-    return gl.load(count + place), index + start, masks + start
+    many = gl.load(count + place)
+    if KIND == 0:
+        many *= SUBS
+    return many, index + start, codes + start
+
+
+@gluon.jit
+def _row(index, t, KIND: gl.constexpr, SUBS: gl.constexpr, BM: gl.constexpr):
+    """First query of a step; a full entry has SUBS of them."""
+    if KIND == 0:
+        return (gl.load(index + t // SUBS) * SUBS + t % SUBS) * BM
+    else:
+        return gl.load(index + t) * BM
 
 
 @gluon.jit
@@ -129,10 +162,10 @@ def _bring(
     for h in range(first, first + count):
         member = (b * heads + h) * room
         for kind in gl.static_range(2):
-            found = _list(lists, block, b, h, kind)
+            found = _list(lists, block, b, h, kind, BQ // BM)
             index = found[1]
-            for t in range(found[0] * (BQ // BM)):
-                row = gl.load(index + t // (BQ // BM)) * BQ + t % (BQ // BM) * BM
+            for t in range(found[0]):
+                row = _row(index, t, kind, BQ // BM, BM)
                 mbarrier.wait(empty.index(stage), phase ^ 1)
                 bar = full.index(stage)
                 mbarrier.expect(bar, 2 * BM * D * 2 + 2 * BM * 4)
@@ -144,6 +177,16 @@ def _bring(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
+
+
+@gluon.jit
+def _words(
+    table, code, BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr, GROUPS: gl.constexpr, GROUP: gl.constexpr
+):  # fmt: skip
+    """Words [BN, 4] of the keys of a group for the step of a code."""
+    step = code >> 4
+    SUBS: gl.constexpr = BQ // BM
+    return load_words(table, step // SUBS, GROUP * BN, GROUPS * BN, BN, BM) >> (step % SUBS * (BM // 4))
 
 
 @gluon.jit
@@ -175,31 +218,38 @@ def _compute(
     for h in range(first, first + count):
         member = (b * heads + h) * room
         for kind in gl.static_range(2):
-            many, index, masks = _list(lists, block, b, h, kind)
+            many, index, codes = _list(lists, block, b, h, kind, BQ // BM)
+            code = 0
+            after = 0
             coming = 0
-            if kind == 1:  # words are read one step ahead: two loads, one after the other
-                coming = load_words(table, gl.load(masks, mask=many > 0, other=0), GROUP * BN, GROUPS * BN, BN, BM)
-            for t in range(many * (BQ // BM)):
-                sub = t % (BQ // BM)
+            if kind == 1:  # codes are read two steps ahead, words one; a group skips steps in which it sees nothing
+                code = gl.load(codes, mask=many > 0, other=0)
+                after = gl.load(codes + 1, mask=many > 1, other=0)
+                coming = _words(table, code, BM, BN, BQ, GROUPS, GROUP)
+            for t in range(many):
                 word = coming
+                seen = 1
                 if kind == 1:
-                    word = word >> (sub * (BM // 4))
-                    after = (t + 1) // (BQ // BM)
-                    mask = gl.load(masks + after, mask=after < many, other=0)
-                    coming = load_words(table, mask, GROUP * BN, GROUPS * BN, BN, BM)
+                    seen = code >> GROUP & 1
+                    code = after
+                    coming = _words(table, code, BM, BN, BQ, GROUPS, GROUP)
+                    after = gl.load(codes + t + 2, mask=t + 2 < many, other=0)
                 mbarrier.wait(full.index(stage), phase)
-                acc_k, acc_v = _tile(
-                    acc_k, acc_v, k, v, q_s.index(stage).reshape([BM, D]), do_s.index(stage).reshape([BM, D]),
-                    end_s.index(stage), delta_s.index(stage), word, ring, turn, side, row, scale,
-                    BM, BN, D, kind == 1, WHOLE, GROUP,
-                )  # fmt: skip
+                if seen != 0:
+                    acc_k, acc_v = _tile(
+                        acc_k, acc_v, k, v, q_s.index(stage).reshape([BM, D]), do_s.index(stage).reshape([BM, D]),
+                        end_s.index(stage), delta_s.index(stage), word, ring, turn, side, row, scale,
+                        BM, BN, D, kind == 1, WHOLE, GROUP,
+                    )  # fmt: skip
+                elif WHOLE:
+                    _unseen(ring, turn, side, row, BM, BN, D, GROUP)
                 mbarrier.arrive(empty.index(stage), count=1)
                 stage += 1
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
                 if WHOLE:
-                    row = member + gl.load(index + t // (BQ // BM)) * BQ + sub * BM
+                    row = member + _row(index, t, kind, BQ // BM, BM)
                     turn ^= 1
                     if turn == 0:
                         side ^= 1
@@ -223,8 +273,9 @@ def backward_kv_kernel(
 
     q_d, do_d, k_d, v_d: descriptors of tensors in slot order; end_d, delta_d: of [B * Hq * room]; sums_d (if WHOLE): of
     [B * Hq * room, D] in float32. lists: (owner, its strides of samples and heads, query heads a plan head, key blocks,
-    begin, count, index of full and begin, count, index, mask of partial entries as `Turned` has them). table: words by
-    key. units, count, split: see `Units`. GROUPS warp groups have BN keys each. One program a key block and unit.
+    begin, count, index of full entries as `Turned` has them and begin, count, index, code of partial steps as `steps`
+    does). table: words by key. units, count, split: see `Units`. GROUPS warp groups have BN keys each. One program a
+    key block and unit.
     """
     pid = gl.program_id(0)
     blocks = lists[4]

@@ -46,6 +46,6 @@ def tuning_q(q_block: int, kv_block: int, width: int) -> Tuning:
     return found if found.tile <= kv_block else Tuning(kv_block, 2 * found.stages, found.registers)
 
 
-def whole(kv_block: int, width: int) -> bool:
+def whole(kv_block: int) -> bool:
     """Whether one pass makes all gradients: every step of it adds to memory, which only long steps pay for."""
-    return kv_block == 2 * GROUP and width == 128
+    return kv_block == 2 * GROUP

@@ -17,6 +17,7 @@ from glocal.kernels.gluon.backward_ends import after_kernel
 from glocal.kernels.gluon.backward_kv import backward_kv_kernel
 from glocal.kernels.gluon.backward_q import backward_q_kernel
 from glocal.kernels.gluon.backward_tuning import GROUP, tuning_kv, tuning_q, whole
+from glocal.kernels.gluon.steps import steps
 from glocal.kernels.triton import defaults
 from glocal.kernels.triton.launch import Known
 from glocal.kernels.triton.launch import backward as in_triton
@@ -74,7 +75,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         return Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v))
     with on_device(q):
         x = _inputs(w, q, k, v, known)
-        if torch.are_deterministic_algorithms_enabled() or not whole(call.kv_block, x.width):
+        if torch.are_deterministic_algorithms_enabled() or not whole(call.kv_block):
             return Grads(_grad_q(w, x, q), *_grad_kv(w, x, k, v, None))
         sums = torch.zeros(*q.shape[:2], w.q_room, x.width, dtype=torch.float32, device=q.device)
         grad_k, grad_v = _grad_kv(w, x, k, v, sums)
@@ -130,10 +131,10 @@ def _grad_kv(w: Work, x: _Inputs, k: Tensor, v: Tensor, sums: Tensor | None) -> 
     units = Units.of(p, w.heads, k.shape[1])
     direct = w.kv_facts.distinct and units.kv_step == 1
     outs = [_room(y, units.count, direct, w.kv_facts.complete, w.room) for y in (k, v)]
-    full, part = turned(p, w.kv_blocks)
+    full, part = turned(p, w.kv_blocks)[0], steps(p, (call.q_block, call.kv_block), t.tile, GROUP)
     lists = (
         *w.row(p.owner), w.kv_blocks, full.begin, full.count, full.index,
-        part.begin, part.count, part.index, full.index if part.mask is None else part.mask,
+        part.begin, part.count, part.index, part.mask,
     )  # fmt: skip
     queries, keys = (1, 1, t.tile, x.width), (1, 1, GROUP, x.width)
     halves = None if sums is None else x.width  # bytes of half a row, by which the sums take keys apart

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glocal.kernels.maps import power, start
+from glocal.kernels.maps.affine import activated, scale_and_shift
 
 _PIXELS, _CHANNELS = 64, 64  # of a program
 _PROGRAMS = 1024  # that share the sums over all pixels of a gradient of weights
@@ -20,13 +21,14 @@ _PROGRAMS = 1024  # that share the sums over all pixels of a gradient of weights
 
 @triton.jit
 def forward_kernel(
-    x, weight, bias, out, height, width, rows, columns, total, top, left,
+    x, weight, bias, out, stats, height, width, rows, columns, total, top, left, eps,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """x: [B, height, width, C], weight: [C, K, K], out: [B, rows, columns, C], total: B * rows * columns.
 
-    top, left: padding. RESIDUAL: x is added, for equal sizes.
+    top, left: padding. RESIDUAL: x is added, for equal sizes. stats: mean, variance, weight, bias [C] of a norm behind
+    it, or None; ACT: an activation at the end.
     """
     pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
@@ -48,7 +50,10 @@ def forward_kernel(
     written = live[:, None] & real[None, :]
     if RESIDUAL:
         found += tl.load(x + at, mask=written, other=0.0).to(tl.float32)
-    tl.store(out + at, found.to(out.dtype.element_ty), mask=written)
+    if stats is not None:
+        factor, shift = scale_and_shift(stats[0], stats[1], stats[2], stats[3], channel, real, eps)
+        found = found.to(out.dtype.element_ty).to(tl.float32) * factor[None, :] + shift[None, :]
+    tl.store(out + at, activated(found, ACT).to(out.dtype.element_ty), mask=written)
 
 
 @triton.jit
@@ -126,6 +131,27 @@ class Shape:
     residual: bool = False
 
 
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shape: Shape,
+    norm: tuple[tuple[Tensor, Tensor, Tensor, Tensor], float] | None = None,
+    act: str = "none",
+) -> Tensor:
+    """x, weight: contiguous, as in `Depthwise`; norm: ((mean, variance, weight, bias), eps) of a norm behind it."""
+    b, height, width, channels = x.shape
+    out = x.new_empty(b, shape.rows, shape.columns, channels)
+    total, sizes = b * shape.rows * shape.columns, _sizes(weight, shape)
+    stats, eps = (None, 0.0) if norm is None else norm
+    with torch.cuda.device_of(x):
+        start(forward_kernel, _grid(total, sizes),
+            x, weight, weight if bias is None else bias, out, stats, height, width, shape.rows, shape.columns, total,
+            shape.top, shape.left, eps, BIAS=bias is not None, RESIDUAL=shape.residual, ACT=act, **sizes,
+        )  # fmt: skip
+    return out
+
+
 class Depthwise(torch.autograd.Function):
     """x: [B, H, W, C] contiguous on a GPU, weight: [C, 1, K, K], bias: [C] or None, of one dtype."""
 
@@ -133,14 +159,7 @@ class Depthwise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, shape: Shape) -> Tensor:
         """The convolution, [B, rows, columns, C]."""
         x, weight = x.contiguous(), weight.contiguous()
-        b, height, width, channels = x.shape
-        out = x.new_empty(b, shape.rows, shape.columns, channels)
-        total, sizes = b * shape.rows * shape.columns, _sizes(weight, shape)
-        with torch.cuda.device_of(x):
-            start(forward_kernel, _grid(total, sizes),
-                x, weight, weight if bias is None else bias, out, height, width, shape.rows, shape.columns, total,
-                shape.top, shape.left, BIAS=bias is not None, RESIDUAL=shape.residual, **sizes,
-            )  # fmt: skip
+        out = forward(x, weight, bias, shape)
         ctx.save_for_backward(x, weight)
         ctx.shape, ctx.biased = shape, bias is not None
         return out

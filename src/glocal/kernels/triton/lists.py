@@ -83,8 +83,14 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
 
 
 def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
-    lists, rows, most = index.shape
+    most = index.shape[-1]
     live = torch.arange(most, device=index.device) < count[..., None]
+    return by_key(live, index, mask, kv_blocks)
+
+
+def by_key(live: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
+    """Turned lists of the live entries of `index` [lists, rows, most], whose values are key blocks; no wait."""
+    lists, rows, most = index.shape
     first = torch.arange(lists, device=index.device)[:, None, None] * kv_blocks
     key = torch.where(live, index + first, lists * kv_blocks).flatten()  # [U * rows * most]
     order = key.argsort(stable=True)

@@ -1,8 +1,8 @@
-"""Attention inside small windows in Triton: everything a tile of queries sees is read once and kept in one program.
+"""Attention inside small windows: everything a tile of queries sees is read once and kept in one program.
 
 Neighbourhoods and windows of vision backbones (arXiv 2204.07143, 2103.14030, 2204.01697): up to a few hundred keys a
 tile. What depends on positions alone (offsets, masks, biases) is made once and serves all images of a batch. Plans come
-from `glocal.plan.windows`. Triton is imported on the first call.
+from `glocal.plan.windows`. Triton, and Gluon inside it, are imported on the first call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CAPABILITY = Capability(
     needs="windows",
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="own Triton kernels for small windows with table gradients, no atomics; not yet measured on a GPU",
+    note="own kernels for small windows, Gluon for 16-bit numbers and Triton; gradients of tables, no atomics",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
     block_sizes=Sizes(16, 64, power=True),
@@ -27,7 +27,6 @@ CAPABILITY = Capability(
     segments=False,
     dense=False,
     most_keys=512,
-    by_name_only="not yet measured on a GPU, runs when named",
 )
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,15 +14,18 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.kernels.call import Call, Grads, TableBias
+from glocal.kernels.capability import installed
 from glocal.kernels.triton.defaults import padded
 from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-# Tiles side by side in a program, one a warp, and stages of its loop over images, forward; programs a launch at least.
-GROUP = 4
-STAGES = 1
-PROGRAMS = 2048
+# Stages of the loop over images, forward; programs a launch at least, of bench/small_windows.py.
+STAGES = 2
+PROGRAMS = 1024
+DIRECT_COLUMNS = 0  # of the widest tiles whose operands are read straight into registers
+# Columns of such a tile that one warp takes; with more, warps share the tile.
+WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
 PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -37,8 +42,18 @@ class Known:
 
 
 @dataclass(frozen=True, eq=False)
+class Launch:
+    """direct: the kernel in Gluon. numbers: (heads, ratio, images, images a program, tiles, groups)."""
+
+    tiles: Tiles
+    direct: bool
+    constants: dict[str, Any]
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
 class _Work:
-    """One call. table: as `table_of` reads it; turned: for rows that are keys."""
+    """One call. table: as `table_of` reads it; turned: for rows that are keys. direct: Gluon may serve it."""
 
     call: Call
     tables: Tables
@@ -46,27 +61,35 @@ class _Work:
     heads: int
     ratio: int
     sizes: dict[str, Any]
+    precision: str
+    direct: bool
     table: tuple[Any, ...] | None
     turned: tuple[Any, ...] | None
 
-    def launches(
-        self, tiles: Iterable[Tiles], forward: bool = False
-    ) -> Iterable[tuple[Tiles, dict[str, Any], tuple[int, ...]]]:
-        """Each set of tiles with its constants and (heads, ratio, images, images a program, tiles, groups)."""
+    def serves(self, t: Tiles) -> bool:
+        """Whether the kernels in Gluon take these tiles."""
+        most = DIRECT_COLUMNS if t.rows.shape[1] <= 16 else min(DIRECT_COLUMNS, 128)
+        return self.direct and t.columns.shape[1] <= most
+
+    def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
+        """Each set of tiles with all that its launch needs."""
         for t in tiles:
-            count, n = len(t.rows), t.columns.shape[1]
-            whole = t.rows.shape[1] > 16
-            group = (
-                (GROUP if forward else 4) if n <= 128 and not whole else 1
-            )  # wider rows do not fit the registers of one warp
+            (count, rows), n = t.rows.shape, t.columns.shape[1]
+            direct = self.serves(t)
+            if direct:
+                split = max(1, n // WARP_COLUMNS[part]) if rows <= 16 else 1
+                warps = max(4, split)
+                group = warps // split if rows <= 16 else 1
+                constants = {"G": group * split, "M": rows, "N": n // split, "SPLIT": split, "num_warps": warps}
+            else:
+                group = 4 if n <= 128 and rows <= 16 else 1  # wider tiles do not fit the registers of one warp
+                warps = 4 if rows > 16 else group if group > 1 else max(1, n // 128)
+                constants = {"G": group, "M": rows, "N": n, "PRECISION": self.precision, "num_warps": warps}
+                constants["num_stages"] = STAGES if part == "forward" else 1
             groups = -(-count // group)
             per = max(1, self.batch * self.heads * groups // PROGRAMS)
-            constants = self.sizes | {"G": group, "M": t.rows.shape[1], "N": n}
-            constants |= {
-                "num_warps": 4 if whole else group if group > 1 else max(1, n // 128),
-                "num_stages": STAGES if forward else 1,
-            }
-            yield t, constants, (self.heads, self.ratio, self.batch, per, count, groups)
+            constants |= self.sizes
+            yield Launch(t, direct, constants, (self.heads, self.ratio, self.batch, per, count, groups))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -81,11 +104,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
     with _device(q):
-        for t, constants, numbers in w.launches(w.tables.forward, forward=True):
+        for one in w.launches(w.tables.forward, "forward"):
+            t = one.tiles
             _start(
-                forward_kernel, numbers,
-                _strided(q), _strided(k), _strided(v), out, lse, t.rows, t.columns, t.masks, w.table,
-                float(call.scale), *numbers, n, **constants,
+                "forward", one, _strided(q), _strided(k), _strided(v), out, lse, t.rows, t.columns, t.masks, w.table,
+                float(call.scale), *one.numbers, n, **one.constants,
             )  # fmt: skip
     return out, lse
 
@@ -114,17 +137,21 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         rows,
         grad_q,
     )
-    narrow = all(t.columns.shape[1] <= TABLE_COLUMNS for t in w.tables.forward)
+    # Whether a warp has room for the sums of a table beside everything else.
+    narrow = all(
+        t.columns.shape[1] <= TABLE_COLUMNS or (w.serves(t) and t.rows.shape[1] <= 16) for t in w.tables.forward
+    )
     partial: list[tuple[Tiles, Tensor]] = []
 
     def run(sets: Iterable[Tiles], queries: bool, table: bool) -> None:
-        for t, constants, numbers in w.launches(sets):
-            chunks, count = -(-b // numbers[3]), len(t.rows)
+        for one in w.launches(sets, "table" if table else "queries"):
+            t = one.tiles
+            chunks, count = -(-b // one.numbers[3]), len(t.rows)
             sums = torch.empty(chunks if table else 0, h, count, t.rows.shape[1], t.columns.shape[1], device=q.device)
             _start(
-                queries_kernel, numbers,
-                *given, sums, t.rows, t.columns, t.masks, w.table, float(call.scale), *numbers, nq,
-                QUERIES=queries, TABLE=table, SAME=k.stride() == v.stride() and d == dv, **_pieces(constants),
+                "queries", one,
+                *given, sums, t.rows, t.columns, t.masks, w.table, float(call.scale), *one.numbers, nq,
+                QUERIES=queries, TABLE=table, SAME=k.stride() == v.stride() and d == dv, **_pieces(one.constants),
             )  # fmt: skip
             if table:
                 partial.append((t, sums.sum(0)))
@@ -145,12 +172,13 @@ def _keys(w: _Work, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor)
     make = torch.empty if all_rows(w.tables.backward, nk) else torch.zeros
     grad_k = make(b, h, nk, d, dtype=dtype, device=k.device)
     grad_v = make(b, h, nk, dv, dtype=dtype, device=k.device)
-    for t, constants, numbers in w.launches(w.tables.backward):
+    for one in w.launches(w.tables.backward, "keys"):
+        t = one.tiles
         _start(
-            keys_kernel, numbers,
+            "keys", one,
             _strided(q), _strided(k), _strided(v), grad, rows, grad_k, grad_v, t.rows, t.columns, t.masks,
-            w.turned, float(w.call.scale), *numbers, nq, nk,
-            SAME=q.stride() == grad.stride() and d == dv, **_pieces(constants),
+            w.turned, float(w.call.scale), *one.numbers, nq, nk,
+            SAME=q.stride() == grad.stride() and d == dv, **_pieces(one.constants),
         )  # fmt: skip
     if w.ratio == 1:
         return grad_k, grad_v
@@ -225,17 +253,40 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
             "DV": v.shape[3],
             "WD": widths[0],
             "WDV": widths[1],
-            "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         },
+        precision="ieee" if q.dtype == torch.float32 else "tf32",
+        direct=q.dtype in (torch.bfloat16, torch.float16) and max(widths) <= 64 and _direct(q.device),
         table=table,
         turned=turned,
     )
 
 
-def _start(kernel: Any, numbers: tuple[int, ...], *args: Any, **constants: Any) -> None:
-    """numbers: (heads, ratio, images, images a program, tiles, groups)."""
-    heads, _, images, per, _, groups = numbers
-    kernel[(groups * heads * -(-images // per),)](*args, **constants)
+def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
+    heads, _, images, per, _, groups = one.numbers
+    _kernels(one.direct)[part][(groups * heads * -(-images // per),)](*args, **constants)
+
+
+@cache
+def _kernels(direct: bool) -> dict[str, Any]:
+    if not direct:
+        return {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
+    from glocal.kernels.windows import backward_direct, forward_direct
+
+    return {
+        "forward": forward_direct.forward_kernel,
+        "queries": backward_direct.queries_kernel,
+        "keys": backward_direct.keys_kernel,
+    }
+
+
+@cache
+def _direct(device: torch.device) -> bool:
+    """Whether the kernels in Gluon run here: they need products of NVIDIA's Ampere and later."""
+    if os.environ.get("TRITON_INTERPRET") == "1" or not installed("triton.experimental.gluon"):
+        return False
+    if device.type != "cuda":
+        return True  # compiled for a card that is not there
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _strided(t: Tensor) -> tuple[Any, ...]:

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.kernels.maps import usable
 from glocal.nn.blocks.drop_path import DropPath
 from glocal.nn.blocks.layout import SameConv2d, conv, to_nchw, to_nhwc
 from glocal.nn.blocks.squeeze import SqueezeExcite
+from glocal.ops.depthwise import depthwise_conv
+from glocal.ops.norm import stored_norm
 
 tanh_gelu = partial(nn.GELU, approximate="tanh")
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
@@ -60,6 +64,23 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / stride), ceil(W / stride), out]."""
-        y = self.act(conv(self.norm1, conv(self.conv1_1x1, conv(self.pre_norm, x))))
-        y = self.act(conv(self.norm2, conv(self.conv2_kxk, y)))
+        if self._fuses(x):
+            y = conv(self.conv1_1x1, stored_norm(x, *_stats(self.pre_norm)))
+            y = stored_norm(y, *_stats(self.norm1), "gelu_tanh")
+            pads, stride = self.conv2_kxk.pads(*y.shape[1:3]), self.conv2_kxk.stride[0]
+            kernel, norm = self.conv2_kxk.weight, _stats(self.norm2)
+            y = depthwise_conv(y, kernel, stride=stride, padding=pads, norm=norm, act="gelu_tanh")
+        else:
+            y = self.act(conv(self.norm1, conv(self.conv1_1x1, conv(self.pre_norm, x))))
+            y = self.act(conv(self.norm2, conv(self.conv2_kxk, y)))
         return self.shortcut(x) + self.drop_path(conv(self.conv3_1x1, self.se(y)))
+
+    def _fuses(self, x: Tensor) -> bool:
+        """Whether norms by stored statistics and activations are one pass here."""
+        return not (self.training or torch.is_grad_enabled()) and usable(x, self.conv2_kxk.weight)
+
+
+def _stats(norm: nn.BatchNorm2d) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], float]:
+    """Mean, variance, weight and bias, and epsilon."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    return (norm.running_mean, norm.running_var, norm.weight, norm.bias), norm.eps

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.joint import JointHost
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
 
 
-class FluxHost(DiffusersHost):
+class FluxHost(JointHost):
     """Sites are `transformer_blocks.N.attn` and then `single_transformer_blocks.N.attn`."""
 
     def sites(self, model: Any) -> Sequence[Site]:

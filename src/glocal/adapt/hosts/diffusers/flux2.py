@@ -9,11 +9,16 @@ from __future__ import annotations
 from typing import Any
 
 from glocal.adapt.hosts.diffusers.flux import FluxHost
+from glocal.adapt.hosts.diffusers.joint import Gated
 from glocal.adapt.hosts.diffusers.reorder import Stream
 
 
 class Flux2Host(FluxHost):
     """Sites are `transformer_blocks.N.attn` and then `single_transformer_blocks.N.attn`."""
+
+    def gated(self, block: Any) -> Gated | None:
+        """Gates come from outside the blocks."""
+        return None
 
     def stream(self, model: Any) -> Stream | None:
         """None: text and image leave the single blocks in one tensor."""

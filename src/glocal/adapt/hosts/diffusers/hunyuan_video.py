@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.joint import JointHost
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
@@ -20,8 +20,10 @@ from glocal.canvas import Layout
 SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
 
 
-class HunyuanVideoHost(DiffusersHost):
+class HunyuanVideoHost(JointHost):
     """Sites are `transformer_blocks.N.attn` and then `single_transformer_blocks.N.attn`."""
+
+    text_first = False
 
     def sites(self, model: Any) -> Sequence[Site]:
         """One joint attention a block; layers count through both kinds of block."""

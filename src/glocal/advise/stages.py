@@ -1,0 +1,148 @@
+"""The middle stages of `advise`: samples probed, one step range sparse at a time, one step of every finalist."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatch
+
+from torch import Tensor
+
+from glocal.advise.advice import Run
+from glocal.advise.calibrate import finalists, gains, step_error, summed
+from glocal.advise.dropped import broken_records
+from glocal.advise.farm import Task
+from glocal.advise.methods import MethodSpec
+from glocal.advise.preflight import AdviceError, Preflight
+from glocal.advise.probe import ProbeRecord
+from glocal.advise.recipe import Fallback
+from glocal.advise.reduced import agree, reduced_sample
+from glocal.advise.search import Found, base_rules
+from glocal.advise.tasks import Looks, Probed, probe_sample
+from glocal.advise.timing import Times
+from glocal.advise.weights import (
+    Bucket,
+    StepWeight,
+    Weights,
+    fit_weights,
+    one_bucket,
+    phase_of,
+    residual_total,
+    weight_run,
+)
+from glocal.advise.workload import Sample, Split, Workload
+
+
+def measured_gains(
+    run: Run, found: Found, known: tuple[Sample, Probed], before: Preflight, plain: Sequence[str]
+) -> dict[str, float]:
+    """Of the finalists, each by one step of the whole model."""
+    sample, probed = known
+    again = run.objective.restart
+    step = probed.steps[len(probed.steps) // 2] if again else probed.steps[0]
+    bucket = next(b for b in found.buckets if b.first <= step <= b.last)
+    levels = before.levels
+    phase = phase_of(bucket.coordinate, levels[step + 1], levels[step])
+    at = (step, probed.latents[step - 1] if again and step else None, probed.latents[step])
+    names = finalists(found, run.effort.budgets, run.effort.finalists, plain)
+    run.stage("calibration", len(names))
+    recipes = [found.recipe([n], [replace(r, use=n, phase=phase) for r in found.base]) for n in names]
+    tasks = [Task(f"gain/{n}", step_error, (sample, recipe, at)) for n, recipe in zip(names, recipes, strict=True)]
+    changed = dict(zip(names, run.farm.map(tasks), strict=True))
+    return gains(changed, {n: summed(found.records, n, step, sample.id) for n in names})
+
+
+def probes(
+    run: Run,
+    split: Split,
+    methods: Mapping[str, MethodSpec],
+    plain: Mapping[str, MethodSpec],
+    buckets: Sequence[Bucket],
+) -> tuple[list[Probed], list[Probed]]:
+    """Probe samples with every candidate, step-weight samples with the plain ones."""
+    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
+    first = [Task(f"probe/{s.id}", probe_sample, (s, methods, looks)) for s in split.probe.samples]
+    second = [Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in split.weights.samples]
+    run.stage("probe", len(first) + len(second))
+    found: list[Probed] = run.farm.map([*first, *second])
+    for probed in found:
+        for name, why in probed.errors.items():
+            run.dropped.unfit(name, why)
+    for name in sorted(broken_records([r for p in found for r in p.records])):
+        run.dropped.fail(name, "the probe found NaN or infinity in its output")
+    return found[: len(first)], found[len(first) :]
+
+
+def kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
+    """Records of the sites that may be touched."""
+    return [r for r in records if not any(fnmatch(r.site, glob) for glob in run.options.keep_dense)]
+
+
+def step_weights(
+    run: Run,
+    samples: Workload,
+    probed: Sequence[Probed],
+    known: tuple[Preflight, Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
+) -> Weights:
+    """One bucket sparse at a time, on every step-weight sample; on a reduced canvas where that says the same."""
+    before, buckets, plain, records, fallback = known
+    rules = base_rules(records)
+
+    def measured(where: Sequence[tuple[Sample, Probed]], which: Sequence[Bucket]) -> list[StepWeight]:
+        tasks, places = [], []
+        for sample, dense in where:
+            own = kept(run, dense.records)
+            for bucket in which:
+                for name, method in plain.items():
+                    recipe = one_bucket(bucket, name, method, rules, fallback)
+                    reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
+                    task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
+                    tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
+                    places.append((bucket.number, name, residual_total(own, name, bucket.number)))
+        ends = run.farm.map(tasks)
+        return [StepWeight(n, name, end, one, total) for (n, name, total), (end, one) in zip(places, ends, strict=True)]
+
+    full = list(zip(samples.samples, probed, strict=True))
+    small = _reduced(run, samples, before, plain, buckets)
+    if small is None or len(buckets) < 3:
+        return fit_weights(buckets, measured(full, buckets))
+    runs = measured(small, buckets)
+    ends = measured(full, [buckets[0], buckets[-1]])
+    middle = buckets[1:-1]
+    if agree(ends, runs):
+        return fit_weights(buckets, ends + [r for r in runs if r.bucket in {b.number for b in middle}])
+    return fit_weights(buckets, ends + measured(full, middle))
+
+
+def _reduced(
+    run: Run, samples: Workload, before: Preflight, plain: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
+) -> list[tuple[Sample, Probed]] | None:
+    """The step-weight samples on a reduced canvas, probed; None where the canvas is small or cannot be told."""
+    sizes = getattr(run.objective, "sizes", None)
+    if sizes is None:
+        return None
+    made = [reduced_sample(s, sizes(s), before.shape, run.effort.reduced) for s in samples.samples]
+    small = [s for s in made if s is not None]
+    if not small or len(small) < len(made):
+        return None
+    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
+    return list(
+        zip(small, run.farm.map([Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in small]), strict=True)
+    )
+
+
+def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:
+    """The latent before a bucket, for a model that can go on from it."""
+    return dense.latents[bucket.first - 1] if run.objective.restart and bucket.first else None
+
+
+def plain_methods(times: Times, methods: Mapping[str, MethodSpec], count: int) -> dict[str, MethodSpec]:
+    """Position methods of middling density that leave something out, spread over what they keep."""
+    patterns = [n for n, m in methods.items() if m.kind == "pattern" and times.methods[n].kept < 1]
+    ranked = sorted(patterns, key=lambda n: times.methods[n].visited)
+    middle = [n for n in ranked if 0.15 <= times.methods[n].visited <= 0.6]
+    pool = middle if len(middle) >= count else ranked
+    if not pool:
+        raise AdviceError("No position method fits this canvas, so step weights cannot be measured.")
+    places = sorted({round((i + 0.5) * len(pool) / count - 0.5) for i in range(count)})
+    return {pool[p]: methods[pool[p]] for p in places}

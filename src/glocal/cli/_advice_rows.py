@@ -1,0 +1,43 @@
+"""Every measured row of an advice as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from glocal.advise.advice import Advice
+
+
+def rows(advice: Advice) -> list[dict[str, Any]]:
+    """Every measured row as plain values: the lines of `evidence.jsonl`."""
+    out: list[dict[str, Any]] = []
+    out += [{**asdict(r), "kind": "probe", "site_kind": r.kind} for r in advice.records]
+    out += [{"kind": "time", **asdict(t)} for t in (advice.times.dense, *advice.times.methods.values())]
+    if advice.weights is not None:
+        out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
+    out += [{"kind": "gain", "method": name, "gain": value} for name, value in advice.gains.items()]
+    for rung in advice.ladder:
+        out.append(
+            {
+                "kind": "rung",
+                "name": rung.name,
+                "family": rung.kind,
+                "recipe": rung.recipe.id,
+                "attention_ratio": rung.attention_ratio,
+                "predicted": rung.predicted,
+                "error": rung.error,
+                "seconds": rung.seconds,
+                "dense_seconds": rung.dense_seconds,
+            }
+        )
+    if advice.validation is not None:
+        out += [{"kind": "pair", **asdict(p), "drift": p.drift} for p in advice.validation.pairs]
+    for attempt in advice.rejected:
+        for pair in attempt.validation.pairs:
+            row = {"kind": "rejected pair", "rung": attempt.rung.name, **asdict(pair), "drift": pair.drift}
+            out.append(row)
+    out += [{"kind": "less memory", **asdict(s)} for s in advice.shrunk]
+    out += [{"kind": "dropped", "name": name, "why": why} for name, why in advice.dropped.items()]
+    out += [{"kind": "stage", "name": name, "seconds": seconds} for name, seconds in advice.stages.items()]
+    return out

@@ -1,0 +1,251 @@
+"""Register layouts and loads of the window kernels in Gluon: operands go from memory into the registers of products.
+
+Windows of a tile overlap those of its neighbours, so keys come from the first-level cache; what a copy through shared
+memory would cost is saved. A lane reads 16 bytes of a row of the left or right operand of a product over the head size.
+Where the product runs over tokens (P V, and gradients), a lane holds pairs of tokens and columns side by side, which
+permutes the columns of the result: `natural` undoes it in registers.
+
+Tensors have an axis of G in front: tiles, each of one warp, or SPLIT equal parts of the columns of one tile; or G is 1
+and the M / 16 warps share a tile.
+"""
+
+# pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.jit import constexpr_function
+
+INF = gl.constexpr(float("inf"))
+
+
+@constexpr_function
+def _steps(n):
+    """1, 2, 4 ... below n, a power of two."""
+    return [1 << i for i in range(n.bit_length() - 1)]
+
+
+@constexpr_function
+def products(G, M):
+    """Accumulators [G, M, any]."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[G, M // 16, 1], instr_shape=[1, 16, 8])
+
+
+@constexpr_function
+def operand(side, G, M, width):
+    """Left (0) or right (1) operand; width: neighbours along the summed axis that a lane holds."""
+    return gl.DotOperandLayout(side, products(G, M), width)
+
+
+@constexpr_function
+def along(wide):
+    """Neighbours along the head size, up to 16 bytes of 16-bit numbers."""
+    return min(8, wide // 4)
+
+
+@constexpr_function
+def paired(G, M, n, wide):
+    """[G, n, 8, wide / 8]: rows of n tokens, a right operand of a product over tokens but for the order of columns."""
+    registers = [[0, 0, 0, s] for s in _steps(wide // 8)]
+    registers += [[0, 1, 0, 0], [0, 8, 0, 0]] + [[0, 16 * s, 0, 0] for s in _steps(n // 16)]
+    lanes = [[0, 2, 0, 0], [0, 4, 0, 0], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
+    warps = [[0, 0, 0, 0] for _ in _steps(M // 16)] + [[s, 0, 0, 0] for s in _steps(G)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [G, n, 8, wide // 8])
+
+
+@constexpr_function
+def natural_layout(G, M, wide):
+    """[G, M, wide] as `natural` returns it, with 2 wide / 8 columns side by side in a lane."""
+    side = wide // 8
+    registers = [[0, 0, s] for s in _steps(side)] + [[0, 0, side], [0, 8, 0]]
+    lanes = [[0, 0, 2 * side], [0, 0, 4 * side], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    warps = [[0, 16 * s, 0] for s in _steps(M // 16)] + [[s, 0, 0] for s in _steps(G)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [G, M, wide])
+
+
+@constexpr_function
+def twos(G, M, n):
+    """[G, n, 2]: two numbers for each column of products."""
+    registers = [[0, 0, 1], [0, 1, 0]] + [[0, 8 * s, 0] for s in _steps(n // 8)]
+    lanes = [[0, 2, 0], [0, 4, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]
+    warps = [[0, 0, 0] for _ in _steps(M // 16)] + [[s, 0, 0] for s in _steps(G)]
+    return gl.DistributedLinearLayout(registers, lanes, warps, [], [G, n, 2])
+
+
+@gluon.jit
+def tokens(
+    table, group, count, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr
+):
+    """Tokens [G, SIZE] of a group of tiles, -1 where there is none; and the same with some token of the tile there.
+
+    ALL: tokens from one tile to the next. SPLIT: how often each tile stands in a row.
+    """
+    place = (group * G + gl.arange(0, G, layout=gl.SliceLayout(1, L))) // SPLIT
+    slot = gl.arange(0, SIZE, layout=gl.SliceLayout(0, L))
+    first = gl.expand_dims(gl.minimum(place, count - 1) * ALL, 1)
+    found = gl.load(table + first + gl.expand_dims(slot, 0))
+    some = gl.where(found < 0, gl.maximum(gl.load(table + first), 0), found)
+    return gl.where(gl.expand_dims(place < count, 1), found, -1), some
+
+
+@gluon.jit
+def row_offsets(
+    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, SPLIT: gl.constexpr, WIDE: gl.constexpr,
+    L: gl.constexpr,
+):  # fmt: skip
+    """Offsets [G, SIZE, WIDE] of rows in the layout L; t: (pointer, strides of image, head, token, column)."""
+    some = tokens(table, group, count, G, SIZE, SIZE, SPLIT, gl.SliceLayout(2, L))[1]
+    column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    return (gl.expand_dims(some, 2) * t[3] + gl.expand_dims(gl.expand_dims(column, 0), 1) * t[4]).to(gl.uint32)
+
+
+@gluon.jit
+def column_offsets(
+    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
+):
+    """The same as columns, [G, WIDE, SIZE]."""
+    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(1, L))[1]
+    row = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    return (gl.expand_dims(some, 1) * t[3] + gl.expand_dims(gl.expand_dims(row, 0), 2) * t[4]).to(gl.uint32)
+
+
+@gluon.jit
+def pair_offsets(
+    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
+):
+    """The same as `paired`, [G, SIZE, 8, WIDE / 8]."""
+    S: gl.constexpr = WIDE // 8
+    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(2, gl.SliceLayout(3, L)))[1]
+    eighth = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L))))
+    column = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
+    eighth = gl.expand_dims(gl.expand_dims(gl.expand_dims(eighth, 0), 0), 3) * (S * t[4])
+    column = gl.expand_dims(gl.expand_dims(gl.expand_dims(column, 0), 0), 0) * t[4]
+    return (gl.expand_dims(gl.expand_dims(some, 2), 3) * t[3] + (eighth + column)).to(gl.uint32)
+
+
+@gluon.jit
+def load_rows(t, offset, SIZE: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr):
+    """Rows [G, n, WIDE] at the pointer t, 0 from column SIZE on. Pads hold some token of the tile; nobody sees them."""
+    if SIZE < WIDE:
+        column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+        inside = gl.expand_dims(gl.expand_dims(column, 0), 1) < SIZE
+        return gl.load(t + offset, mask=inside & (offset >= 0), other=0.0)
+    return gl.load(t + offset)
+
+
+@gluon.jit
+def load_columns(t, offset, SIZE: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr):
+    """The same as columns, [G, WIDE, n]."""
+    if SIZE < WIDE:
+        row = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+        inside = gl.expand_dims(gl.expand_dims(row, 0), 2) < SIZE
+        return gl.load(t + offset, mask=inside & (offset >= 0), other=0.0)
+    return gl.load(t + offset)
+
+
+@gluon.jit
+def load_pairs(t, offset, SIZE: gl.constexpr, WIDE: gl.constexpr, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """Rows [G, N, WIDE] as a right operand of a product over tokens, columns in the order that `natural` undoes."""
+    L: gl.constexpr = paired(G, M, N, WIDE)
+    S: gl.constexpr = WIDE // 8
+    if SIZE < WIDE:
+        eighth = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L))))
+        column = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
+        eighth = gl.expand_dims(gl.expand_dims(gl.expand_dims(eighth, 0), 0), 3) * S
+        inside = (eighth + gl.expand_dims(gl.expand_dims(gl.expand_dims(column, 0), 0), 0)) < SIZE
+        found = gl.load(t + offset, mask=inside & (offset >= 0), other=0.0)
+    else:
+        found = gl.load(t + offset)
+    turned = gl.reshape(gl.permute(found, [0, 1, 3, 2]), [G, N, WIDE])
+    return gl.convert_layout(turned, operand(1, G, M, 2), assert_trivial=True)
+
+
+@gluon.jit
+def natural(x, G: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr):
+    """Products [G, M, WIDE] with the columns of `load_pairs` -> the same in their own order."""
+    turned = gl.permute(gl.reshape(x, [G, M, WIDE // 8, 8]), [0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(turned, [G, M, WIDE]), natural_layout(G, M, WIDE), assert_trivial=True)
+
+
+@gluon.jit
+def store_rows(
+    t, x, table, group, count, n_from,
+    SIZE: gl.constexpr, WIDE: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Write x [G, M, WIDE], columns as in `load_pairs`, as rows of SIZE at t + n_from; tokens from the table of tiles.
+
+    SPLIT: x of so many neighbours on the first axis is added up.
+    """
+    L: gl.constexpr = natural_layout(G, M, WIDE)
+    if SPLIT > 1:
+        parts = gl.reshape(x, [G // SPLIT, SPLIT, M, WIDE])
+        FOUR: gl.constexpr = parts.type.layout
+        total = gl.expand_dims(gl.sum(parts, 1), 1) + gl.zeros([G // SPLIT, SPLIT, M, WIDE], gl.float32, layout=FOUR)
+        x = gl.convert_layout(gl.reshape(total, [G, M, WIDE]), products(G, M), assert_trivial=True)
+    x = natural(x.to(t.dtype.element_ty), G, M, WIDE)
+    token = gl.expand_dims(tokens(table, group, count, G, M, M, SPLIT, gl.SliceLayout(2, L))[0], 2)
+    column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
+    column = gl.expand_dims(gl.expand_dims(column, 0), 1)
+    own = token >= 0
+    if SIZE < WIDE:
+        own = own & (column < SIZE)
+    if SPLIT > 1:
+        turn = gl.arange(0, G, layout=gl.SliceLayout(1, gl.SliceLayout(2, L))) % SPLIT
+        own = own & (gl.expand_dims(gl.expand_dims(turn, 1), 2) == 0)
+    gl.store(t + n_from + (token * SIZE + column), x, mask=own)
+
+
+@gluon.jit
+def over_parts(x, LARGEST: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr):
+    """x [G, M] with the sum over SPLIT neighbours on the first axis, or the largest, in place of each."""
+    L: gl.constexpr = x.type.layout
+    if SPLIT > 1:
+        parts = gl.reshape(x, [G // SPLIT, SPLIT, M])
+        THREE: gl.constexpr = parts.type.layout
+        whole = gl.max(parts, 1) if LARGEST else gl.sum(parts, 1)
+        whole = gl.expand_dims(whole, 1) + gl.zeros([G // SPLIT, SPLIT, M], gl.float32, layout=THREE)
+        x = gl.convert_layout(gl.reshape(whole, [G, M]), L, assert_trivial=True)
+    return x
+
+
+@gluon.jit
+def clean(x):
+    """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
+    return gl.where(gl.abs(x.to(gl.float32)) < INF, x, 0.0).to(x.dtype)
+
+
+@gluon.jit
+def ill_rows(x):
+    """Whether a row of [G, n, WIDE] holds an entry that is not finite, int32 [G, n]."""
+    return gl.max(gl.where(gl.abs(x.to(gl.float32)) < INF, 0, 1), 2)
+
+
+@gluon.jit
+def table_of(
+    masks, group, count, mine, theirs, head, table, scale,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ALL: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """float32 [G, M, N]: table entry / scale of the seen pairs, -inf elsewhere.
+
+    masks: int32 [tiles, M, SPLIT * ALL / 32], N columns of each ALL. mine [G, M], theirs [G, N]: tokens. table:
+    (values, head stride, width, codes of rows, codes of columns) or None.
+    """
+    L: gl.constexpr = products(G, M)
+    WORDS: gl.constexpr = SPLIT * ALL // 32
+    place = group * G + gl.arange(0, G, layout=gl.SliceLayout(1, gl.SliceLayout(2, L)))
+    row = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
+    column = gl.expand_dims(gl.expand_dims(gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, L))), 0), 1)
+    start = gl.minimum(place // SPLIT, count - 1).to(gl.int64) * (M * WORDS) + place % SPLIT * (ALL // 32)
+    at = gl.expand_dims(gl.expand_dims(start, 1), 2) + gl.expand_dims(gl.expand_dims(row, 0), 2) * WORDS + column // 32
+    seen = (gl.load(masks + at) >> (column % 32)) & 1
+    ours, others = gl.expand_dims(mine, 2), gl.expand_dims(theirs, 1)
+    seen = (seen == 1) & (ours >= 0) & (others >= 0)
+    found = gl.zeros([G, M, N], gl.float32, layout=L)
+    if table is not None:
+        code = gl.expand_dims(gl.load(table[4] + theirs, mask=theirs >= 0, other=0), 1)
+        code = code - gl.expand_dims(gl.load(table[3] + mine, mask=mine >= 0, other=0), 2)
+        inside = seen & (code >= 0) & (code < table[2])
+        found += gl.load(table[0] + head.to(gl.int64) * table[1] + code, mask=inside, other=0.0).to(gl.float32)
+    return gl.where(seen, found / scale, -INF)

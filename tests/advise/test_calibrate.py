@@ -1,0 +1,74 @@
+"""Gains: what errors of a method add up to in one step of the whole model, and what the search goes on with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from glocal.advise import Frames, Recipe, Workload, attach
+from glocal.advise.calibrate import MOST, counted_by, finalists, gains, step_error, summed
+from glocal.advise.methods import candidates
+from glocal.advise.recipe import Fallback
+from glocal.advise.search import base_rules
+from glocal.advise.tasks import Looks, probe_sample
+from glocal.advise.weights import StepWeight, make_buckets, one_bucket
+from glocal.models.generation import VideoDiT
+
+from .test_ladder import BUCKETS, HALF, SPARSE, found
+
+
+def test_gains_are_relative_to_their_mean_and_bounded() -> None:
+    made = gains({"a": 0.4, "b": 0.1, "none": 0.0}, {"a": 1.0, "b": 1.0, "none": 1.0})
+    assert made["a"] / made["b"] == pytest.approx(4) and made["a"] * made["b"] == pytest.approx(1)
+    assert made["none"] == 1.0
+    wild = gains({"a": 1e6, "b": 1e-6}, {"a": 1.0, "b": 1.0})
+    assert wild == {"a": pytest.approx(MOST), "b": pytest.approx(1 / MOST)}
+
+
+def test_errors_count_by_gains_and_weights_are_fitted_anew() -> None:
+    known = replace(found(), weights=replace(found().weights, runs=tuple(runs())))
+    counted = counted_by(known, {HALF.id: 2.0})
+    assert set(counted.methods) == {HALF.id} == {r.method for r in counted.records}
+    before = [r.residual for r in known.records if r.method == HALF.id]
+    assert [r.residual for r in counted.records] == pytest.approx([2 * r for r in before])
+    assert counted.weights.weight == pytest.approx([0.1 / (2 * 0.1), 0.3 / (2 * 0.1)])
+    # The method that gave the weights predicts what it measured, whatever its gain.
+    assert counted.uniform_error(HALF.id, BUCKETS[:1]) / known.uniform_error(HALF.id, BUCKETS[:1]) == pytest.approx(
+        0.1 / 0.1 / known.weights.weight[0]
+    )
+
+
+def runs() -> Iterator[StepWeight]:
+    for bucket, end in ((0, 0.1), (1, 0.3)):
+        yield StepWeight(bucket, HALF.id, end, 0.05, 0.1)
+
+
+def test_finalists_keep_what_gave_the_weights() -> None:
+    known = found()
+    assert finalists(known, (0.6,), 8, []) == list(known.methods)
+    assert finalists(known, (0.6,), 1, [SPARSE.id]) == [SPARSE.id]
+    assert finalists(known, (0.6,), 1, [HALF.id]) == [HALF.id]
+
+
+def test_one_step_is_that_of_a_run_that_is_sparse_in_it(model: VideoDiT, workload: Workload, objective: Frames) -> None:
+    sample = workload.samples[0]
+    methods = {m.id: m for m in candidates((4, 8, 8), tile_shape=(2, 4, 4))[:2]}
+    buckets = make_buckets(objective.levels, 4)
+    with torch.no_grad():
+        probed = probe_sample(model, objective, sample, methods, Looks(buckets, 1, 4))
+        rules, name = base_rules(probed.records), next(iter(methods))
+        recipe = one_bucket(buckets[2], name, methods[name], rules, Fallback(min_tokens=64))
+        here = step_error(model, objective, sample, recipe, (2, probed.latents[1], probed.latents[2]))
+        whole = step_error(model, objective, sample, recipe, (2, None, probed.latents[2]))
+        seen: list[torch.Tensor] = []
+        with attach(model, recipe, on_unseen="run"):
+            objective.run(model, sample, on_step=lambda s: seen.append(s.latent))
+        dense = step_error(model, objective, sample, Recipe("dense"), (2, probed.latents[1], probed.latents[2]))
+    wanted = float((seen[2] - probed.latents[2]).norm() / probed.latents[2].norm())
+    assert here == pytest.approx(wanted, rel=1e-4) and whole == pytest.approx(wanted, rel=1e-4) and dense == 0.0
+    own = [r for r in probed.records if r.method == name and r.step == 2 and r.head >= 0]
+    assert summed(probed.records, name, 2, sample.id) == pytest.approx(math.sqrt(sum(r.residual**2 for r in own)))

@@ -1,0 +1,72 @@
+"""The driver of the generators: what it puts together from blocks and rest."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from math import nan
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).resolve().parents[2] / "bench"
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Modules of bench/generation."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from generation import cases, measure, rows  # type: ignore[import-not-found]
+
+    yield cases, measure, rows
+    for name in [n for n in sys.modules if n.partition(".")[0] == "generation"]:
+        del sys.modules[name]
+
+
+def contender(measure: Any, entry: Any, block: tuple[float, ...], rest: float = 1.0) -> Any:
+    """Two rounds, the second twice as slow."""
+    times = measure.Times()
+    for factor in (1.0, 2.0):
+        times.step.append(factor)
+        times.attention.append(factor * (block[0] if block else nan) / 2)
+        times.blocks.append(tuple(factor * b for b in block))
+        times.rest.append(factor * rest)
+    return measure.Contender(entry, None, error=1e-3, times=times)
+
+
+def test_a_whole_step_is_the_rest_and_all_blocks(parts: Any) -> None:
+    cases, measure, rows = parts
+    case = next(c for c in cases.CASES if c.name.startswith("hunyuanvideo 117"))
+    entry = replace(case.entries[0], dense_steps=10, dense_layers=(4, 0))
+    dense, fast = contender(measure, None, (2.0, 3.0)), contender(measure, entry, (1.0, 1.5))
+    measured = measure.Measured(case, "some kernel", {"dense": dense, entry.name: fast}, [])
+    assert rows.whole_step(measured, dense, 0) == 1 + 20 * 2 + 40 * 3
+    assert rows.whole_step(measured, fast, 1) == 2 * (1 + 20 * 1 + 40 * 1.5)
+    assert rows.whole_step(measured, fast, 0, (4, 0)) == 1 + 16 * 1 + 4 * 2 + 40 * 1.5
+    steps, whole, mixed = case.steps, 1.5 * 161.0, 1.5 * 85.0  # medians of two rounds
+    assert rows.run_forecast(measured, fast) == pytest.approx(steps * whole / (10 * whole + (steps - 10) * mixed))
+    table = rows.rows_of(measured)
+    assert [row["method"] for row in table] == ["dense", entry.name]
+    assert table[1]["step_speedup"] == f"{161 / 81:.3f}" and table[1]["attention_speedup"] == "2.000"
+    assert table[0]["run_forecast"] == "1.000" and table[1]["paper"] == entry.paper
+
+
+def test_steps_of_several_kinds_make_one_run(parts: Any) -> None:
+    cases, measure, rows = parts
+    case = next(c for c in cases.CASES if c.name == "sdxl 2048x2048")
+    found = {"dense": contender(measure, None, (), 10.0)}
+    for entry, rest in zip(case.entries, (4.0, 5.0, 8.0), strict=True):
+        found[entry.name] = contender(measure, entry, (), rest)
+    measured = measure.Measured(case, "some kernel", found, [])
+    whole = 50 * 10.0 / (8 * 4.0 + 12 * 5.0 + 30 * 8.0)
+    assert {row["run_forecast"] for row in rows.rows_of(measured)} == {"1.000", f"{whole:.3f}"}
+
+
+def test_published_steps_of_a_case_are_as_many_as_its_run(parts: Any) -> None:
+    cases, _, _ = parts
+    for case in cases.CASES:
+        shared = [e.steps for e in case.entries if e.group]
+        assert not shared or sum(shared) == case.steps
+        assert len(case.layers) == len(case.kind.stacks) or not case.kind.stacks
