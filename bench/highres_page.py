@@ -15,6 +15,7 @@ from glocal.report import Column, Picture, Table, TableReport, render_table
 ROOT = Path(__file__).resolve().parent.parent
 MEASURES = ("right", "whole", "extra", "missing", "detail")
 SIGNS = {"yes": "better", "no": "worse", "unclear": "unclear", "": None}
+WIDE = ".pictures { grid-template-columns: 1fr } .pictures img { width: min(100%, 900px) }"
 NAMES = {"unet": "UNet", "dit": "transformer"}
 
 
@@ -23,7 +24,7 @@ def table(rows: list[dict[str, str]]) -> Table:
     found: dict[tuple[str, int, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         found.setdefault((row["model"], int(row["side"]), row["method"]), {})[row["measure"]] = row
-    columns = [Column("model"), Column("side", "px"), Column("method")]
+    columns = [Column("model"), Column("side", "px"), Column("method"), Column("seeds")]
     columns += [
         Column("right", percent=True),
         Column("whole", percent=True),
@@ -35,7 +36,8 @@ def table(rows: list[dict[str, str]]) -> Table:
     for (model, side, method), measures in found.items():
         values = [float(measures[m]["mean"]) if m in measures else None for m in MEASURES]
         verdicts = [SIGNS[measures[m]["better"]] for m in ("right", "extra")]
-        cells.append((NAMES[model], side, method, *values, *verdicts))
+        seeds = int(measures["right"]["seeds"])
+        cells.append((NAMES[model], side, method, seeds, *values, *verdicts))
     return Table(tuple(columns), tuple(cells))
 
 
@@ -53,17 +55,16 @@ def pictures(folder: Path) -> list[Picture]:
 def page(rows: list[dict[str, str]], folder: Path) -> str:
     """The page as HTML."""
     captions = (folder / "captions.txt").read_text().splitlines()
-    seeds = rows[0]["seeds"]
     notes = (
         "The models were trained on pictures of 64 x 64 px. right: share of the objects named in a caption that stand "
         "exactly once in the picture, at the place named. whole: share of pictures where all do and nothing else is "
         "there. extra: objects too many, a picture. missing: share of the named objects. detail: what a picture loses "
         "when it is reduced to 64 px, over what the painted scene of its caption loses.",
-        f"Means over {seeds} captions and noises, the same for every method. better or worse: the whole 90 % interval "
-        "of the paired differences to naive sampling at the same side lies on that side of zero.",
+        "Means over captions and noises (seeds) that are the same for every method. better or worse: the whole 90 % "
+        "interval of the paired differences to naive sampling at the same side lies on that side of zero.",
         "Captions of the pictures, from left to right: " + " ".join(captions),
     )
-    return render_table(
+    html = render_table(
         TableReport(
             title="Pictures larger than a model was trained for",
             table=table(rows),
@@ -74,6 +75,8 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
             facts={"device": rows[0]["device"], "torch": rows[0]["torch"], "rows": "results/highres.csv"},
         )
     )
+    # Sheets are wide: one below the other.
+    return html.replace("</head>", f"<style>{WIDE}</style></head>", 1)
 
 
 def main() -> None:

@@ -304,7 +304,9 @@ def _sensible(transformer: Any, settings: ScaleDiTSettings) -> None:
             "scale_dit: tuned_image=True in FLUX.2, whose updates act on low tokens alone; legal: tuned_image=False."
         )
     if settings.cache_low and not second:
-        raise ValueError("scale_dit: cache_low=True in another model than FLUX.2; legal: FLUX.2, or cache_low=False.")
+        raise ValueError(
+            f"scale_dit: cache_low=True in {type(transformer).__name__}; legal: FLUX.2, or cache_low=False."
+        )
     if settings.cache_low and settings.phase != "inference":
         raise ValueError(
             f"scale_dit: cache_low=True with phase={settings.phase!r}, in which low tokens read the words; legal: "
