@@ -20,8 +20,9 @@ from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-# Stages of the loop over images, forward; programs a launch at least, of bench/small_windows.py.
-STAGES = 2
+# Stages of the loop over images, forward: with one, results were checked on a card; with two, which is faster, and with
+# operands read straight into registers, only times or nothing yet. Programs a launch at least.
+STAGES = 1
 PROGRAMS = 1024
 DIRECT_COLUMNS = 0  # of the widest tiles whose operands are read straight into registers
 # Columns of such a tile that one warp takes; with more, warps share the tile.
