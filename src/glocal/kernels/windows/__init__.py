@@ -18,7 +18,7 @@ CAPABILITY = Capability(
     needs="windows",
     devices=("cuda",),
     dtypes=(torch.float32, torch.bfloat16, torch.float16),
-    note="own kernels for small windows, Gluon for 16-bit numbers and Triton; gradients of tables, no atomics",
+    note="own Triton kernels for small windows with table gradients, no atomics",
     head_dims=Sizes(1, 128),
     value_dims=Sizes(1, 128),
     block_sizes=Sizes(16, 64, power=True),

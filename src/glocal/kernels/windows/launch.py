@@ -20,10 +20,11 @@ from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-# Stages of the loop over images, forward; programs a launch at least, of bench/small_windows.py.
+# Stages of the loop over images, forward; programs a launch at least. Of bench/small_windows.py, as are the next two.
 STAGES = 2
 PROGRAMS = 1024
-DIRECT_COLUMNS = 0  # of the widest tiles whose operands are read straight into registers
+DIRECT_COLUMNS = 128  # of the widest tiles of 16 rows whose operands are read straight into registers
+DIRECT_PARTS = ("queries", "table", "keys")  # forward and whole windows are faster through shared memory
 # Columns of such a tile that one warp takes; with more, warps share the tile.
 WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
 PIECE = 64  # columns that backward takes at once
@@ -66,16 +67,16 @@ class _Work:
     table: tuple[Any, ...] | None
     turned: tuple[Any, ...] | None
 
-    def serves(self, t: Tiles) -> bool:
+    def serves(self, t: Tiles, part: str) -> bool:
         """Whether the kernels in Gluon take these tiles."""
-        most = DIRECT_COLUMNS if t.rows.shape[1] <= 16 else min(DIRECT_COLUMNS, 128)
-        return self.direct and t.columns.shape[1] <= most
+        small = t.rows.shape[1] <= 16 and t.columns.shape[1] <= DIRECT_COLUMNS
+        return self.direct and small and part in DIRECT_PARTS
 
     def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
         """Each set of tiles with all that its launch needs."""
         for t in tiles:
             (count, rows), n = t.rows.shape, t.columns.shape[1]
-            direct = self.serves(t)
+            direct = self.serves(t, part)
             if direct:
                 split = max(1, n // WARP_COLUMNS[part]) if rows <= 16 else 1
                 warps = max(4, split)
@@ -138,9 +139,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         grad_q,
     )
     # Whether a warp has room for the sums of a table beside everything else.
-    narrow = all(
-        t.columns.shape[1] <= TABLE_COLUMNS or (w.serves(t) and t.rows.shape[1] <= 16) for t in w.tables.forward
-    )
+    narrow = all(t.columns.shape[1] <= TABLE_COLUMNS or w.serves(t, "table") for t in w.tables.forward)
     partial: list[tuple[Tiles, Tensor]] = []
 
     def run(sets: Iterable[Tiles], queries: bool, table: bool) -> None:
