@@ -41,12 +41,23 @@ def test_it_sees_what_the_pattern_sees(pattern: Pattern, shape: tuple[int, ...])
 def test_it_visits_little_more() -> None:
     """A tile of 4 x 4 queries in windows of 7 x 7 touches 10 x 10 keys, padded to 128; whole windows fit better."""
     near = window_plan(Neighborhood(7), Canvas((56, 56)))
-    assert window_keys(Neighborhood(7), Canvas((56, 56))) == 100
+    assert window_keys(Neighborhood(7), Canvas((56, 56))) == 11 * 11
     assert near.visited / near.kept == pytest.approx(128 / 49, rel=1e-3)
     whole = window_plan(Windows(7), Canvas((56, 56)))
     assert whole.visited / whole.kept == pytest.approx(64 * 64 / 49**2, rel=1e-3)
     assert near.masks.shape[0] <= 4 * 25
     assert window_plan(Windows(7, roll=3), Canvas((56, 56))).q_blocks == whole.q_blocks == 64
+
+
+def test_tiles_of_keys_count_too() -> None:
+    """At a border more queries see a token than it sees keys: what `window_keys` says holds for the gradient."""
+    pattern, shape = Neighborhood((5, 5, 5)), (8, 8, 8)
+    made = window_plan(pattern, Canvas(shape))
+    seen = pattern.mask(Layout.of(Canvas(shape)))[0]
+    tiles = made.q_order.reshape(-1, made.q_block).long()
+    touched = [int(seen[:, tile[tile >= 0]].any(1).sum()) for tile in tiles]
+    listed = [int(seen[tile[tile >= 0]].any(0).sum()) for tile in tiles]
+    assert max(touched) > max(listed) and window_keys(pattern, Canvas(shape)) == max(touched)
 
 
 def test_plans_are_cached_by_content() -> None:

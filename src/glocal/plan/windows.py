@@ -33,23 +33,26 @@ class _Cuts:
     """One axis cut into runs of queries. queries: int64 [runs, size], keys: int64 [runs, most], -1 pads both.
 
     seen: bool [runs, size, most]. part: int64 [runs], runs of equal number lie side by side in memory and share keys.
+    touched: tokens that see, or are seen by, one run at most.
     """
 
     queries: Tensor
     keys: Tensor
     seen: Tensor
     part: Tensor
+    touched: int
 
 
 _CUTS: OrderedDict[Hashable, tuple[_Cuts, ...] | None] = OrderedDict()
 
 
 def window_keys(pattern: Pattern, canvas: Canvas | Layout) -> int | None:
-    """Keys a tile of queries lists at most; None where there is no such plan: the pattern must be one product of
+    """Keys that a tile of queries touches at most, or queries that a tile of keys does (in the gradient; near a border
+    more queries see a token than it sees keys); None where there is no such plan: the pattern must be one product of
     relations of single axes on a canvas that is one grid of up to 3 axes, with all its tokens on both sides.
     """
     cuts = _cuts(pattern, Layout.of(canvas))
-    return None if cuts is None else prod(c.keys.shape[1] for c in cuts)
+    return None if cuts is None else prod(c.touched for c in cuts)
 
 
 def window_plan(pattern: Pattern, canvas: Canvas | Layout, *, device: torch.device | str = "cpu") -> BlockPlan:
@@ -157,7 +160,8 @@ def _cut(order: Tensor, seen: Tensor, size: int, window: int | None) -> _Cuts:
     padded_k = torch.stack([pad(k, (0, most - len(k)), value=-1) for k in keys])
     found = seen[padded_q.clamp(min=0)[:, :, None], padded_k.clamp(min=0)[:, None]]
     found = found & (padded_q >= 0)[:, :, None] & (padded_k >= 0)[:, None]
-    return _Cuts(padded_q, padded_k, found, torch.tensor(part, device="cpu"))
+    touched = max(most, *(int(seen[:, q].any(1).sum()) for q in queries))
+    return _Cuts(padded_q, padded_k, found, torch.tensor(part, device="cpu"), touched)
 
 
 def _joined(windows: list[Tensor], size: int) -> list[Tensor]:
