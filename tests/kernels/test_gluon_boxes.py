@@ -93,3 +93,14 @@ def test_what_is_no_grid_of_boxes_is_left_to_copies(generator: torch.Generator) 
     assert boxes is not None and boxes.box == (1, 8, 8) and boxes.grid == (4, 12, 10)
     assert seen(torch.zeros(2, 2, 700, 8)[:, :, :480], boxes) is not None
     assert seen(torch.zeros(3, 2, 2, 700, 8)[:, 0, :, :480], boxes) is None
+
+
+def test_orders_made_for_one_call_are_not_looked_at() -> None:
+    from glocal.kernels.gluon import boxes
+    from glocal.kernels.gluon.launch import _boxed
+    from glocal.plan.facts import CHANGING, UNKNOWN, OrderFacts
+
+    t, order = torch.zeros(1, 1, 512, 8, dtype=torch.bfloat16), order_of((16, 32), (8, 16), 128)
+    for facts in (CHANGING, UNKNOWN):
+        assert _boxed([t], order, 64, facts) == [None] and order not in boxes._KNOWN
+    assert _boxed([t], order, 64, OrderFacts(distinct=True, complete=True)) != [None]

@@ -141,7 +141,8 @@ def placed(w: Work, q: Tensor, k: Tensor, v: Tensor, tuned: Tuning | None = None
 
 def _boxed(tensors: list[Tensor], order: Tensor, rows: int, facts: OrderFacts) -> list[Source | None]:
     """Tensors read in boxes of `rows` tokens, None each where that cannot be."""
-    boxes = boxes_of(order, tensors[0].shape[2], rows) if facts.fixed and all(map(_legal, tensors)) else None
+    known = facts.fixed and facts.distinct  # else the order may be one of many, none of which is worth a look
+    boxes = boxes_of(order, tensors[0].shape[2], rows) if known and all(map(_legal, tensors)) else None
     if boxes is None or any(seen(t, boxes) is None for t in tensors):
         return [None] * len(tensors)
     return [_source(t, boxes) for t in tensors]

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tuning:
-    """keys: tokens of a step: a part of a key block, one, or two of 64. stages: steps in flight. queries: query blocks in
-    flight.
+    """keys: tokens of a step: a part of a key block, one, or two of 64. stages: steps in flight.
 
+    queries: query blocks in flight.
     persistent: programs a multiprocessor, each of which takes many query blocks in turn; 0: one a query block.
     registers: of a thread of the second group. most: of a thread before the groups share them out.
     held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
