@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from glocal.kernels.windows.direct import (
     INF,
+    LOG2E,
     along,
     clean,
     column_offsets,
@@ -32,7 +33,6 @@ from glocal.kernels.windows.direct import (
     tokens,
     twos,
 )
-from glocal.kernels.windows.forward_direct import LOG2E
 
 
 @gluon.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "n"])

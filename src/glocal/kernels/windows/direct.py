@@ -19,6 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
 INF = gl.constexpr(float("inf"))
+LOG2E = gl.constexpr(1.4426950408889634)
 
 
 @constexpr_function
@@ -195,19 +196,6 @@ def store_rows(
         turn = gl.arange(0, G, layout=gl.SliceLayout(1, gl.SliceLayout(2, L))) % SPLIT
         own = own & (gl.expand_dims(gl.expand_dims(turn, 1), 2) == 0)
     gl.store(t + n_from + (token * SIZE + column), x, mask=own)
-
-
-@gluon.jit
-def over_parts(x, LARGEST: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr):
-    """x [G, M] with the sum over SPLIT neighbours on the first axis, or the largest, in place of each."""
-    L: gl.constexpr = x.type.layout
-    if SPLIT > 1:
-        parts = gl.reshape(x, [G // SPLIT, SPLIT, M])
-        THREE: gl.constexpr = parts.type.layout
-        whole = gl.max(parts, 1) if LARGEST else gl.sum(parts, 1)
-        whole = gl.expand_dims(whole, 1) + gl.zeros([G // SPLIT, SPLIT, M], gl.float32, layout=THREE)
-        x = gl.convert_layout(gl.reshape(whole, [G, M]), L, assert_trivial=True)
-    return x
 
 
 @gluon.jit

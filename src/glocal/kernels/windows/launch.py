@@ -24,9 +24,9 @@ from glocal.kernels.windows.tables import Tables, Tiles, tables
 STAGES = 2
 PROGRAMS = 1024
 DIRECT_COLUMNS = 128  # of the widest tiles of 16 rows whose operands are read straight into registers
-DIRECT_PARTS = ("queries", "table", "keys")  # forward and whole windows are faster through shared memory
+DIRECT_PARTS = ("queries", "table", "keys")  # forward is faster through shared memory
 # Columns of such a tile that one warp takes; with more, warps share the tile.
-WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
+WARP_COLUMNS = {"queries": 128, "table": 64, "keys": 64}
 PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -269,13 +269,9 @@ def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
 def _kernels(direct: bool) -> dict[str, Any]:
     if not direct:
         return {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
-    from glocal.kernels.windows import backward_direct, forward_direct
+    from glocal.kernels.windows import backward_direct
 
-    return {
-        "forward": forward_direct.forward_kernel,
-        "queries": backward_direct.queries_kernel,
-        "keys": backward_direct.keys_kernel,
-    }
+    return {"queries": backward_direct.queries_kernel, "keys": backward_direct.keys_kernel}
 
 
 @cache
