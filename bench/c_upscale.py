@@ -12,9 +12,6 @@ change nothing. The VAE is left out on both sides. How good the pictures are nee
 from __future__ import annotations
 
 import argparse
-import csv
-import io
-import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -22,9 +19,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from generation.rows import write
 from torch import Tensor
 
-from glocal._files import write_atomic
 from glocal.adapt.c_upscale_hosts import StableDiffusionXL, Words
 from glocal.adapt.c_upscale_run import upscale
 
@@ -164,18 +161,6 @@ def main() -> None:
     for pixels in (2048, 4096) if args.pixels is None else args.pixels:
         rows += measure(denoiser, pixels // 16 if args.tiny else pixels, small, args.rounds, device)
         write(rows, args.out)
-
-
-def write(rows: list[dict[str, object]], out: Path) -> None:
-    """The table as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    if str(out) == "/dev/stdout":
-        sys.stdout.write(text.getvalue())
-    else:
-        write_atomic(out, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -15,8 +15,6 @@ Not measured: training, and how good the videos are.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -27,11 +25,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from generation.rows import write
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from glocal._files import write_atomic
 from glocal.adapt.ultragen import UltraGenSettings, ultragen
 from glocal.ops import attention
 from glocal.ops.fold import window_attention
@@ -270,18 +268,6 @@ def main() -> None:
             print(f"{case.name}: {str(error)[:200]}", file=sys.stderr)
         if rows:
             write(rows, args.out)
-
-
-def write(rows: list[dict[str, object]], out: Path) -> None:
-    """The table as CSV."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
-    if str(out) == "/dev/stdout":
-        sys.stdout.write(text.getvalue())
-    else:
-        write_atomic(out, text.getvalue())
 
 
 if __name__ == "__main__":

@@ -77,23 +77,9 @@ def generate(
 
         return scale_dit_run_flux2.generate(pipe, method, prompt, stages, generator, output_type)
     stages = Stages() if stages is None else stages
-    for name in prompt:
-        if name not in WORDS:
-            raise ValueError(f"generate: prompt has {name!r}; legal: {', '.join(WORDS)}.")
-    side = pipe.vae_scale_factor * 2  # pixels of a token
-    for name in ("size", "small"):
-        if any(n % side for n in getattr(stages, name)):
-            raise ValueError(f"generate: {name}={getattr(stages, name)} pixels; legal: multiples of {side}.")
+    side = checked(pipe, prompt, stages, WORDS)
     method.give(None)
-    small = pipe(
-        **prompt,
-        height=stages.small[0],
-        width=stages.small[1],
-        num_inference_steps=stages.steps,
-        guidance_scale=stages.guidance,
-        generator=generator,
-        output_type="latent",
-    ).images
+    small = small_picture(pipe, prompt, stages, generator)
     sigmas = pipe.scheduler.sigmas[-(stages.last_steps + 1) :].tolist()
     with torch.no_grad():
         start = enlarged(pipe, small, stages, generator) if stages.start else None
@@ -105,6 +91,33 @@ def generate(
         if output_type == "latent":
             return large
         return pipe.image_processor.postprocess(_decoded(pipe, large, stages.size), output_type=output_type)
+
+
+def checked(pipe: Any, prompt: Mapping[str, Any], stages: Stages, words: tuple[str, ...]) -> int:
+    """Pixels of a token; ValueError for a name that is none of `words` and for sizes that are no whole tokens."""
+    for name in prompt:
+        if name not in words:
+            raise ValueError(f"generate: prompt has {name!r}; legal: {', '.join(words)}.")
+    side = pipe.vae_scale_factor * 2
+    for name in ("size", "small"):
+        if any(n % side for n in getattr(stages, name)):
+            raise ValueError(f"generate: {name}={getattr(stages, name)} pixels; legal: multiples of {side}.")
+    return side
+
+
+def small_picture(
+    pipe: Any, prompt: Mapping[str, Any], stages: Stages, generator: torch.Generator | None = None
+) -> Tensor:
+    """Latents of the small image as the pipeline returns them."""
+    return pipe(
+        **prompt,
+        height=stages.small[0],
+        width=stages.small[1],
+        num_inference_steps=stages.steps,
+        guidance_scale=stages.guidance,
+        generator=generator,
+        output_type="latent",
+    ).images
 
 
 def enlarged(pipe: Any, latents: Tensor, stages: Stages, generator: torch.Generator | None = None) -> Tensor:

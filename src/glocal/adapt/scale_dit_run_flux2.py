@@ -17,7 +17,7 @@ from torch.nn.functional import interpolate
 
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.scale_dit_flux2 import position_ids
-from glocal.adapt.scale_dit_run import Stages
+from glocal.adapt.scale_dit_run import Stages, checked, small_picture
 from glocal.adapt.tiled_vae import TiledVae
 
 WORDS = ("prompt", "prompt_embeds", "negative_prompt_embeds", "max_sequence_length")
@@ -39,13 +39,7 @@ def generate(
     """Images of the pipeline's `output_type`; "latent": packed latents. See `scale_dit_run.generate`."""
     if stages is None:
         stages = KLEIN if pipe.config.get("is_distilled", False) else KLEIN_BASE
-    for name in prompt:
-        if name not in WORDS:
-            raise ValueError(f"generate: prompt has {name!r}; legal: {', '.join(WORDS)}.")
-    side = pipe.vae_scale_factor * 2  # pixels of a token
-    for name in ("size", "small"):
-        if any(n % side for n in getattr(stages, name)):
-            raise ValueError(f"generate: {name}={getattr(stages, name)} pixels; legal: multiples of {side}.")
+    side = checked(pipe, prompt, stages, WORDS)
     real = stages.guidance > 1 and not pipe.transformer.config.guidance_embeds
     if real and "negative_prompt_embeds" not in prompt and prompt.get("prompt") is None:
         raise ValueError(
@@ -53,15 +47,7 @@ def generate(
             "them, or guidance=1."
         )
     method.give(None)
-    small = pipe(
-        **prompt,
-        height=stages.small[0],
-        width=stages.small[1],
-        num_inference_steps=stages.steps,
-        guidance_scale=stages.guidance,
-        generator=generator,
-        output_type="latent",
-    ).images
+    small = small_picture(pipe, prompt, stages, generator)
     with torch.no_grad():
         low = packed(pipe, small)
         grid = (stages.small[0] // side, stages.small[1] // side)
