@@ -1,9 +1,9 @@
 """Norm and rotation of queries and keys in one pass over memory: `fused_norms(model)`, `handle.undo()`.
 
-Blocks of Wan, HunyuanVideo and Flux take the RMS-norm of queries and keys and rotate them, in a dozen passes. Here their
-processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays theirs.
-Both steps are computed in float32 and rounded once, where the model rounds in between. It goes with dense attention
-and with every method that acts at `core`.
+Blocks of Wan, HunyuanVideo and Flux take the RMS-norm of queries and keys and rotate them, in a dozen passes. Here
+their processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays
+theirs. Both steps are computed in float32 and rounded once, where the model rounds in between. It goes with dense
+attention and with every method that acts at `core`.
 """
 
 from __future__ import annotations
@@ -129,8 +129,11 @@ def _tables(rotary: Rotary, words: int, apart: bool, family: _Family) -> tuple[R
     cos, sin = (t.reshape(1, 1, -1, t.shape[-1]) for t in rotary)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     if family.text_turns:
-        return ((cos[:, :, words:], sin[:, :, words:]), (cos[:, :, :words], sin[:, :, :words])) if apart else (
-            (cos, sin), None)
+        return (
+            ((cos[:, :, words:], sin[:, :, words:]), (cos[:, :, :words], sin[:, :, :words]))
+            if apart
+            else ((cos, sin), None)
+        )
     if apart or not words:
         return (cos, sin), None
     return (pad(cos, (0, 0, 0, words), value=1.0), pad(sin, (0, 0, 0, words))), None
