@@ -127,7 +127,7 @@ def _tables(rotary: Rotary, words: int, apart: bool, family: _Family) -> tuple[R
     rotary: tables [N, D] or [1, N, 1, D], each value twice. words: how many are given beside the media.
     """
     cos, sin = (t.reshape(1, 1, -1, t.shape[-1]) for t in rotary)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    cos, sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()  # the kernel reads whole rows of them
     if family.text_turns:
         return (
             ((cos[:, :, words:], sin[:, :, words:]), (cos[:, :, :words], sin[:, :, :words]))
