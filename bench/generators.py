@@ -15,10 +15,11 @@ turn in one process; the dense ones use the fastest dense kernel that is here, a
 A card does not hold the whole models, and their blocks are alike, so a few are built at full width. Measured are: one
 attention call with all that the method does for it (attention_ms: routing, permutation, kernel, rectification), one
 block of each stack (block_ms) and the forward without its blocks (rest_ms). step_s is the step of the whole model put
-together from them: rest + number of blocks x block, no block dense. run_forecast is not measured: it is the ratio of
-whole runs that follows from dense and sparse steps and from the first steps and layers that the paper leaves dense
-(without text encoder and decoder). step_speedup_flash2 is against a step with FlashAttention-2 as torch brings it,
-which most of the papers compare with. HiDiffusion's steps are of several kinds, a row each; its run_forecast is of all.
+together from them: rest + number of blocks x block, no block dense. run_s is not measured: seconds of a whole run that
+follow from dense and sparse steps and from the first steps and layers that the paper leaves dense (without text encoder
+and decoder); run_forecast is the ratio to a dense run. The columns of flash2 are against steps and runs with
+FlashAttention-2 as torch brings it, which most of the papers compare with. HiDiffusion's steps are of several kinds, a
+row each; its run_s is of all. "fused norms": queries and keys normed and rotated in one pass, beside dense with that.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from generation.rows import read, rows_of, write
 CSV = Path(__file__).resolve().parent.parent / "results" / "generators.csv"
 SHOWN = (
     "case", "method", "kept", "kernel", "attention_ms", "block_ms", "rest_ms",
-    "attention_speedup", "step_speedup", "step_speedup_flash2", "run_forecast", "error",
+    "attention_speedup", "step_speedup", "step_speedup_flash2", "run_forecast", "run_forecast_flash2", "error",
 )  # fmt: skip
 
 

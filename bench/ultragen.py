@@ -18,18 +18,18 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from generation.models import WAN
 from generation.rows import write
+from generation.timing import Dense, best_dense, dense
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
+from glocal.adapt import attach
 from glocal.adapt.ultragen import UltraGenSettings, ultragen
 from glocal.ops import attention
 from glocal.ops.fold import window_attention
@@ -107,13 +107,6 @@ def check(model: nn.Module, settings: UltraGenSettings, device: torch.device, dt
     return float((found["auto"] - found["reference"]).norm() / found["reference"].norm())
 
 
-def dense(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of all tokens by one kernel."""
-    backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(kernel)
-    with nullcontext() if backend is None else sdpa_kernel(backend):
-        return scaled_dot_product_attention(q, k, v)
-
-
 def scores(grid: tuple[int, int, int], settings: UltraGenSettings, draw: Callable[[int], Triple]) -> Callable[[], None]:
     """Attention of an even and an odd layer on q, k, v of each branch."""
     fine, coarse = draw(torch.Size(grid).numel()), draw(torch.Size(settings.cells(grid, "coarse")).numel())
@@ -181,13 +174,7 @@ def measure(
         return q, k, v
 
     full = draw(torch.Size(case.grid).numel())
-    kernel = "sdpa"
-    if device.type == "cuda":
-        took = {}
-        for name in ("cudnn", "flash"):
-            dense(name, *full)
-            took[name] = min(seconds(lambda name=name: dense(name, *full), device) for _ in range(2))
-        kernel = min(took, key=lambda name: took[name])
+    kernel = best_dense(replace(WAN, heads=heads), full[0].shape[2], device, dtype)
     rows: list[dict[str, object]] = []
     for name, settings in variants.items():
         error = check(model, settings, device, dtype)
@@ -202,8 +189,7 @@ def measure(
         for turn in range(rounds + 1):  # the first one plans and compiles
             timed = {("scores", "dense"): seconds(lambda: [dense(kernel, *full) for _ in range(2)], device)}
             timed["scores", name] = seconds(alone, device)
-            backend = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}.get(kernel)
-            with nullcontext() if backend is None else sdpa_kernel(backend):
+            with attach(model, Dense(kernel)):
                 timed["forward", "dense"] = seconds(lambda: forward(model, given), device)
             timed["module", "dense"] = clock.read()
             with ultragen(model, parts=parts.parts):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from generation.entries import Entry, gna, hidi, paro, radial, scaled, spa, tiles
+from generation.entries import Entry, gna, hidi, neighbours, paro, radial, scaled, spa, tiles
 from generation.models import COGVIDEOX, COSMOS, FLUX, HUNYUAN, SDXL, WAN, Grid, Kind
 
 
@@ -31,6 +31,11 @@ class Case:
     def tokens(self) -> int:
         """Of the whole sequence."""
         return torch.Size(self.grid).numel() + self.kind.words
+
+    @property
+    def attended(self) -> int:
+        """Tokens of its largest attention: that of a UNet stands behind one halving."""
+        return self.tokens if self.kind.stacks else self.tokens // 4
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -65,23 +70,26 @@ CASES = (
         WAN,
         (21, 45, 80),
         (
-            Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)),
-            Entry(
+            Entry("radial", radial("wan2.1-14b"), "1.77x end to end (69 frames)", 12, (1,)),
+            *Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)).with_fused(),
+            *Entry(
                 "rectified_spaattn drop=0.84 mass=0",
                 spa("wan2.1-t2v", drop=0.84, mass=0.0),
                 "2.08x end to end (I2V) at 83.9 % dropped",
                 0,
                 (2,),
-            ),
+            ).with_fused(),
             Entry("paro 0.3", paro(0.3), _PARO),
             Entry("paro 0.5", paro(0.5), _PARO_HALF),
+            Entry("gna 18x24x24", neighbours((18, 24, 24), (16, 8, 8)), ""),
+            Entry("tile_windows 6x8x8 3x3x3", tiles((6, 8, 8), (3, 3, 3)), ""),
         ),
     ),
     Case(
         "wan2.1-14b 69 frames 768x1280",
         WAN,
         (18, 48, 80),
-        (Entry("radial", radial("wan2.1-14b"), "1.77x end to end", 12, (1,)),),
+        Entry("radial", radial("wan2.1-14b"), "1.77x end to end", 12, (1,)).with_fused(),
     ),
     Case(
         "wan2.1-14b 161 frames 768x1280",
@@ -97,11 +105,11 @@ CASES = (
         (33, 45, 80),
         (
             Entry("rectified_spaattn", spa("hunyuanvideo"), "2.50x end to end at 79.7 % dropped"),
-            Entry(
+            *Entry(
                 "rectified_spaattn drop=0.9 mass=0",
                 spa("hunyuanvideo", drop=0.9, mass=0.0),
                 "3.33x end to end at 89.0 % dropped",
-            ),
+            ).with_fused(),
         ),
     ),
     Case(
@@ -109,8 +117,10 @@ CASES = (
         HUNYUAN,
         (30, 48, 80),
         (
-            Entry("radial", radial("hunyuanvideo"), "1.88x end to end", 12),
-            Entry("gna 91", gna("hunyuanvideo-91"), "2.23x end to end (B200), 1.63x with 15 dense steps", 15),
+            *Entry("radial", radial("hunyuanvideo"), "1.88x end to end", 12).with_fused(),
+            *Entry(
+                "gna 91", gna("hunyuanvideo-91"), "2.23x end to end (B200), 1.63x with 15 dense steps", 15
+            ).with_fused(),
             Entry("gna 58", gna("hunyuanvideo-58"), "1.53x end to end (B200)"),
             Entry("tile_windows 6x8x8 3x3x3", tiles((6, 8, 8), (3, 3, 3)), "", 15),
         ),
@@ -127,8 +137,8 @@ CASES = (
         FLUX,
         (256, 256),
         (
-            Entry("rectified_spaattn mass=0", spa("flux-4k", mass=0.0), "1.60x end to end", 0, (0, 20)),
-            Entry("gna 90", gna("flux-4k-90"), "1.82x end to end (B200), 1.45x with 9 dense steps", 9),
+            *Entry("rectified_spaattn mass=0", spa("flux-4k", mass=0.0), "1.60x end to end", 0, (0, 20)).with_fused(),
+            *Entry("gna 90", gna("flux-4k-90"), "1.82x end to end (B200), 1.45x with 9 dense steps", 9).with_fused(),
             Entry("scale_dit", scaled((64, 64)), "17.89 -> 7.81 s an iteration (2.3x); > 2x end to end"),
         ),
         steps=28,

@@ -11,7 +11,7 @@ from torch import nn
 
 from generation.models import Grid, Kind, draw
 from glocal.adapt import Method
-from glocal.adapt.gna import GNA, Window
+from glocal.adapt.gna import GNA, GNASettings, Window
 from glocal.adapt.gna import PRESETS as GNA_PRESETS
 from glocal.adapt.hidiffusion import HiDiffusion
 from glocal.adapt.hidiffusion_schedule import PRESETS as HI_PRESETS
@@ -49,7 +49,8 @@ class Entry:
 
     paper: what the paper says of whole runs, else of what it names. dense_steps, dense_layers: first steps of a
     published run, and blocks of each stack, that stay dense there. group, steps: entries of one group make up one run,
-    each for so many steps; a method alone makes up all steps that are not dense.
+    each for so many steps; a method alone makes up all steps that are not dense. fused: queries and keys are normed
+    and rotated in one pass (`glocal.adapt.fused_norms`), in dense steps too.
     """
 
     name: str
@@ -59,6 +60,11 @@ class Entry:
     dense_layers: tuple[int, ...] = ()
     group: str = ""
     steps: int | None = None
+    fused: bool = False
+
+    def with_fused(self) -> tuple[Entry, Entry]:
+        """This one, and the same with fused norms."""
+        return self, replace(self, name=f"{self.name}, fused norms", fused=True)
 
 
 def radial(preset: str) -> Make:
@@ -78,8 +84,15 @@ def spa(preset: str, **changed: Any) -> Make:
 
 def gna(preset: str) -> Make:
     """A published window; at a small size half of each axis."""
-    settings = replace(GNA_PRESETS[preset].settings, dense_steps=0, dense_layers=0)
+    return _window(replace(GNA_PRESETS[preset].settings, dense_steps=0, dense_layers=0))
 
+
+def neighbours(window: Grid, stride: Grid) -> Make:
+    """A window that no paper names for the model."""
+    return _window(GNASettings(Window(window, stride)))
+
+
+def _window(settings: GNASettings) -> Make:
     def make(model: nn.Module, at: Where) -> Method:
         half = tuple(max(1, n // 2) for n in at.grid)
         small = replace(settings, window=Window(half, tuple(max(1, w // 2) for w in half)))

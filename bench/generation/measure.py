@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,13 +14,15 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import Clock, Dense, best_dense, seconds, timed_blocks
-from glocal.adapt import Method, attach
+from generation.timing import PLANNED, Clock, Dense, best_dense, seconds, timed_blocks
+from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
 
 FLASH = "dense, FlashAttention-2"  # what most of the papers compare with
+FUSED = "dense, fused norms"
 _LONG = 200_000  # tokens from which it takes too long
+_ENOUGH = 131_072  # tokens at which dense kernels are compared at most: their order is that of longer sequences
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
@@ -52,11 +54,14 @@ class Times:
 
 @dataclass
 class Contender:
-    """A method of the case, or dense attention (no entry, no method). kernel: of what is dense; None is the fastest."""
+    """A method of the case, or dense attention (no entry, no method). kernel: of what is dense; None is the fastest.
+    fused: with fused norms.
+    """
 
     entry: Entry | None = None
     method: Method | None = None
     kernel: str | None = None
+    fused: bool = False
     error: float = 0.0
     times: Times = field(default_factory=Times)
 
@@ -92,7 +97,7 @@ class Bench:
         torch.manual_seed(0)
         with made_on(self.device, self.dtype):
             self.model: nn.Module = case.kind.build(case.layers, case.width).eval()
-        self.kernel = best_dense(case.kind, case.tokens, self.device, self.dtype)
+        self.kernel = best_dense(case.kind, min(case.attended, _ENOUGH), self.device, self.dtype)
         self.given = case.kind.inputs(case.grid, self.device, self.dtype)
 
     def at(self, *, small: bool = False, backend: str = "auto") -> Where:
@@ -102,9 +107,9 @@ class Bench:
         return Where(case.kind, case.checked if small else case.grid, sum(case.layers), case.width, backend, small)
 
     @contextmanager
-    def held(self, method: Method | None, kernel: str) -> Iterator[None]:
+    def held(self, method: Method | None, kernel: str, fused: bool = False) -> Iterator[None]:
         """The model with a dense kernel inside and the method around it."""
-        with attach(self.model, Dense(kernel)):
+        with fused_norms(self.model) if fused else nullcontext(), attach(self.model, Dense(kernel)):
             if method is None:
                 yield
                 return
@@ -118,11 +123,13 @@ class Bench:
             return self.model(**given, return_dict=False)[0]
 
     def check(self, entry: Entry) -> float:
-        """Relative difference of the output to that by the definition, at a small size of the same method."""
+        """Relative difference of the output to that by the definition, with norms as the model has them, at a small
+        size of the same method.
+        """
         found = []
         given = self.case.kind.inputs(self.at(small=True).grid, self.device, self.dtype)
-        for backend, kernel in (("auto", self.kernel), ("reference", "dense")):
-            with self.held(entry.make(self.model, self.at(small=True, backend=backend)), kernel):
+        for backend, kernel, fused in (("auto", self.kernel, entry.fused), ("reference", "dense", False)):
+            with self.held(entry.make(self.model, self.at(small=True, backend=backend)), kernel, fused):
                 found.append(self.forward(given).float())
         return float((found[0] - found[1]).norm() / found[1].norm())
 
@@ -130,7 +137,7 @@ class Bench:
         """One forward by all clocks, kept or not."""
         clock, times = Clock(self.device), contender.times
         kernel = self.kernel if contender.kernel is None else contender.kernel
-        with self.held(contender.method, kernel), attach(self.model, clock):
+        with self.held(contender.method, kernel, contender.fused), attach(self.model, clock):
             with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
                 took = seconds(lambda: self.forward(self.given), self.device)
         blocks = [mark.read() for mark in marks.values()]
@@ -146,7 +153,7 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
-        with self.held(contender.method, self.kernel), profile(activities=kinds) as found:
+        with self.held(contender.method, self.kernel, contender.fused), profile(activities=kinds) as found:
             seconds(lambda: self.forward(self.given), self.device)
         cuda = self.device.type == "cuda"
         each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
@@ -172,16 +179,20 @@ def measure(case: Case, options: Options) -> Measured:
             worst = f"more than {TOLERANCE[options.dtype]:.0e}"
             print(f"{case.name}: {entry.name}: output is off by {error:.2e}, {worst}", file=sys.stderr, flush=True)
             continue
-        contenders[entry.name] = Contender(entry, made, error=error)
+        contenders[entry.name] = Contender(entry, made, fused=entry.fused, error=error)
+        print(f"  {entry.name}: checked, {time.perf_counter() - begin:.0f} s since the case began", flush=True)
+    if any(c.fused for c in contenders.values()):
+        contenders[FUSED] = Contender(fused=True)
     rounds = 0 if options.warm else options.rounds if case.rounds is None else min(case.rounds, options.rounds)
     if bench.kernel != "sdpa flash" and options.device.type == "cuda" and case.tokens < _LONG and not options.warm:
         contenders[FLASH] = Contender(kernel="sdpa flash")
-    for turn in range(rounds + 1):  # the first one plans and compiles; a dense kernel was chosen by a call
+    for turn in range(rounds + 1):  # the first one plans and compiles
         if turn > 1 and time.perf_counter() - begin > options.seconds:
             break
+        print(f"  round {turn}: {time.perf_counter() - begin:.0f} s since the case began", flush=True)
         for name, contender in list(contenders.items()):
-            if turn == 0 and contender.method is None and rounds:
-                continue
+            if turn == 0 and contender.method is None and case.tokens > _LONG and bench.kernel not in PLANNED:
+                continue  # nothing to plan, and a forward takes long
             try:
                 bench.run(contender, keep=turn > 0)
             except (ValueError, RuntimeError) as problem:

@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from generation.measure import FLASH, Contender, Measured
+from generation.measure import FLASH, FUSED, Contender, Measured
 from glocal._files import write_atomic
 
 
@@ -22,20 +22,21 @@ def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers
     """
     times, kind = contender.times, measured.case.kind
     total = times.rest[turn]
-    dense = measured.contenders["dense"].times.blocks[turn]
+    dense = measured.contenders[FUSED if contender.fused else "dense"].times.blocks[turn]
     for i, (count, block) in enumerate(zip(kind.whole, times.blocks[turn], strict=True)):
         still = dense_layers[i] if i < len(dense_layers) else 0
         total += (count - still) * block + still * dense[i]
     return total
 
 
-def run_forecast(measured: Measured, contender: Contender) -> float:
-    """Dense run / run with the method, computed from whole steps: dense first steps and layers as published."""
+def run_seconds(measured: Measured, contender: Contender) -> float:
+    """Seconds of a run, computed from whole steps: dense first steps and layers as published."""
     entry, steps = contender.entry, measured.case.steps
-    if entry is None:
-        return 1.0
     turns = range(len(contender.times.step))
-    dense = median(whole_step(measured, measured.contenders["dense"], t) for t in turns)
+    if entry is None:
+        return steps * median(whole_step(measured, contender, t) for t in turns)
+    base = measured.contenders[FUSED if entry.fused else "dense"]
+    dense = median(whole_step(measured, base, t) for t in turns)
     run = [c for c in measured.contenders.values() if c.entry is not None and c.entry.group == entry.group]
     parts = run if entry.group else [contender]
     seconds = float(entry.dense_steps * dense)
@@ -43,7 +44,7 @@ def run_forecast(measured: Measured, contender: Contender) -> float:
         assert part.entry is not None
         count = steps - entry.dense_steps if part.entry.steps is None else part.entry.steps
         seconds += count * median(whole_step(measured, part, t, part.entry.dense_layers) for t in turns)
-    return steps * dense / seconds
+    return seconds
 
 
 def rows_of(measured: Measured) -> list[dict[str, object]]:
@@ -61,7 +62,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     other = measured.contenders.get(FLASH)
     flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
-    ran, kind = contender.ran, case.kind
+    ran, kind, run = contender.ran, case.kind, run_seconds(measured, contender)
     return {
         "case": case.name,
         "method": name,
@@ -81,7 +82,9 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "step_speedup_flash2": _ratio(median(flash[t] / s for t, s in zip(turns, mine, strict=True)) if flash else nan),
         "dense_steps": 0 if entry is None else entry.dense_steps,
         "dense_layers": 0 if entry is None else sum(entry.dense_layers),
-        "run_forecast": _ratio(run_forecast(measured, contender)),
+        "run_s": f"{run:.1f}",
+        "run_forecast": _ratio(run_seconds(measured, base) / run),
+        "run_forecast_flash2": _ratio(nan if other is None else run_seconds(measured, other) / run),
         "paper": "" if entry is None else entry.paper,
         "error": f"{contender.error:.1e}" if entry is not None else "",
         "rounds": len(times.step),
@@ -103,7 +106,8 @@ def write(rows: Sequence[dict[str, object]], out: Path) -> None:
     if not rows:
         return
     text = io.StringIO()
-    table = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    names = dict.fromkeys(name for row in rows[::-1] for name in row)  # those of earlier runs may lack some
+    table = csv.DictWriter(text, names, lineterminator="\n")
     table.writeheader()
     table.writerows(rows)
     if str(out) == "/dev/stdout":

@@ -25,6 +25,9 @@ from glocal.patterns import Blocks
 _SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
 
 
+PLANNED = ("gluon",)  # dense kernels that make a plan of all blocks for every length
+
+
 class Marks:
     """Pairs of moments: events of the GPU, or seconds of the CPU."""
 
@@ -113,7 +116,7 @@ def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype
     for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *(("gluon",) if kind.stacks else ())):
         try:
             dense(kernel, q, k, v)
-            found[kernel] = seconds(lambda kernel=kernel: dense(kernel, q, k, v), device)
+            found[kernel] = min(seconds(lambda kernel=kernel: dense(kernel, q, k, v), device) for _ in "ab")
         except (RuntimeError, ValueError, ImportError) as error:
             print(f"  {kernel}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
     print("  dense: " + ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()), flush=True)

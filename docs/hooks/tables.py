@@ -1,5 +1,6 @@
 """Puts tables made from the code into pages: `<!-- table: systems -->`, `<!-- table: parity -->`, and rows of results:
-`<!-- results: kernels-*.csv | case, ms | pass=forward, ms -->` (files, columns, conditions; a bare name: not empty).
+`<!-- results: kernels-*.csv | case, ms | pass=forward, method~radial, ms -->` (files, columns, conditions: equal, a part
+of the cell; a bare name: not empty).
 """
 
 from __future__ import annotations
@@ -26,14 +27,21 @@ def on_page_markdown(markdown: str, **_: object) -> str:
 def results_table(files: str, columns: str, conditions: str | None) -> str:
     """Rows of results files; a line in words where there are none."""
     names = [c.strip() for c in columns.split(",")]
-    wanted = [c.strip().split("=") for c in conditions.split(",")] if conditions and conditions.strip() else []
+    wanted = [c.strip() for c in conditions.split(",")] if conditions and conditions.strip() else []
     found: list[tuple[str, ...]] = []
     for path in sorted((Path(__file__).resolve().parents[2] / "results").glob(files.strip())):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
-                if all((row.get(c[0], "") == c[1]) if len(c) == 2 else bool(row.get(c[0], "")) for c in wanted):
+                if all(_holds(row, condition) for condition in wanted):
                     found.append(tuple(row.get(name, "") for name in names))
     return _markdown(tuple(names), found) if found else f"No rows are present in results/{files.strip()}."
+
+
+def _holds(row: dict[str, str], condition: str) -> bool:
+    """`name=value`, `name~part` or `name`, of a row."""
+    name, mark, value = re.fullmatch(r"([^=~]+)([=~]?)(.*)", condition).groups()  # type: ignore[union-attr]
+    cell = row.get(name, "")
+    return cell == value if mark == "=" else value in cell if mark == "~" else bool(cell)
 
 
 def systems_table() -> str:

@@ -126,3 +126,14 @@ def test_more_entries_than_32_bits_count() -> None:
     t[0, 0, -1], t[0, 0, 0] = 3, 5
     order = torch.tensor([0, t.shape[2] - 1], dtype=torch.int32, device=DEVICE)[None, None]
     assert permute.gather_rows([t], order)[0][0, 0, :, 0].tolist() == [5, 3]
+
+
+@pytest.mark.parametrize("kind", ["norm", "side by side", "apart", "across"])
+@pytest.mark.parametrize(("size", "dtype"), [(6, torch.float32), (16, torch.bfloat16)])
+def test_rows_finished_where_they_lie(kind: str, size: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    """By token in memory, as processors of hosts hold queries and keys."""
+    q = packed(generator, size, dtype)[0].transpose(1, 2).contiguous().transpose(1, 2)
+    step = finishes(generator, size, kind)
+    (found,), (want,) = permute.finish_rows([q], [step]), definition.finish_rows([q], [step])
+    close(found, want)
+    assert found.stride() == want.stride() == q.stride()

@@ -28,3 +28,19 @@ def test_compiles_for_hopper(kind: str) -> None:
     found = read(made[0], sass=True)
     assert found.spilled <= 16
     assert len(re.findall(r"STG\.E\.128", found.sass)) == len(re.findall(r"STG\.", found.sass)) > 0
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_finishing_in_place_compiles_for_hopper(across: bool) -> None:
+    """Rows by token, all heads of a token side by side, as in Wan (a norm over all heads) and HunyuanVideo."""
+    from glocal.kernels.triton import permute
+    from glocal.testing.hopper import compiling, read
+
+    q = torch.zeros(1, 64, 8, 128, dtype=torch.bfloat16).transpose(1, 2)
+    angles = torch.zeros(1, 1, 64, 64)
+    step = Finish(torch.ones(1024 if across else 128), 1e-6, angles, angles)
+    with compiling() as made:
+        permute.finish_rows([q], [step])
+    found = read(made[0], sass=True)
+    assert found.spilled <= 16
+    assert len(re.findall(r"STG\.E\.128", found.sass)) == len(re.findall(r"STG\.", found.sass)) > 0

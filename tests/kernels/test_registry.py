@@ -231,6 +231,32 @@ def test_gradients_count_both_passes(able: None) -> None:
     assert registry.pick(SPARSE, "auto", blocks=(128, 128), kept=0.1, table=table).name == "triton"
 
 
+def test_partial_blocks_of_a_given_size_that_was_not_measured(able: None) -> None:
+    """A plan of 64-blocks with a ragged end goes by its full blocks; where sizes can be chosen, only measured ones."""
+    rows = [r for r in ROWS if not (r.kind == "masked" and r.block == (64, 64))]
+    table = device(*rows, row("flex", "full", 0.2, (8, 8)), row("triton", "full", 0.3, (8, 8)))
+    ragged = Visits(0.1, 0.001)
+    found = registry.pick(SPARSE, "auto", blocks=(64, 64), kept=ragged, table=table)
+    full = registry.pick(SPARSE, "auto", blocks=(64, 64), kept=Visits(0.101), table=table)
+    assert found.why.startswith("fastest by the table") and found.name == full.name
+    assert float(found.why.split("triton ")[1].split()[0]) > float(full.why.split("triton ")[1].split()[0])
+    free = registry.pick(SPARSE, "auto", blocks=None, kept=lambda size: ragged, table=table)
+    assert free.blocks == (128, 128)
+
+
+def test_plans_of_small_blocks_take_the_fast_kernel_of_a_known_card(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    """Lists of 64-blocks over 75,600 tokens, the last block ragged, as PAROAttention has them in Wan."""
+    from glocal.kernels import gluon, triton
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for module in (gluon, triton):
+        monkeypatch.setattr(module, "missing", lambda device: None)
+    request = Request("cuda", torch.bfloat16, 1, 40, 40, 75600, 75600, 128, 128)
+    table = table_for("NVIDIA H100 80GB HBM3")
+    found = registry.pick(request, "auto", blocks=(64, 64), kept=Visits(0.3, 0.0015), table=table)
+    assert found.name == "gluon", found.why
+
+
 def test_a_guest_runs_where_it_was_measured_to_be_fastest(able: None, monkeypatch: pytest.MonkeyPatch) -> None:
     from glocal.kernels.guests import fa4_dense
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from glocal.ops import Finish, reorder, restore
+from glocal.ops import Finish, finish_rows, reorder, restore
 
 
 def packed(g: torch.Generator, n: int = 11, size: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -127,3 +127,33 @@ def test_bad_input(generator: torch.Generator) -> None:
         reorder([q], order, finish=[Finish(cos=torch.ones(11, 6), sin=torch.ones(11, 6))])
     with pytest.raises(ValueError, match=r"t has 11 rows, order 3 slots"):
         restore(v, order, 11)
+
+
+def test_rows_finished_where_they_lie(generator: torch.Generator) -> None:
+    """As `reorder` by the order they lie in, in memory as they were; gradients, fake and compiled."""
+    q, k, _ = (t.double() for t in packed(generator))
+    angles = torch.rand(1, 1, 11, 3, generator=generator, dtype=torch.float64)
+    weight = torch.rand(24, generator=generator, dtype=torch.float64)
+    steps = [Finish(weight, cos=angles.cos(), sin=angles.sin()), Finish(weight[:6])]
+    order = torch.arange(11, dtype=torch.int32)[None, None]
+    found = finish_rows([q, k], steps)
+    for mine, theirs, t in zip(found, reorder([q, k], order, finish=steps), (q, k), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert mine.stride() == torch.empty_like(t).stride()
+    turned = finish_rows([q.transpose(1, 2).contiguous().transpose(1, 2)], steps[:1])[0]
+    assert turned.transpose(1, 2).is_contiguous()
+
+    def run(q: Tensor, weight: Tensor, angles: Tensor) -> Tensor:
+        return finish_rows([q], [Finish(weight, cos=angles.cos(), sin=angles.sin())])[0]
+
+    given = [t.detach().clone().requires_grad_() for t in (q, weight, angles)]
+    assert torch.autograd.gradcheck(run, given)
+    torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="aot_eager")(*given), run(*given))
+
+
+def test_rows_that_cannot_be_finished(generator: torch.Generator) -> None:
+    q = packed(generator)[0]
+    with pytest.raises(ValueError, match=r"finish_rows: 0 steps for 1 tensors; legal: one each"):
+        finish_rows([q], [])
+    with pytest.raises(ValueError, match=r"norm weight of shape \(5,\) for tensor 0 of 4 heads of size 6"):
+        finish_rows([q], [Finish(torch.ones(5))])

@@ -3,6 +3,7 @@
 from glocal.adapt.attach import Handle, Method, attach, open_handles, sites_of
 from glocal.adapt.c_upscale import c_upscale
 from glocal.adapt.freeswim import freeswim
+from glocal.adapt.fused_norms import fused_norms
 from glocal.adapt.gna import gna
 from glocal.adapt.hidiffusion import hidiffusion
 from glocal.adapt.host import HostAdapter, host_of, register_host
@@ -27,6 +28,7 @@ __all__ = [
     "c_upscale",
     "discover",
     "freeswim",
+    "fused_norms",
     "gna",
     "hidiffusion",
     "host_of",

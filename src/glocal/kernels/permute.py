@@ -64,7 +64,7 @@ def check(tensors: Sequence[Tensor], order: Tensor, finish: Sequence[Finish | No
             )
     for i, (t, step) in enumerate(zip(tensors, finish, strict=False)):
         if step is not None:
-            _check_finish(i, t, order, step)
+            _check_finish(i, t, order.shape[1], step)
 
 
 def gather_rows(tensors: Sequence[Tensor], order: Tensor, finish: Sequence[Finish | None] = ()) -> list[Tensor]:
@@ -83,6 +83,22 @@ def gather_rows(tensors: Sequence[Tensor], order: Tensor, finish: Sequence[Finis
     return out
 
 
+def finish_rows(tensors: Sequence[Tensor], finish: Sequence[Finish]) -> list[Tensor]:
+    """Norm and rotation where rows lie: tensors [B, H, N, D] each -> the same shapes, in memory as they were."""
+    check_rows(tensors, finish)
+    return [torch.empty_like(t).copy_(finished(t, step)) for t, step in zip(tensors, finish, strict=True)]
+
+
+def check_rows(tensors: Sequence[Tensor], finish: Sequence[Finish]) -> None:
+    """Raise ValueError for shapes that do not fit: tensors [B, H, N, D], a step each."""
+    for t in tensors:
+        check([t], torch.zeros(1, 1, 0, dtype=torch.int32, device=t.device), ())
+    if len(finish) != len(tensors):
+        raise ValueError(f"finish_rows: {len(finish)} steps for {len(tensors)} tensors; legal: one each.")
+    for i, (t, step) in enumerate(zip(tensors, finish, strict=True)):
+        _check_finish(i, t, 1, step)
+
+
 def scatter_rows(t: Tensor, order: Tensor, n: int, out: Tensor | None = None, finish: Finish | None = None) -> Tensor:
     """The inverse: t [B, H, M, D] -> [B, H, n, D]; a token outside the order is 0, or stays as it is in `out`.
 
@@ -96,7 +112,7 @@ def scatter_rows(t: Tensor, order: Tensor, n: int, out: Tensor | None = None, fi
     padded = torch.cat([out, out.new_zeros(*out.shape[:2], 1, out.shape[3])], 2)
     found = padded.scatter(2, place, t.to(out.dtype))[:, :, :n]
     if finish is not None:
-        _check_finish(0, found, order, finish)
+        _check_finish(0, found, order.shape[1], finish)
         hit = torch.zeros(padded.shape[:3], dtype=torch.bool, device=t.device).scatter(2, place[..., 0], True)[:, :, :n]
         found = torch.where(hit[..., None], finished(found, finish), found)
     return out.copy_(found)
@@ -178,16 +194,16 @@ def _whole(table: Tensor) -> tuple[int, ...]:
     return (1,) * (4 - table.dim()) + tuple(table.shape)
 
 
-def _check_finish(i: int, t: Tensor, order: Tensor, step: Finish) -> None:
+def _check_finish(i: int, t: Tensor, orders: int, step: Finish) -> None:
     h, n, d = t.shape[1:]
     if step.weight is not None and tuple(step.weight.shape) not in ((d,), (h * d,)):
         raise ValueError(
             f"reorder: norm weight of shape {tuple(step.weight.shape)} for tensor {i} of {h} heads of size {d}; "
             f"legal: [{d}] (a head) or [{h * d}] (all heads)."
         )
-    if step.across(h, d) and order.shape[1] > 1:
+    if step.across(h, d) and orders > 1:
         raise ValueError(
-            f"reorder: a norm over all {h} heads with an order for each of {order.shape[1]} heads; legal: one order "
+            f"reorder: a norm over all {h} heads with an order for each of {orders} heads; legal: one order "
             "for all heads, or a norm of each head."
         )
     if (step.cos is None) != (step.sin is None):

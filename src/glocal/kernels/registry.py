@@ -167,7 +167,7 @@ def _timed(
             sizes = sizes[:1]
         for size in sizes:
             visits = _visits(kept, size)
-            told = timing.seconds(table, c.name, request, size, visits)
+            told = timing.seconds(table, c.name, request, size, visits, given=blocks is not None)
             if told is not None:
                 found.append((told, Picked(c.name, "", c.needs, size)))
     masked = replace(request, bias=tuple(sorted({*request.bias, "dense"})), sparse=False)

@@ -35,11 +35,18 @@ class Visits:
 
 
 def seconds(
-    table: DeviceTable, name: str, request: Request, blocks: tuple[int, int] | None, visits: Visits
+    table: DeviceTable,
+    name: str,
+    request: Request,
+    blocks: tuple[int, int] | None,
+    visits: Visits,
+    *,
+    given: bool = False,
 ) -> float | None:
     """Estimated seconds of `request` on backend `name`; None where the table does not say.
 
-    blocks: those of the plan; None for a backend that reads no plan.
+    blocks: those of the plan; None for a backend that reads no plan. given: no other sizes can be had, so partial
+    blocks of a size that was not measured count as so much slower than full ones as they are at 128 x 128.
     """
     dtype = str(request.dtype).removeprefix("torch.")
     if not any(m.dtype == dtype for m in table.measurements) or 0 in (request.nq, request.nk):
@@ -57,10 +64,28 @@ def seconds(
     for direction in directions:
         for kind, share in shares:
             rate = _rate(table, name, kind, direction, request, blocks, dtype)
+            if rate is None and given and kind == "masked":
+                rate = _masked_alike(table, name, direction, request, blocks, dtype)
             if rate is None:
                 return None
             total += FLOPS_PER_PAIR[direction] * request.head_dim * pairs * share / rate
     return total
+
+
+def _masked_alike(
+    table: DeviceTable,
+    name: str,
+    direction: Direction,
+    request: Request,
+    blocks: tuple[int, int] | None,
+    dtype: str,
+) -> float | None:
+    """Rate of partial blocks from that of full ones of their size, and what both are at 128 x 128."""
+    full = _rate(table, name, "full", direction, request, blocks, dtype)
+    common = [_rate(table, name, kind, direction, request, None, dtype) for kind in ("masked", "full")]
+    if full is None or common[0] is None or common[1] is None:
+        return None
+    return full * common[0] / common[1]
 
 
 def _rate(

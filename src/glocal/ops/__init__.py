@@ -14,7 +14,7 @@ from glocal.ops.heads import HeadGroup, heads
 from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
 from glocal.ops.norm import layer_norm, stored_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
-from glocal.ops.reorder import Finish, reorder, restore
+from glocal.ops.reorder import Finish, finish_rows, reorder, restore
 from glocal.ops.score import Dense, PerKey, PerPart, Relative, Score
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "depthwise_conv",
     "dynamic_conv",
     "explain",
+    "finish_rows",
     "heads",
     "layer_norm",
     "linear_attention",

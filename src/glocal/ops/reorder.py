@@ -16,7 +16,7 @@ from torch import Tensor
 from glocal.kernels import permute
 from glocal.kernels.permute import Finish
 
-__all__ = ["Finish", "reorder", "restore"]
+__all__ = ["Finish", "finish_rows", "reorder", "restore"]
 
 
 def reorder(tensors: Sequence[Tensor], order: Tensor, *, finish: Sequence[Finish | None] = ()) -> list[Tensor]:
@@ -34,6 +34,17 @@ def reorder(tensors: Sequence[Tensor], order: Tensor, *, finish: Sequence[Finish
     steps = [Finish() if step is None else step for step in finish]
     data = [t for step in steps for t in step.tensors()]
     return _reorder(list(tensors), order, data, ";".join(map(_encode, steps)))
+
+
+def finish_rows(tensors: Sequence[Tensor], finish: Sequence[Finish]) -> list[Tensor]:
+    """Norm and rotation of each tensor where its rows lie, in one pass: [B, H, N, D] each, any strides.
+
+    finish: one step for each tensor. Returns the same shapes, in memory as they were; differentiable as `reorder`.
+    Raises ValueError for shapes that do not fit.
+    """
+    permute.check_rows(tensors, finish)
+    data = [t for step in finish for t in step.tensors()]
+    return _finish(list(tensors), data, ";".join(map(_encode, finish)))
 
 
 def restore(t: Tensor, order: Tensor, n: int) -> Tensor:
@@ -65,6 +76,16 @@ def _reorder_backward(grads: list[Tensor], order: Tensor, tokens: list[int]) -> 
 @_reorder_backward.register_fake
 def _(grads: list[Tensor], order: Tensor, tokens: list[int]) -> list[Tensor]:
     return [g.new_empty(g.shape[0], g.shape[1], n, g.shape[3]) for g, n in zip(grads, tokens, strict=True)]
+
+
+@torch.library.custom_op("glocal::finish", mutates_args=())
+def _finish(tensors: list[Tensor], data: list[Tensor], spec: str) -> list[Tensor]:
+    return _room(tensors[0], tensors).finish_rows(tensors, _decode(data, spec))
+
+
+@_finish.register_fake
+def _(tensors: list[Tensor], data: list[Tensor], spec: str) -> list[Tensor]:
+    return [torch.empty_like(t) for t in tensors]
 
 
 @torch.library.custom_op("glocal::finish_backward", mutates_args=())
@@ -119,13 +140,26 @@ def _restore_grad(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return _reorder([grad], order, [], "")[0], None, None
 
 
+def _finish_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    tensors, data, ctx.spec = inputs
+    ctx.count = len(tensors)
+    ctx.save_for_backward(*tensors, *data)
+
+
+def _finish_grad(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+    saved, count = ctx.saved_tensors, ctx.count
+    found = _finish_backward(list(grads), list(saved[:count]), list(saved[count:]), ctx.spec)
+    return found[:count], found[count:], None
+
+
+_finish.register_autograd(_finish_grad, setup_context=_finish_setup)
 _reorder.register_autograd(_reorder_grad, setup_context=_reorder_setup)
 _restore.register_autograd(_restore_grad, setup_context=_restore_setup)
 
 
-def _room(order: Tensor, tensors: Sequence[Tensor]) -> Any:
+def _room(first: Tensor, tensors: Sequence[Tensor]) -> Any:
     """The module that moves: Triton's on CUDA, the definition elsewhere and in float64."""
-    if order.is_cuda and find_spec("triton") is not None and all(t.dtype != torch.float64 for t in tensors):
+    if first.is_cuda and find_spec("triton") is not None and all(t.dtype != torch.float64 for t in tensors):
         from glocal.kernels.triton import permute as fast
 
         return fast

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from glocal.kernels.permute import Finish, check
+from glocal.kernels.permute import Finish, check, check_rows
 from glocal.kernels.triton.defaults import ROWS, padded
 from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import fold_kernel
@@ -41,6 +42,20 @@ def gather_rows(tensors: Sequence[Tensor], order: Tensor, finish: Sequence[Finis
             if group:
                 _move([tensors[i] for i in group], [outs[i] for i in group], order, [steps[i] for i in group], False)
     return outs
+
+
+def finish_rows(tensors: Sequence[Tensor], finish: Sequence[Finish]) -> list[Tensor]:
+    """Norm and rotation where rows lie: tensors [B, H, N, D] each -> the same shapes, in memory as they were."""
+    check_rows(tensors, finish)
+    outs = [torch.empty_like(t) for t in tensors]
+    for t, out, step in zip(tensors, outs, finish, strict=True):
+        _move([t], [out], _as_they_lie(t.shape[2], t.device), [step], False)
+    return outs
+
+
+@lru_cache(maxsize=8)
+def _as_they_lie(n: int, device: torch.device) -> Tensor:
+    return torch.arange(n, dtype=torch.int32, device=device)[None, None]
 
 
 def scatter_rows(t: Tensor, order: Tensor, n: int, out: Tensor | None = None, finish: Finish | None = None) -> Tensor:

@@ -52,6 +52,8 @@ class JointHost(DiffusersHost):
             return super().wrap_core(model, site, state, core)
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module in _STREAMS:
+                return  # another handle has it
             named = dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False)) | kwargs
             parts = [named["hidden_states"], named["encoder_hidden_states"]]
             _STREAMS[module] = torch.cat(parts[::-1] if self.text_first else parts, 1)

@@ -1,0 +1,147 @@
+"""Norm and rotation of queries and keys in one pass over memory: `fused_norms(model)`, `handle.undo()`.
+
+Blocks of Wan, HunyuanVideo and Flux take the RMS-norm of queries and keys and rotate them, in a dozen passes. Here
+their processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays
+theirs. Both steps are computed in float32 and rounded once, where the model rounds in between. It goes with dense
+attention and with every method that acts at `core`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from glocal.adapt.attach import Handle, Method, attach
+from glocal.adapt.pipelines import is_pipeline, parts
+from glocal.adapt.records import Block, RunState, Site
+from glocal.ops import Finish, finish_rows
+
+Rotary = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class _Family:
+    """processor: the class whose code is known. rotary: its argument with the table, (cos, sin) of pairs side by side.
+
+    text_turns: whether the table has rows for the words, which then stand in front; else words do not turn and follow.
+    """
+
+    processor: str
+    rotary: str
+    text_turns: bool = False
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "WanTransformer3DModel": _Family("WanAttnProcessor", "rotary_emb"),
+    "HunyuanVideoTransformer3DModel": _Family("HunyuanVideoAttnProcessor2_0", "image_rotary_emb"),
+    "FluxTransformer2DModel": _Family("FluxAttnProcessor", "image_rotary_emb", text_turns=True),
+}
+
+
+class FusedNorms(Method):
+    """The method. models: by component name, as the sites name them."""
+
+    def __init__(self, models: Mapping[str, Any]) -> None:
+        for model in models.values():
+            if type(model).__name__ not in _FAMILIES:
+                raise ValueError(f"fused_norms: {type(model).__name__}; legal: {', '.join(_FAMILIES)}.")
+        self.models = dict(models)
+
+    def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
+        """Self and joint attention."""
+        return tuple(s for s in sites if s.kind != "cross")
+
+    def module(self, original: Callable[..., Any], site: Site | Block, state: RunState) -> Callable[..., Any]:
+        """In place of an attention module: its processor, shown other norms."""
+        model = self.models[site.component if len(self.models) > 1 else next(iter(self.models))]
+        family, module = _FAMILIES[type(model).__name__], model.get_submodule(site.name)
+        for name in ("norm_q", "norm_k"):
+            _check(site.name, name, getattr(module, name))
+        arguments = signature(_known(site.name, module, family))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            _known(site.name, module, family)  # another one may have been set since
+            given = dict(arguments.bind(None, module, *args, **kwargs).arguments)
+            rotary = given.get(family.rotary)
+            if rotary is None:
+                return original(*args, **kwargs)
+            text = given.get("encoder_hidden_states")
+            words, apart = (0, False) if text is None else (text.shape[1], module.add_q_proj is not None)
+            tables = _tables(rotary, words, apart, family)
+            del given["self"]
+            return module.processor(**given | {"attn": _Shown(module, *tables), family.rotary: None})
+
+        return run
+
+
+def _known(site: str, module: Any, family: _Family) -> Callable[..., Any]:
+    """The code of its processor, below what stands in for it where a method acts at `core`."""
+    found = [c for c in type(module.processor).__mro__ if c.__name__ == family.processor]
+    if not found:
+        name = type(module.processor).__name__
+        raise ValueError(f"fused_norms: site {site!r} has a {name}; legal: {family.processor}.")
+    return found[-1].__call__
+
+
+def _check(site: str, name: str, norm: Any) -> None:
+    legal = norm is not None and type(norm).__name__ == "RMSNorm" and norm.weight is not None and norm.eps is not None
+    if not legal or getattr(norm, "bias", None) is not None:
+        raise ValueError(f"fused_norms: {name} of site {site!r} is {norm!r}; legal: RMSNorm with weight and eps.")
+
+
+class _Shown:
+    """An attention module whose norms rotate too. media, words: tables of either stream, None where it does not turn;
+    one stream of both is of `media`.
+    """
+
+    def __init__(self, module: nn.Module, media: Rotary, words: Rotary | None) -> None:
+        self._module = module
+        self.norm_q, self.norm_k = (_finisher(module, name, media) for name in ("norm_q", "norm_k"))
+        if words is not None:
+            self.norm_added_q = _finisher(module, "norm_added_q", words)
+            self.norm_added_k = _finisher(module, "norm_added_k", words)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _finisher(module: Any, name: str, rotary: Rotary) -> Callable[[Tensor], Tensor]:
+    norm, heads = getattr(module, name), module.heads
+
+    def finish(x: Tensor) -> Tensor:
+        rows = x if x.dim() == 4 else x.unflatten(2, (heads, -1))  # [B, N, H, D]
+        step = Finish(norm.weight, norm.eps, *rotary)
+        return finish_rows([rows.transpose(1, 2)], [step])[0].transpose(1, 2).reshape(x.shape)
+
+    return finish
+
+
+def _tables(rotary: Rotary, words: int, apart: bool, family: _Family) -> tuple[Rotary, Rotary | None]:
+    """cos and sin [1, 1, N, D / 2] for the rows that the norms of media meet, and for those of words with norms apart.
+
+    rotary: tables [N, D] or [1, N, 1, D], each value twice. words: how many are given beside the media.
+    """
+    cos, sin = (t.reshape(1, 1, -1, t.shape[-1]) for t in rotary)
+    cos, sin = cos[..., 0::2].contiguous(), sin[..., 1::2].contiguous()  # the kernel reads whole rows of them
+    if family.text_turns:
+        return (
+            ((cos[:, :, words:], sin[:, :, words:]), (cos[:, :, :words], sin[:, :, :words]))
+            if apart
+            else ((cos, sin), None)
+        )
+    if apart or not words:
+        return (cos, sin), None
+    return (pad(cos, (0, 0, 0, words), value=1.0), pad(sin, (0, 0, 0, words))), None
+
+
+def fused_norms(model: Any) -> Handle:
+    """Norm and rotate queries and keys in one pass, in a pipeline or model of Wan, HunyuanVideo or Flux.
+
+    Raises ValueError for another model, and for attention modules with other norms or processors.
+    """
+    return attach(model, FusedNorms(dict(parts(model)) if is_pipeline(model) else {"": model}))
