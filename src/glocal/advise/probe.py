@@ -9,7 +9,7 @@ number of query blocks, and the records say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -129,7 +129,7 @@ class Probe(MediaMethod):
         """Dense as before, then the records."""
         out = inner(q, k, v, call)
         if call.state.step in self.spec.steps:
-            self._measure(q, k, v, call)
+            self._measure(q, k, v, in_units(call, out))
         return out
 
     @torch.no_grad()
@@ -159,6 +159,15 @@ class Probe(MediaMethod):
                     raise
                 if q.is_cuda:
                     torch.cuda.empty_cache()
+
+
+def in_units(call: SiteCall, out: Tensor) -> SiteCall:
+    """The stream in units of what heads add, where a norm behind them scales that; out [B, H, N, D] of dense attention.
+    To first order: what an error changes of the norm's own factor is left out.
+    """
+    if call.factor is None or call.residual is None:
+        return call
+    return replace(call, residual=call.residual / call.factor(out)[..., None].to(call.residual.dtype))
 
 
 def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
