@@ -21,8 +21,8 @@ from glocal.plan.blockplan import BlockLists, BlockPlan, unpack
 class Keys:
     """Keys and values of some heads in the order of a plan's key blocks, float32 [H, blocks * kv_block, D].
 
-    order: their places, -1 pads. factor: of the logits; softcap: as `Site.softcap`. segment: document of each key, or
-    None. first: place of the first key in its sequence.
+    order: their places, -1 pads; pads: which entries those are (they repeat the first key). factor: of the logits;
+    softcap: as `Site.softcap`. segment: document of each key, or None. first: place of the first key in its sequence.
     """
 
     keys: Tensor
@@ -33,6 +33,7 @@ class Keys:
     softcap: float | None
     segment: Tensor | None
     first: int
+    pads: Tensor
 
     def logits(self, q: Tensor) -> Tensor:
         """q [H, R, D] -> [H, K, R]: keys first, so that the keys of a block lie together."""
@@ -52,15 +53,19 @@ class Rows:
     first: int
     causal: bool
 
-    def sees(self, order: Tensor, keys: Keys) -> Tensor:
-        """Which keys [K] (places, -1 pads) every row may see in dense attention, bool [R, K]."""
-        seen = (order >= 0)[None].expand(len(self.places), -1)
+    def hidden(self, keys: Keys) -> Tensor | None:
+        """Which keys each row may not see in dense attention, bool [K, R]; pads as the key that they repeat. None where
+        everything is seen.
+        """
+        hidden: Tensor | None = None
+        places = keys.order.clamp(min=0)[:, None]
         if self.causal:
-            seen = seen & (order[None] + keys.first <= self.places[:, None] + self.first)
+            hidden = places + keys.first > self.places + self.first
         if self.segment is not None and keys.segment is not None:
-            mine, theirs = self.segment[:, None], keys.segment[order.clamp(min=0)][None]
-            seen = seen & (mine == theirs) & (mine >= 0)
-        return seen
+            theirs = keys.segment[places]
+            apart = (theirs != self.segment) | (theirs < 0)
+            hidden = apart if hidden is None else hidden | apart
+        return hidden
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +127,8 @@ def gather_keys(
     scale = call.site.scale
     factor = k.shape[-1] ** -0.5 if scale is None else scale
     segment = None if segments is None else segments[1][0]
-    return Keys(keys, values, order, plan.kv_block, factor, call.site.softcap, segment, call.layout.kv_start)
+    pads = (order < 0).nonzero()[:, 0]
+    return Keys(keys, values, order, plan.kv_block, factor, call.site.softcap, segment, call.layout.kv_start, pads)
 
 
 def rows_of(q: Tensor, block: Block, call: SiteCall, heads: tuple[int, int]) -> Rows:
@@ -134,9 +140,11 @@ def rows_of(q: Tensor, block: Block, call: SiteCall, heads: tuple[int, int]) -> 
 def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
     """One pass over all keys."""
     s = keys.logits(rows.q)  # [H, ordered keys, R]
-    s.masked_fill_(~rows.sees(keys.order, keys).T, -torch.inf)
-    top = s.amax(1, keepdim=True).clamp(min=-1e30)
-    p = s.sub_(top).exp_().unflatten(1, (-1, keys.block))  # [H, blocks, kv_block, R]
+    hidden = rows.hidden(keys)
+    if hidden is not None:
+        s.masked_fill_(hidden, -torch.inf)
+    top = s.amax(1, keepdim=True).clamp(min=-1e30)  # pads repeat a key, so they never raise it
+    p = s.sub_(top).exp_().index_fill_(1, keys.pads, 0).unflatten(1, (-1, keys.block))  # [H, blocks, kv_block, R]
     value = p.transpose(-1, -2) @ keys.values.unflatten(1, (-1, keys.block))
     return PartialSums(p, p.sum(2), value)
 
@@ -166,6 +174,8 @@ class Lists:
     """
 
     def __init__(self, plan: BlockPlan, numbers: Sequence[int], heads: int) -> None:
+        self.numbers = tuple(numbers)
+        self.bits: dict[tuple[int, int], Tensor] = {}
         owner = plan.owner[0].cpu().long()
         every = owner.repeat_interleave(heads // owner.numel())  # [H]
         distinct, self.of_head = every.unique(return_inverse=True)  # [U], [H]
@@ -223,12 +233,21 @@ class Lists:
             if self.several:
                 some = (mine == unique).nonzero()[:, 0].to(mass.device)
             blocks = self.index[unique, at[0], :count]
-            masks = self.plan.masks[self.mask[unique, at[0], :count]]
-            bits = unpack(masks, keys.block)[:, at[1].kept].transpose(1, 2)  # [count, kv_block, R]
+            bits = self._bits(unique, at, count)
             p = (part.p[some][:, blocks] * bits).flatten(1, 2)  # [H, count * kv_block, R]
             mass[some] += p.sum(1)
             values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
             value[some] += p.transpose(1, 2) @ values
+
+    def _bits(self, unique: int, at: tuple[int, Block], count: int) -> Tensor:
+        """What the rows of a query block see of its partial key blocks, bool [count, kv_block, R]."""
+        seen = self.bits.get((unique, at[0]))
+        if seen is None:
+            masks = self.plan.masks[self.mask[unique, at[0], :count]]
+            seen = unpack(masks, self.plan.kv_block).transpose(1, 2).contiguous()
+            if not self.several:  # wanted again by the next heads, and by the next call
+                self.bits[unique, at[0]] = seen
+        return seen if len(at[1].kept) == seen.shape[-1] else seen[..., at[1].kept]
 
 
 def _listed(lists: BlockLists, pick: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ number of query blocks, and the records say so.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -124,12 +124,13 @@ class Probe(MediaMethod):
         self.records: list[ProbeRecord] = []
         self.errors: dict[str, str] = {}
         self.share: Share | None = None
+        self.lists: dict[str, Lists] = {}  # of patterns, whose plan is the same one in every call of a canvas
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """Dense as before, then the records."""
         out = inner(q, k, v, call)
         if call.state.step in self.spec.steps:
-            self._measure(q, k, v, call)
+            self._measure(q, k, v, in_units(call, out))
         return out
 
     @torch.no_grad()
@@ -153,12 +154,21 @@ class Probe(MediaMethod):
         while True:
             try:
                 with quick_products(q):
-                    return measure(q, k, v, call, plans, self.spec, self.share, self.weigh)
+                    return measure(q, k, v, call, plans, self.spec, self.share, self.weigh, self.lists)
             except (torch.OutOfMemoryError, MemoryError):
                 if not self.share.less(call.site.name, q.shape[1]):
                     raise
                 if q.is_cuda:
                     torch.cuda.empty_cache()
+
+
+def in_units(call: SiteCall, out: Tensor) -> SiteCall:
+    """The stream in units of what heads add, where a norm behind them scales that; out [B, H, N, D] of dense attention.
+    To first order: what an error changes of the norm's own factor is left out.
+    """
+    if call.factor is None or call.residual is None:
+        return call
+    return replace(call, residual=call.residual / call.factor(out)[..., None].to(call.residual.dtype))
 
 
 def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
@@ -196,9 +206,13 @@ def measure(
     spec: ProbeSpec,
     share: Share | None = None,
     weigh: Weigh | None = None,
+    known: dict[str, Lists] | None = None,
 ) -> list[ProbeRecord]:
-    """Records of one call: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at its first row)."""
-    first, names, every = next(iter(plans.values())), list(plans), q.shape[1]
+    """Records of one call: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at its first row).
+
+    known: lists of earlier calls by method, taken where the plan is the same object and the blocks are the same.
+    """
+    first, every = next(iter(plans.values())), q.shape[1]
     at_once = share_of(spec, q, first) if share is None else share
     own_orders = first.q_order.shape[1] > 1 or first.kv_order.shape[1] > 1
     width = 1 if own_orders else min(at_once.heads, every)
@@ -208,7 +222,7 @@ def measure(
     sums: dict[int, list[Tensor]] = {}  # of a query block: what all heads' errors add up to, and their norms
     segments = call.layout.segments(q.shape[0], q.device)
     blocks = blocks_of(first, chosen, call, segments)
-    lists = [Lists(plan, chosen, every) for plan in plans.values()]
+    lists = _lists(plans, chosen, every, {} if known is None else known)
     place = {number: at for at, number in enumerate(chosen)}
     for head in range(0, every, width):
         last = min(head + width, every)
@@ -228,49 +242,61 @@ def measure(
             parts.append(torch.stack([single, local, masses], 2))  # [C, H, 3, R]
             summed.append(masses.sum(1) / every)
             if not own_orders:  # rows of different heads are different tokens then, and do not add up
-                known = sums.get(block.number)
-                summed = summed if known is None else [a + b for a, b in zip(known, summed, strict=True)]
+                before = sums.get(block.number)
+                summed = summed if before is None else [a + b for a, b in zip(before, summed, strict=True)]
                 sums[block.number] = summed
         if parts:
             found.append(torch.cat(parts, -1))
     records: list[ProbeRecord] = []
-    for number, head_columns in enumerate(found):
-        for offset in range(head_columns.shape[1]):
-            records += _records(number * width + offset, head_columns[:, offset].cpu(), names, plans, call, spec)
+    for number, columns in enumerate(found):
+        records += _records(range(number * width, every), columns, plans, call, spec)
     if sums:
-        whole = [Reach.together(summed) for summed in sums.values()]
-        records += _records(-1, torch.cat(whole, -1).cpu(), names, plans, call, spec)
+        whole = torch.cat([Reach.together(summed) for summed in sums.values()], -1)
+        records += _records([-1], whole[:, None], plans, call, spec)
     return records
 
 
+def _lists(plans: Mapping[str, BlockPlan], chosen: Sequence[int], heads: int, known: dict[str, Lists]) -> list[Lists]:
+    found = []
+    for name, plan in plans.items():
+        mine = known.get(name)
+        if mine is None or mine.plan is not plan or mine.numbers != tuple(chosen):
+            mine = Lists(plan, chosen, heads)
+            if not mine.several:
+                known[name] = mine
+        found.append(mine)
+    return found
+
+
 def _records(
-    head: int, columns: Tensor, names: Sequence[str], plans: Mapping[str, BlockPlan], call: SiteCall, spec: ProbeSpec
+    heads: Sequence[int], columns: Tensor, plans: Mapping[str, BlockPlan], call: SiteCall, spec: ProbeSpec
 ) -> list[ProbeRecord]:
-    """One record a candidate: columns [C, 3, rows]."""
-    out = []
-    for name, (rel, local, mass) in zip(names, columns, strict=True):
-        out.append(
-            ProbeRecord(
-                call.site.name,
-                call.site.layer,
-                head,
-                spec.bucket_of(call.state.step),
-                call.state.step,
-                call.state.branch,
-                spec.sample,
-                name,
-                mass=float(mass.mean()),
-                output=float(local.square().mean().sqrt()),
-                residual=float(rel.square().mean().sqrt()),
-                high=float(rel.quantile(0.95)),
-                kept=plans[name].kept,
-                visited=plans[name].visited,
-                lost=int((mass < 0.01).sum()),
-                kind=call.site.kind,
-                component=call.site.component,
-            )
+    """A record for each of `heads` (as many as are there) and candidate: columns [C, heads, 3, rows]."""
+    errors, masses = columns[:, :, :2], columns[:, :, 2]
+    square = errors.square().mean(-1).sqrt()  # [C, heads, 2]
+    high = errors[:, :, 0].quantile(0.95, dim=-1)
+    lost = (masses < 0.01).sum(-1)
+    # One transfer for all of them: a device is waited for once.
+    values = torch.stack([masses.mean(-1), square[..., 1], square[..., 0], high, lost.to(square)], -1).transpose(0, 1)
+    where, state = call.site, call.state
+    place = (spec.bucket_of(state.step), state.step, state.branch, spec.sample)
+    return [
+        ProbeRecord(
+            where.name,
+            where.layer,
+            head,
+            *place,
+            name,
+            *numbers[:4],
+            kept=plan.kept,
+            visited=plan.visited,
+            lost=int(numbers[4]),
+            kind=where.kind,
+            component=where.component,
         )
-    return out
+        for head, row in zip(heads, values.tolist(), strict=False)
+        for (name, plan), numbers in zip(plans.items(), row, strict=True)
+    ]
 
 
 class Reach:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from glocal.adapt.hosts.diffusers.joint import Gated, JointHost
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost, normed
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
@@ -20,12 +20,12 @@ from glocal.canvas import Layout
 SCHEDULE = 1000.0  # timesteps run from 999 (noise) to 0
 
 
-class CogVideoXHost(JointHost):
+class CogVideoXHost(GatedHost):
     """Sites are `transformer_blocks.N.attn1`."""
 
-    def gated(self, block: Any) -> Gated | None:
+    def gated(self, block: Any, site: Site) -> Gated | None:
         """One norm serves media and text; the gate of the media stands third."""
-        return Gated("norm1", 2, lambda block: block.attn1.to_out[0].weight)
+        return normed("norm1", 2, lambda block: block.attn1.to_out[0].weight)
 
     def sites(self, model: Any) -> Sequence[Site]:
         """One joint attention a block."""

@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost, attention_of
+from glocal.adapt.hosts.diffusers.base import attention_of
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost, normed
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
 
 
-class CosmosHost(DiffusersHost):
+class CosmosHost(GatedHost):
     """Sites are `transformer_blocks.N.attn1` (self) and `transformer_blocks.N.attn2` (cross)."""
+
+    def gated(self, block: Any, site: Site) -> Gated | None:
+        """Cross attention stays dense."""
+        return normed("norm1", 1, lambda block: block.attn1.to_out[0].weight) if site.kind == "self" else None
 
     def sites(self, model: Any) -> Sequence[Site]:
         """Self and cross attention of every block, in the order they run."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.adapt.hosts.diffusers.joint import JointHost
+from glocal.adapt.hosts.diffusers.gated import JointHost
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site

@@ -12,16 +12,27 @@ from typing import Any
 
 import torch
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost, attention_of
+from glocal.adapt.hosts.diffusers.base import attention_of
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
 from glocal.canvas import Layout
 
 SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
 
+_GATED = Gated(
+    lambda block, seen: block.scale_shift_table[2] + seen["temb"].unflatten(-1, (6, -1))[:, :, 2],
+    lambda block: block.attn1.to_out[0].weight,
+    ("hidden_states", "encoder_hidden_states", "temb"),
+)
 
-class LTXHost(DiffusersHost):
+
+class LTXHost(GatedHost):
     """Sites are `transformer_blocks.N.attn1` (self) and `transformer_blocks.N.attn2` (cross)."""
+
+    def gated(self, block: Any, site: Site) -> Gated | None:
+        """Cross attention has no gate, and stays dense."""
+        return _GATED if site.kind == "self" else None
 
     def sites(self, model: Any) -> Sequence[Site]:
         """Self and cross attention of every block, in the order they run."""

@@ -8,24 +8,52 @@ Video tokens in (frame, row, column) raster order. Timesteps rise from 0 (noise)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost, attention_of
+from glocal.adapt.hosts.diffusers.base import attention_of
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost, Seen
 from glocal.adapt.hosts.diffusers.intercept import NativeCall
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
-from glocal.adapt.records import Site
+from glocal.adapt.records import Site, SiteCall
 from glocal.canvas import Layout
 
 SCHEDULE = 1000.0
 
 
-class MochiHost(DiffusersHost):
+class MochiHost(GatedHost):
     """Sites are `transformer_blocks.N.attn1`."""
 
     by_sample = True
+
+    def gated(self, block: Any, site: Site) -> Gated | None:
+        """The gate acts through its hyperbolic tangent, behind a norm of what attention adds (`record`)."""
+        return Gated(
+            lambda block, seen: torch.tanh(seen["norm"][1]), lambda block: block.attn1.to_out[0].weight, norm="norm1"
+        )
+
+    def entered(self, seen: Seen, call: SiteCall) -> Tensor:
+        """Of the sample that the call serves. The stream of words has another width: ones stand for it."""
+        media = seen["hidden_states"] if call.row is None else seen["hidden_states"][call.row : call.row + 1]
+        return F.pad(media, (0, 0, 0, max(call.layout.nq - media.shape[1], 0)), value=1.0)
+
+    def record(self, model: Any, call: SiteCall) -> SiteCall:
+        """What attention adds is brought to a root mean square of one before the gate."""
+        call = super().record(model, call)
+        if call.contribution is None:
+            return call
+        block = model.get_submodule(call.site.name.rpartition(".")[0])
+
+        def factor(out: Tensor) -> Tensor:
+            added = block.attn1.to_out[0](out.transpose(1, 2).flatten(2))  # [B, M, C]
+            return (added.float().square().mean(-1) + block.norm2.norm.eps).rsqrt()
+
+        return replace(call, factor=factor)
 
     def sites(self, model: Any) -> Sequence[Site]:
         """One joint attention a block."""

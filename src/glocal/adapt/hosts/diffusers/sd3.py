@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from glocal.adapt.hosts.diffusers.base import DiffusersHost, attention_of
+from glocal.adapt.hosts.diffusers.base import attention_of
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost, normed
 from glocal.adapt.hosts.diffusers.intercept import NativeCall
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.adapt.records import Site
@@ -20,8 +21,16 @@ from glocal.canvas import Layout
 SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
 
 
-class SD3Host(DiffusersHost):
+class SD3Host(GatedHost):
     """Sites are `transformer_blocks.N.attn` (joint) and `transformer_blocks.N.attn2` (self) where there is one."""
+
+    text_first = False
+
+    def gated(self, block: Any, site: Site) -> Gated | None:
+        """The first norm serves both attentions; of the second, too, the stream in front of the block is told."""
+        if site.kind == "joint":
+            return normed("norm1", 1, lambda block: block.attn.to_out[0].weight)
+        return normed("norm1", 6, lambda block: block.attn2.to_out[0].weight)
 
     def sites(self, model: Any) -> Sequence[Site]:
         """The attentions of every block, in the order they run."""

@@ -8,27 +8,29 @@ queries, text keys; image-to-video calls attention a second time there, image ke
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
-import torch
-from torch import Tensor, nn
-
-from glocal.adapt.host import CoreFactory, Undo
-from glocal.adapt.hosts.diffusers.base import DiffusersHost
+from glocal.adapt.hosts.diffusers.gated import Gated, GatedHost
 from glocal.adapt.hosts.diffusers.reorder import Stream
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
-from glocal.adapt.records import RunState, Site, SiteCall
+from glocal.adapt.records import Site
 from glocal.canvas import Layout
 
 SCHEDULE = 1000.0  # timesteps run from 1000 (noise) to 0
 
-_RUNNING: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()  # block -> its stream and time
+_GATED = Gated(
+    lambda block, seen: (block.scale_shift_table + seen["temb"].float()).chunk(6, dim=-2)[2].squeeze(-2),
+    lambda block: block.attn1.to_out[0].weight,
+    ("hidden_states", "encoder_hidden_states", "temb"),
+)
 
 
-class WanHost(DiffusersHost):
+class WanHost(GatedHost):
     """Sites are `blocks.N.attn1` (self) and `blocks.N.attn2` (cross)."""
+
+    def gated(self, block: Any, site: Site) -> Gated | None:
+        """Cross attention has no gate, and stays dense."""
+        return _GATED if site.kind == "self" else None
 
     def sites(self, model: Any) -> Sequence[Site]:
         """Self and cross attention of every block, in the order they run."""
@@ -49,53 +51,6 @@ class WanHost(DiffusersHost):
     def stream(self, model: Any) -> Stream:
         """Tokens with noise levels of their own carry them along."""
         return Stream("blocks.0", "norm_out", rotary="rope", axis=1, levels="blocks")
-
-    def wrap_core(self, model: Any, site: Site, state: RunState, core: CoreFactory) -> Undo:
-        """As every host; while a block runs, its input and time embedding are kept for the record."""
-        block = model.get_submodule(site.name.rpartition(".")[0])
-
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            named = dict(zip(("hidden_states", "encoder_hidden_states", "temb"), args)) | kwargs
-            _RUNNING[module] = (named["hidden_states"], named["temb"])
-
-        def after(module: nn.Module, *_: Any) -> None:
-            _RUNNING.pop(module, None)
-
-        undo = super().wrap_core(model, site, state, core)
-        hooks = (
-            block.register_forward_pre_hook(before, with_kwargs=True),
-            block.register_forward_hook(after, always_call=True),
-        )
-
-        def back() -> None:
-            for hook in hooks:
-                hook.remove()
-            undo()
-
-        return back
-
-    def record(self, model: Any, call: SiteCall) -> SiteCall:
-        """Self-attention adds ``gate * W_O out``; the gate is one a sample, so any rows can be asked for. Where tokens
-        have noise levels of their own the gate differs by token and the contribution is not said.
-        """
-        block = model.get_submodule(call.site.name.rpartition(".")[0])
-        if call.site.kind != "self" or block not in _RUNNING:
-            return call
-        stream, time = _RUNNING[block]
-        if stream.shape[1] != call.layout.nq:
-            return call
-        if time.dim() != 3:
-            return replace(call, residual=stream)
-        gate = (block.scale_shift_table + time.float()).chunk(6, dim=1)[2]  # [B, 1, C]
-        weight = block.attn1.to_out[0].weight
-        if weight.is_meta:  # moved out of memory until its turn comes
-            return replace(call, residual=stream)
-        weight = weight.unflatten(1, (call.site.heads, call.site.head_dim))  # [C, H, D]
-
-        def contribution(out: Tensor) -> Tensor:
-            return torch.einsum("bhmd,chd->bhmc", out, weight.to(out.dtype)) * gate[:, None].to(out.dtype)
-
-        return replace(call, residual=stream, contribution=contribution)
 
 
 ADAPTER = WanHost()
