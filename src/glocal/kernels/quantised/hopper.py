@@ -16,7 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from glocal.kernels.gluon.forward_q import after, row_of
+from glocal.kernels.gluon.forward_fetch import after
+from glocal.kernels.gluon.forward_lists import row_of
 from glocal.kernels.gluon.masks import hidden, load_words
 from glocal.kernels.gluon.powers import powers
 
