@@ -71,7 +71,7 @@ def test_lists_made_for_one_call_are_not_looked_at() -> None:
 
 
 def test_query_blocks_are_joined_where_neighbours_visit_the_same(generator: torch.Generator) -> None:
-    from glocal.kernels.gluon.paired import paired
+    from glocal.kernels.gluon.reblocked import paired
 
     made = plan(StridedShards(64, 20, 2, heads_q=2), Canvas((2048,)), PlanSpec(64, 64))
     joined = paired(PlanTensors(**made.tensors()), 64)
@@ -88,6 +88,20 @@ def test_query_blocks_are_joined_where_neighbours_visit_the_same(generator: torc
         torch.arange(256)[None, None], torch.arange(256)[None, None], (256, 256), (64, 64), torch.eye(4).bool()[None]
     )
     assert paired(PlanTensors(**apart.tensors()), 64) is None
+
+
+def test_key_blocks_are_cut_where_halves_of_them_are_hidden_or_whole() -> None:
+    from glocal.kernels.gluon.reblocked import halved
+
+    made = plan(Neighborhood(17), Canvas((48, 64)), PlanSpec(128, 128))
+    cut = halved(PlanTensors(**made.tensors()), 128)
+    assert cut is not None and cut.masks.shape[1:] == (128, 2)
+    full, partial = BlockLists(cut.full_count, cut.full_index), BlockLists(cut.part_count, cut.part_index, cut.part_mask)
+    other = replace(made, kv_block=64, full=full, partial=partial, masks=cut.masks)
+    assert torch.equal(other.dense_counts(), made.dense_counts())
+    assert other.visited_pairs < 0.95 * made.visited_pairs
+    whole = plan(TileWindows((8, 16), 3), Canvas((32, 64)), PlanSpec(128, 128))
+    assert halved(PlanTensors(**whole.tensors()), 128) is None
 
 
 @dataclass(frozen=True)
@@ -376,12 +390,24 @@ def test_two_key_blocks_in_a_step(keys: int, generator: torch.Generator) -> None
 @pytest.mark.gpu
 @on_hopper
 def test_joined_query_blocks(generator: torch.Generator) -> None:
-    from glocal.kernels.gluon.paired import paired
+    from glocal.kernels.gluon.reblocked import paired
 
     made = plan(StridedShards(64, 20, 2, heads_q=4, num_kv_heads=2), Canvas((2048,)), PlanSpec(64, 64))
     tensors = PlanTensors(**made.tensors())
     assert paired(tensors, 64) is not None
     examined(made, inputs(made, Sizes((4, 2), (128, 128)), generator))
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 32)], ids=str)
+def test_key_blocks_in_halves(dims: tuple[int, int], generator: torch.Generator) -> None:
+    from glocal.kernels.gluon.reblocked import halved
+
+    for pattern, shape in ((Neighborhood(17), (48, 64)), (Neighborhood((9, 11)), (23, 31))):
+        made = plan(pattern, Canvas(shape), PlanSpec(128, 128))
+        assert halved(PlanTensors(**made.tensors()), 128) is not None
+        examined(made, inputs(made, Sizes((4, 2), dims), generator))
 
 
 @pytest.mark.gpu

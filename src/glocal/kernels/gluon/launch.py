@@ -16,7 +16,7 @@ from glocal.kernels.call import Call
 from glocal.kernels.gluon.boxes import Boxes, Seen, boxes_of, seen
 from glocal.kernels.gluon.forward_q import forward_kernel
 from glocal.kernels.gluon.masks import by_query, kept
-from glocal.kernels.gluon.paired import paired
+from glocal.kernels.gluon.reblocked import halved, paired
 from glocal.kernels.gluon.tuning import Shape, Tuning, padded, tuning
 from glocal.kernels.triton.defaults import ROWS
 from glocal.kernels.triton.lists import Slots
@@ -93,14 +93,20 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = 
 
 
 def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
-    """The call as the kernel takes it, query blocks in pairs where that pays."""
+    """The call as the kernel takes it, query blocks in pairs and key blocks in halves where that pays."""
     w = prepare(q, k, v, call)
     blocks = w.call.q_block, w.call.kv_block
     wide = max(w.sizes["WD"], w.sizes["WDV"])
-    if blocks != (64, 64) or wide <= 64 or wide > 128 or not worth_a_look(w.plan.full_index):
+    if not worth_a_look(w.plan.full_index):
         return w
-    plan = paired(w.plan, blocks[1])
-    return w if plan is None else replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=2 * blocks[0]))
+    plan = None
+    if blocks == (64, 64) and 64 < wide <= 128:
+        plan, blocks = paired(w.plan, blocks[1]), (128, 64)
+    elif blocks == (128, 128) and wide <= 128:
+        plan, blocks = halved(w.plan, blocks[1]), (128, 64)
+    if plan is None:
+        return w
+    return replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=blocks[0], kv_block=blocks[1]))
 
 
 def _attended(w: Work, qkv: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Tensor], tuned: Tuning | None) -> None:

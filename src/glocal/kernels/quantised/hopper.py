@@ -16,7 +16,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.runtime.jit import constexpr_function
 
-from glocal.kernels.gluon.forward_q import after, row_of
+from glocal.kernels.gluon.forward_fetch import after
+from glocal.kernels.gluon.forward_lists import row_of
 from glocal.kernels.gluon.masks import hidden, load_words
 from glocal.kernels.gluon.powers import powers
 
@@ -46,11 +47,11 @@ def listed(lists, sizes, tile):
 
 
 @gluon.jit
-def entry(lists, place, part, i):
-    """Key block of entry i; partial entries come first."""
-    full_at = lists[1][1] + place * lists[1][2] + (i - part)
-    part_at = lists[2][1] + place * lists[2][2] + i
-    return gl.load(gl.where(i < part, part_at, full_at))
+def entry(lists, place, full, i):
+    """Key block of entry i; full entries come first, as in the definition: rounded weights depend on the order."""
+    full_at = lists[1][1] + place * lists[1][2] + i
+    part_at = lists[2][1] + place * lists[2][2] + (i - full)
+    return gl.load(gl.where(i < full, full_at, part_at))
 
 
 @gluon.jit
@@ -78,7 +79,7 @@ def fetch(given, BQ: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TURNE
         count = part + full
         if count > 0:
             head = b * (heads // group) + h // group
-            mine = entry(lists, place, part, 0)
+            mine = entry(lists, place, full, 0)
             k_slot, k_phase = fetch_one(
                 k, [head * room + mine * BK, 0], shared[1], k_ready, k_free, k_slot, k_phase, STAGES
             )
@@ -91,7 +92,7 @@ def fetch(given, BQ: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, TURNE
             for i in range(1, count + 1):
                 coming = mine
                 if i < count:
-                    coming = entry(lists, place, part, i)
+                    coming = entry(lists, place, full, i)
                     k_slot, k_phase = fetch_one(
                         k, [head * room + coming * BK, 0], shared[1], k_ready, k_free, k_slot, k_phase, STAGES
                     )
@@ -167,8 +168,8 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
         total = gl.zeros([64], gl.float32, layout=near)
         acc = gl.zeros([64, DV], gl.float32, layout=wide)
         if count > 0:
-            key = gl.load(scales[1] + (head * room + entry(lists, place, part, 0) * BK) // K_GROUP)
-            second = entry(lists, place, part, gl.minimum(1, count - 1))
+            key = gl.load(scales[1] + (head * room + entry(lists, place, full, 0) * BK) // K_GROUP)
+            second = entry(lists, place, full, gl.minimum(1, count - 1))
             coming = gl.load(scales[1] + (head * room + second * BK) // K_GROUP)
             mbarrier.wait(q_ready, q_phase)
             q = shared[0].index(PART)
@@ -178,13 +179,13 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
             k_slot, k_phase = after(k_slot, k_phase, STAGES)
             s = s.to(gl.float32)
             if MASKED:
-                mask = gl.load(lists[2][3] + place * lists[2][2], mask=part > 0, other=lists[3])
+                mask = gl.load(lists[2][3] + place * lists[2][2], mask=full == 0, other=lists[3])
                 s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
             p, top, total, _ = weigh(s, top, total, mine * key, SHIFT, EMULATE)
             p = as_operand(p, kind, BK, DV)
             for i in range(1, count):
                 key = coming  # a scale is read one block ahead: that takes as long as a product
-                ahead = entry(lists, place, part, gl.minimum(i + 1, count - 1))
+                ahead = entry(lists, place, full, gl.minimum(i + 1, count - 1))
                 coming = gl.load(scales[1] + (head * room + ahead * BK) // K_GROUP)
                 mbarrier.wait(k_ready.index(k_slot), k_phase)
                 s = scores(q, shared[1], k_slot, BK, WHOLE)
@@ -194,8 +195,8 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                 mbarrier.arrive(k_free.index(k_slot))
                 s = s.to(gl.float32)
                 if MASKED:  # noqa: SIM102 - known when compiled
-                    if i < part:
-                        mask = gl.load(lists[2][3] + place * lists[2][2] + i)
+                    if i >= full:
+                        mask = gl.load(lists[2][3] + place * lists[2][2] + (i - full))
                         s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
                 weights, top, total, old = weigh(s, top, total, mine * key, SHIFT, EMULATE)
                 weights = weights.to(kind)

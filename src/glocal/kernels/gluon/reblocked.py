@@ -1,11 +1,16 @@
-"""Plans whose neighbouring query blocks visit nearly the same key blocks, with those query blocks joined in pairs.
+"""Plans in other blocks, where that pays: neighbouring query blocks joined, key blocks cut in halves.
 
-Two groups of 64 rows then share every tile of keys, which halves what is read: strided shards (arXiv 2407.17678) and
-other causal plans of 64-token blocks are like that. What one half visits alone is hidden from the other by a mask.
+Query blocks in pairs: where two visit nearly the same key blocks, two groups of 64 rows share every tile of keys, which
+halves what is read: strided shards (arXiv 2407.17678) and other causal plans of 64-token blocks are like that. What one
+half visits alone is hidden from the other by a mask.
+
+Key blocks in halves: half of a partial block is often one that no query of the block sees, or that all see whole. A
+step of the kernel takes any two halves.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -16,6 +21,7 @@ from glocal.kernels.call import PlanTensors
 from glocal.plan.blockplan import BlockLists
 
 MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
+FEWER = 0.98  # the same after cutting
 _MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
 
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -23,13 +29,24 @@ _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def paired(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
     """The plan with query blocks twice as long, or None where that does not pay. Looked at once for each plan."""
+    return _once(plan, kv_block, _joined)
+
+
+def halved(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    """The plan with key blocks half as long, or None where that does not pay. Looked at once for each plan."""
+    return _once(plan, kv_block, _cut)
+
+
+def _once(
+    plan: PlanTensors, kv_block: int, make: Callable[[PlanTensors, int], PlanTensors | None]
+) -> PlanTensors | None:
     fields = vars(plan).values()
     mark = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in fields]
     known = _KNOWN.get(plan.full_index)
     if known is None or known[0] != mark:
         if plan.owner.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        known = _KNOWN[plan.full_index] = (mark, _joined(plan, kv_block))
+        known = _KNOWN[plan.full_index] = (mark, make(plan, kv_block))
     return known[1]
 
 
@@ -54,6 +71,31 @@ def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
     words = torch.cat([plan.masks, plan.masks.new_full((1, *plan.masks.shape[1:]), -1),
                        plan.masks.new_zeros(1, *plan.masks.shape[1:])])  # fmt: skip
     both = torch.cat([words[codes // (masks + 2)], words[codes % (masks + 2)]], 1)  # [masks, 2 * rows, words]
+    return _listed(plan, full, part, row, both)
+
+
+def _cut(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    lists, rows = plan.full_count.shape
+    columns, masks = plan.kv_order.shape[-1] // kv_block, plan.masks.shape[0]
+    if not masks or lists * rows * columns > _MOST // 2:
+        return None
+    state = _states(plan, columns)
+    if state is None:
+        return None
+    halves = plan.masks.unflatten(2, (2, -1)).transpose(1, 2).flatten(0, 1)  # [2 * masks, rows, words]
+    words, which = torch.unique(halves, dim=0, return_inverse=True)
+    kind = torch.where((words == -1).flatten(1).all(1), len(words), torch.arange(len(words), device=words.device))
+    kind = torch.where((words == 0).flatten(1).all(1), -1, kind)
+    codes = torch.nn.functional.pad(kind[which].view(-1, 2), (0, 0, 0, 1), value=len(words))  # the last for full ones
+    halved = torch.where(state[..., None] < 0, -1, codes[state.clamp(min=0).long()]).flatten(2)
+    if int((halved >= 0).sum()) > FEWER * 2 * int((state >= 0).sum()):
+        return None
+    full = halved == len(words)
+    return _listed(plan, full, (halved >= 0) & ~full, halved.clamp(min=0).int(), words.contiguous())
+
+
+def _listed(plan: PlanTensors, full: Tensor, part: Tensor, row: Tensor, masks: Tensor) -> PlanTensors:
+    """The plan with the lists of tables [U, query blocks, key blocks]; row: numbers in `masks`."""
     whole, partial = BlockLists.from_dense(full), BlockLists.from_dense(part, row)
     assert partial.mask is not None
     return replace(
@@ -63,7 +105,7 @@ def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
         part_count=partial.count,
         part_index=partial.index,
         part_mask=partial.mask,
-        masks=both,
+        masks=masks,
     )
 
 
