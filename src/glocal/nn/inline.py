@@ -179,7 +179,7 @@ class InLineBranch(nn.Module):
         return global_part(q, k, tokens, self.heads, self.spec, local).reshape(v.shape)
 
 
-def global_part(q: Tensor, k: Tensor, v: Tensor, heads: int, spec: InLineSpec, local: Tensor | None) -> Tensor:
+def global_part(q: Tensor, k: Tensor, v: Tensor, heads: int, spec: InLineSpec, local: Tensor | None = None) -> Tensor:
     """q, k, v: [B, N, C] before their feature maps -> [B, N, C], `local` of that shape added."""
     q, k = features(spec.feature, q), features(spec.feature, k)
     parts = (q, k, v) if local is None else (q, k, v, local)
