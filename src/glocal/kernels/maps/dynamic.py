@@ -14,7 +14,8 @@ from torch import Tensor
 from glocal.kernels.maps import power, start
 
 _PIXELS, _CHANNELS = 64, 64  # of a program
-_PROGRAMS = 1024  # that share the sums over all pixels of a gradient of kernels
+_THIN = 16  # pixels at once of a program that sums up over many of them
+_PROGRAMS = 4096  # that share the sums over all pixels of a gradient of kernels
 
 
 @triton.jit
@@ -52,34 +53,31 @@ def forward_kernel(
 @triton.jit
 def kernels_kernel(
     grad, x, sums, height, width, parts, per, x_image, x_pixel,
-    C: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, TAPS: tl.constexpr, P: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    C: tl.constexpr, DOWN: tl.constexpr, ACROSS: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """grad: [B, height * width, C], x by strides; sums: float32 [B, parts, C, TAPS], products of grad with x at taps.
+    """grad: [B, height * width, C], x by strides; sums: float32 [B, parts, DOWN, ACROSS, C], products of grad with x.
 
-    per: pixels of a part.
+    per: pixels of a part. A program takes one line of taps.
     """
     image, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    real, total = channel < C, height * width
-    place = tl.arange(0, TAPS)
-    found = tl.zeros([CHANNELS, TAPS], tl.float32)
+    real, total, line = channel < C, height * width, tl.program_id(2)
+    found = (tl.zeros([P, CHANNELS], tl.float32),) * ACROSS
     for first in range(part * per, tl.minimum(part * per + per, total), P):
         pixel = first + tl.arange(0, P)
         live = pixel < total
         row, column = pixel // width, pixel % width
         at = (image * total + pixel)[:, None] * C + channel[None, :]
         g = tl.load(grad + at, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-        for i in tl.static_range(DOWN):  # type: ignore[attr-defined]
-            for j in tl.static_range(ACROSS):  # type: ignore[attr-defined]
-                y, z = row + i - DOWN // 2, column + j - ACROSS // 2
-                inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-                where = image * x_image + (y * width + z).to(tl.int64) * x_pixel
-                value = tl.load(x + where[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-                one = tl.sum(g * value.to(tl.float32), 0)
-                found += tl.where((place == i * ACROSS + j)[None, :], one[:, None], 0.0)
-    at = (tl.program_id(0).to(tl.int64) * C + channel)[:, None] * TAPS + place[None, :]
-    tl.store(sums + at, found, mask=real[:, None])
+        for j in tl.static_range(ACROSS):  # type: ignore[attr-defined]
+            y, z = row + line - DOWN // 2, column + j - ACROSS // 2
+            inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            where = image * x_image + (y * width + z).to(tl.int64) * x_pixel
+            value = tl.load(x + where[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            found = found[:j] + (found[j] + g * value.to(tl.float32),) + found[j + 1 :]
+    base = sums + (tl.program_id(0).to(tl.int64) * DOWN + line) * ACROSS * C + channel
+    for j in tl.static_range(ACROSS):  # type: ignore[attr-defined]
+        tl.store(base + j * C, tl.sum(found[j], 0), mask=real)
 
 
 def forward(x: Tensor, kernels: Tensor, flip: bool = False) -> Tensor:
@@ -115,19 +113,18 @@ class DynamicConv(torch.autograd.Function):
         grad_x = forward(grad, kernels, flip=True) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_x, None
-        x, sizes = _rows(x), _sizes(kernels)
-        blocks, taps = -(-channels // sizes["CHANNELS"]), power(kernels[0, 0].numel())
-        tiles = -(-height * width // sizes["P"])
-        per = -(-tiles // max(1, min(_PROGRAMS // (blocks * b), tiles)))  # tiles of a part
+        x, sizes = _rows(x), _sizes(kernels) | {"P": _THIN}
+        blocks, tiles = -(-channels // sizes["CHANNELS"]), -(-height * width // sizes["P"])
+        down, across = kernels.shape[2:]
+        per = -(-tiles // max(1, min(_PROGRAMS // (blocks * b * down), tiles)))  # tiles of a part
         parts = -(-tiles // per)
-        sums = x.new_empty(b, parts, channels, taps, dtype=torch.float32)
+        sums = x.new_empty(b, parts, down, across, channels, dtype=torch.float32)
         with torch.cuda.device_of(x):
             start(
-                kernels_kernel, (b * parts, blocks),
-                grad, x, sums, height, width, parts, per * sizes["P"], x.stride(0), x.stride(2), TAPS=taps, **sizes,
+                kernels_kernel, (b * parts, blocks, down),
+                grad, x, sums, height, width, parts, per * sizes["P"], x.stride(0), x.stride(2), **sizes,
             )  # fmt: skip
-        found = sums.sum(1)[..., : kernels[0, 0].numel()].to(kernels.dtype)
-        return grad_x, found.reshape(kernels.shape)
+        return grad_x, sums.sum(1).permute(0, 3, 1, 2).to(kernels.dtype)
 
 
 def _rows(x: Tensor) -> Tensor:
