@@ -1,7 +1,7 @@
 """The eleven token mixers in one small backbone on equal terms, into results/mixers.csv and results/mixers.svg.
 
-python bench/mixers.py --device cuda --workers 11           # train all runs, several at once
-python bench/mixers.py --device cuda --workers 11 --examine # times and memory, one mixer at a time: no runs beside it
+python bench/mixers.py --device cuda --workers 11            # train all runs, several at once, a mixer always in one
+python bench/mixers.py --device cuda --workers 11 --examine  # times and memory, one mixer at a time: no runs beside it
 python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
@@ -38,11 +38,11 @@ CSV = ROOT / "results" / "mixers.csv"
 
 
 def work(a: argparse.Namespace, spec: MixerSpec, found: dict[str, Entry]) -> None:
-    """The runs of one worker: every `workers`-th of all."""
+    """The runs of one worker: all of every `workers`-th mixer, whose kernels are then compiled once."""
     task = loaded(a.out / "scenes.pt", task_of(a.task, size=a.size, device="cpu", counts=(1, 1)), a.device)
-    runs = [(seed, e) for seed in range(spec.seeds) for e in found.values() if not e.reason]
-    for number, (seed, entry) in enumerate(runs):
-        if number % a.workers == a.child:
+    mine = [e for e in found.values() if not e.reason][a.child :: a.workers]
+    for seed in range(spec.seeds):
+        for entry in mine:
             frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
             begin, name = time.monotonic(), f"{entry.mixer} seed {seed}"
 
@@ -130,10 +130,11 @@ def run(a: argparse.Namespace, spec: MixerSpec) -> bool:
     """Start the workers, paint their scenes, wait for them; whether all came through."""
     end = time.monotonic() + a.seconds
     command = [sys.executable, *sys.argv]
-    children = [subprocess.Popen([*command, "--child", str(i)], env=os.environ) for i in range(a.workers)]
+    alone = os.environ | {"OMP_NUM_THREADS": "1"}  # workers would fight for the cores
+    children = [subprocess.Popen([*command, "--child", str(i)], env=alone) for i in range(a.workers)]
     if not a.examine:
         begin = time.monotonic()
-        saved(task_of(a.task, size=a.size, device="cpu", counts=(a.train, a.test)), a.out / "scenes.pt")
+        saved(task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test)), a.out / "scenes.pt")
         print(f"scenes painted in {time.monotonic() - begin:.0f} s", flush=True)
     codes = []
     for child in children:

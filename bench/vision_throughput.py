@@ -1,6 +1,6 @@
 """Vision backbones beside timm's of the same shape, images a second, into results/vision_throughput.csv.
 
-python bench/vision_throughput.py                          # on a GPU: eager and compiled, minutes
+python bench/vision_throughput.py                          # on a GPU: all modes, minutes
 python bench/vision_throughput.py --modes eager --rounds 5
 python bench/vision_throughput.py --device cpu --batch 2 --train-batch 2 --rounds 2 --modes eager   # only to try it
 python bench/vision_throughput.py --profile --only davit_tiny --modes eager     # where the time goes, no rows
@@ -9,7 +9,8 @@ Each pair has a process: it checks that both models give equal logits from equal
 model; otherwise ours against itself on the CPU), compiles and warms up; when all are ready they take turns, and the two
 of a pair run interleaved. `infer` is a forward pass without gradients, `train` forward and backward in training mode.
 Weights and images are random bfloat16. A time is that of three calls in a row and of the wait for the last, so that the
-host counts where the device waits for it. Pairs whose figures lie in --folder already are not run again.
+host counts where the device waits for it; mode `graph` launches each call as one CUDA graph, and the host does not
+count. Pairs whose figures lie in --folder already are not run again.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ SLOTS = 3  # first training steps at once
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run. passes: "infer", "train". modes: "eager", "compiled"."""
+    """What to run. passes: "infer", "train". modes: "eager", "graph", "compiled"."""
 
     device: str
     modes: tuple[str, ...]
@@ -89,13 +90,15 @@ def models_of(name: str, plan: Plan) -> tuple[nn.Module, nn.Module, float]:
     ours = create_model(name, drop_path=0.0).eval()  # as timm makes its models
     dtype = torch.bfloat16 if plan.quick else torch.float32
     ours, theirs, image = ours.to(dtype), theirs.to(dtype), torch.randn(1, 3, 224, 224).to(dtype)
+    # Kernels are compiled again for a batch of one, which is never timed.
+    many = image.to(plan.device).repeat(plan.train_batch, 1, 1, 1)
     with torch.no_grad():
         if same:
             fill(ours, type(ours).convert(theirs.state_dict()), theirs_name)  # type: ignore[attr-defined]
-            expected = theirs.to(plan.device)(image.to(plan.device))
+            expected = theirs.to(plan.device)(many[:1])
         else:
             expected = ours(image).to(plan.device)
-        found = ours.to(plan.device)(image.to(plan.device))
+        found = ours.to(plan.device)(many)
     error = float((found - expected).abs().max() / expected.abs().max())
     if not error <= TOLERANCE[dtype]:
         raise RuntimeError(f"{name}: logits are off by {error:.2e} of the largest; no times taken")
@@ -139,6 +142,21 @@ def calls(model: nn.Module, step: str, plan: Plan) -> Callable[[], object]:
         nn.functional.cross_entropy(model(image).float(), labels).backward()
 
     return train
+
+
+def captured(run: Callable[[], object], plan: Plan) -> Callable[[], object]:
+    """The call as a CUDA graph. It has run before, so that nothing is compiled or planned any more."""
+    if plan.device != "cuda":
+        raise ValueError("--modes graph: CUDA graphs need a GPU; legal on a CPU: eager, compiled.")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
 
 
 def in_a_row(run: Callable[[], object], plan: Plan) -> Callable[[], None]:
@@ -234,10 +252,12 @@ def child(name: str, plan: Plan, folder: Path, count: int) -> None:
             if plan.profile:
                 profiled(f"{name} {mode} {step}", ready, plan)
                 continue
-            rows_of = {who: in_a_row(run, plan) for who, run in ready.items()}
-            timed = compare_paired(rows_of, plan.rounds, plan.device, baseline="timm", warmup=1)
             images = plan.batch if step == "infer" else plan.train_batch
             peaks = {who: peak(run, plan) for who, run in ready.items()}
+            launched = {who: captured(run, plan) if mode == "graph" else run for who, run in ready.items()}
+            rows_of = {who: in_a_row(run, plan) for who, run in launched.items()}
+            timed = compare_paired(rows_of, plan.rounds, plan.device, baseline="timm", warmup=1)
+            del launched, rows_of
             ratio = timed.ratios["glocal"]
             rows.append(
                 {
@@ -342,7 +362,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda")
     p.add_argument("--only", default=",".join(PAIRS))
-    p.add_argument("--modes", default="eager,compiled")
+    p.add_argument("--modes", default="eager,graph,compiled")
     p.add_argument("--passes", default="infer,train")
     p.add_argument("--rounds", type=int, default=9)
     p.add_argument("--batch", type=int, default=256)

@@ -18,7 +18,7 @@ from torch import Tensor
 from glocal.kernels import maps
 from glocal.nn.blocks import SameConv2d, conv
 from glocal.nn.blocks.mbconv import MBConv
-from glocal.ops import Ratio, Subtract, Unnormalised, depthwise_conv, layer_norm, linear_attention
+from glocal.ops import Ratio, Subtract, Unnormalised, depthwise_conv, dynamic_conv, layer_norm, linear_attention
 from glocal.ops.channel import gram
 from glocal.ops.norm import stored_norm
 from glocal.testing._common import draw
@@ -169,3 +169,31 @@ def test_linear_attention(normaliser: Ratio | Subtract | Unnormalised, monkeypat
         return linear_attention(q.relu(), k.relu(), v, normaliser)
 
     agree(run, [some(2, 67, 48)], monkeypatch, 2e-5)
+
+
+@pytest.mark.parametrize("normaliser", [Ratio(0.5), Subtract(), Unnormalised(0.1)])
+def test_linear_attention_beside_a_local_part(
+    normaliser: Ratio | Subtract | Unnormalised, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(t: Tensor, local: Tensor) -> Tensor:
+        q, k, v = t.unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        plus = local[:, 3:].unflatten(-1, (2, 8)).transpose(1, 2)
+        return linear_attention(q.relu(), k.relu(), v, normaliser, plus)
+
+    agree(run, [some(2, 67, 48), some(2, 70, 16, seed=1)], monkeypatch, 2e-5)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (1, 5)])
+@pytest.mark.parametrize("size", [(9, 13), (2, 3)])
+def test_dynamic_convolution(size: tuple[int, int], kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = some(2, 1 + size[0] * size[1], 3 * 24)  # values where a projection left them, behind a class token
+
+    def run(t: Tensor, kernels: Tensor) -> Tensor:
+        return dynamic_conv(t.chunk(3, -1)[2][:, 1:].unflatten(1, size), kernels)
+
+    agree(run, [wide, some(2, 24, *kernel, seed=1)], monkeypatch, 2e-5)
+
+
+def test_dynamic_convolution_of_wide_maps_and_channels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [some(2, 96, 3, 4), some(2, 96, 3, 3, seed=1)]
+    agree(lambda x, w: dynamic_conv(x.permute(0, 2, 3, 1), w), inputs, monkeypatch, 2e-5)

@@ -62,3 +62,5 @@ def test_refuses_in_words() -> None:
         linear_attention(x, x[..., :3], x, Ratio())
     with pytest.raises(ValueError, match=r"k of shape \(1, 1, 5, 4\) must be \[..., 2 heads, tokens, size\]"):
         linear_attention(x, x[:, :1], x, Ratio())
+    with pytest.raises(ValueError, match=r"plus of shape \(1, 2, 5, 3\) must be \(1, 2, 5, 4\), as the result"):
+        linear_attention(x, x, x, Ratio(), x[..., :3])

@@ -406,7 +406,7 @@ def trained(
         warmup=max(1, spec.steps // 20),
         precision=spec.precision,
         seed=seed,
-        save=max(spec.steps // 4, 1),
+        save=max(spec.steps // 2, min(spec.steps, 250)),
         every=max(spec.steps // 20, 1),
     )
     key = {"task": task.name, "size": task.size, "recipe": asdict(recipe), "frame": _listed(asdict(spec.frame))}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor, nn
 
 from glocal.nn.blocks.layout import conv, pad_multiple
@@ -59,7 +60,16 @@ class LocalKernels(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Means [B, dim] -> kernels [B, dim, 3, 3]."""
-        return super().forward(input[..., None]).reshape(*input.shape, 3, 3)
+        first, act, last = self
+        return _grouped(last, act(_grouped(first, input))).reshape(*input.shape, 3, 3)
+
+
+def _grouped(layer: nn.Module, x: Tensor) -> Tensor:
+    """A grouped convolution of one place, x: [B, C], as products: torch's kernels for it are made for many places."""
+    assert isinstance(layer, nn.Conv1d) and layer.bias is not None
+    parts = x.unflatten(1, (layer.groups, -1)).transpose(0, 1)  # [groups, B, C / groups]
+    weight, bias = (t.unflatten(0, (layer.groups, -1)) for t in (layer.weight[..., 0], layer.bias))
+    return torch.baddbmm(bias[:, None], parts, weight.mT).transpose(0, 1).flatten(1)
 
 
 class InLineAttention(nn.Module):
@@ -108,11 +118,11 @@ class InLineAttention(nn.Module):
         size: (h, w). lead: tokens before the map (class tokens); they take part in all but the local part.
         """
         q, k, v = self.project(x)
-        out = global_part(q, k, v, self.heads, self.spec)
-        if self.residual is None:
-            return out
-        local = dynamic_conv(v[:, lead:].unflatten(1, size), self.residual(x.mean(1))).flatten(1, 2)
-        return out + nn.functional.pad(local, (0, 0, lead, 0))
+        local = None
+        if self.residual is not None:
+            local = dynamic_conv(v[:, lead:].unflatten(1, size), self.residual(x.mean(1))).flatten(1, 2)
+            local = nn.functional.pad(local, (0, 0, lead, 0)) if lead else local
+        return global_part(q, k, v, self.heads, self.spec, local)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [..., dim] of x: [..., dim], before their feature maps."""
@@ -162,16 +172,19 @@ class InLineBranch(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mean: Tensor) -> Tensor:
         """q, k, v: [B, H, W, dim], mean: [B, dim] of the block's input before its norm -> [B, H, W, dim]."""
-        mixed = global_part(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), self.heads, self.spec)
-        out = mixed.reshape(v.shape) + conv(self.get_v, v)
-        return out if self.residual is None else out + dynamic_conv(v, self.residual(mean))
+        local = conv(self.get_v, v)
+        if self.residual is not None:
+            local = local + dynamic_conv(v, self.residual(mean))
+        q, k, tokens, local = (t.flatten(1, 2) for t in (q, k, v, local))
+        return global_part(q, k, tokens, self.heads, self.spec, local).reshape(v.shape)
 
 
-def global_part(q: Tensor, k: Tensor, v: Tensor, heads: int, spec: InLineSpec) -> Tensor:
-    """q, k, v: [B, N, C] before their feature maps -> [B, N, C]."""
+def global_part(q: Tensor, k: Tensor, v: Tensor, heads: int, spec: InLineSpec, local: Tensor | None = None) -> Tensor:
+    """q, k, v: [B, N, C] before their feature maps -> [B, N, C], `local` of that shape added."""
     q, k = features(spec.feature, q), features(spec.feature, k)
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # [B, heads, N, head size]
-    return linear_attention(q, k, v, spec.norm).transpose(1, 2).flatten(2)
+    parts = (q, k, v) if local is None else (q, k, v, local)
+    q, k, v, *plus = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in parts)  # [B, heads, N, head size]
+    return linear_attention(q, k, v, spec.norm, *plus).transpose(1, 2).flatten(2)
 
 
 @register_mixer("inline")

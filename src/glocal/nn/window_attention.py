@@ -21,6 +21,8 @@ from glocal.nn.mixer import register_mixer
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Pattern, Windows
 
+_TILE = 64  # tokens of the largest window that is one tile of the kernels of small windows; others spill registers
+
 
 @dataclass(frozen=True)
 class WindowSpec:
@@ -98,9 +100,9 @@ class WindowAttention(nn.Module):
 
     def backend(self, x: Tensor, real: tuple[int, int]) -> str | None:
         """What attends over the whole map x: [B, *size, dim]: that of the spec, the kernels of small windows where they
-        can, or None for windows that are cut.
+        can and a window fits a tile, or None for windows that are cut.
         """
-        if self.spec.backend is not None or not self.whole((x.shape[1], x.shape[2]), real):
+        if self.spec.backend is not None or self.window**2 > _TILE or not self.whole((x.shape[1], x.shape[2]), real):
             return self.spec.backend
         dropout = self.spec.attn_drop if self.training else 0.0
         pattern = self.pattern((x.shape[1], x.shape[2]), real)

@@ -61,7 +61,7 @@ def _fused(qkv: tuple[Tensor, Tensor, Tensor], groups: int, scale: float | Tenso
     q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in qkv)
     logits: Tensor = Products.apply(q, k, groups)  # [B, groups, d, e]
     factor = scale.to(logits.dtype)[:, None, None] if isinstance(scale, Tensor) else scale
-    return Apply.apply(v, _activate(logits * factor, activation).mT, groups)  # type: ignore[no-any-return]
+    return Apply.apply(v, _activate(logits * factor, activation).mT, groups, None, None)  # type: ignore[no-any-return]
 
 
 def _activate(logits: Tensor, activation: Activation) -> Tensor:

@@ -47,7 +47,8 @@ def depthwise_conv(
             f"depthwise_conv: residual=True needs a result of {tuple(x.shape[1:3])}, but it is {(rows, columns)}."
         )
     check_activation("depthwise_conv", act)
-    if maps.usable(x, weight, bias, *(() if norm is None else norm[0])):
+    few = x.shape[0] * max(x.shape[1] * x.shape[2], rows * columns) < 2**31
+    if few and maps.usable(x, weight, bias, *(() if norm is None else norm[0])):
         from glocal.kernels.maps import depthwise
 
         shape = depthwise.Shape(stride, top, left, rows, columns, residual)

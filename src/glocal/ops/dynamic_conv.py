@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal.kernels import maps
+
 
 def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
     """Cross-correlation of x: [B, H, W, C] with kernels: [B, C, h, w], odd sides, zeros around the map -> like x.
 
-    Shifted copies of the map are weighted and summed; a compiled graph fuses them. Raises ValueError for shapes that
-    do not fit.
+    Shifted copies of the map are weighted and summed; a compiled graph fuses them, and on a GPU, in eager calls, one
+    kernel reads the map where it lies. Raises ValueError for shapes that do not fit.
     """
     if x.dim() != 4 or kernels.shape[:2] != (x.shape[0], x.shape[3]) or kernels.dim() != 4:
         raise ValueError(
@@ -20,6 +22,10 @@ def dynamic_conv(x: Tensor, kernels: Tensor) -> Tensor:
     down, across = kernels.shape[2:]
     if down % 2 == 0 or across % 2 == 0:
         raise ValueError(f"dynamic_conv: kernels of {down} x {across} must have odd sides.")
+    if maps.usable(x, kernels):
+        from glocal.kernels.maps.dynamic import DynamicConv
+
+        return DynamicConv.apply(x, kernels)  # type: ignore[no-any-return]
     height, width = x.shape[1:3]
     padded = F.pad(x, (0, 0, across // 2, across // 2, down // 2, down // 2))
     weights = kernels.permute(2, 3, 0, 1)[:, :, :, None, None]  # [h, w, B, 1, 1, C]

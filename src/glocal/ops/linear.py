@@ -80,43 +80,52 @@ class Unnormalised:
 Normaliser = Ratio | Subtract | Unnormalised
 
 
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser) -> Tensor:
+def linear_attention(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser, plus: Tensor | None = None) -> Tensor:
     """q: [..., H, Nq, D], k: [..., H, Nk, D] (after their feature maps), v: [..., H, Nk, Dv] -> [..., H, Nq, Dv].
 
-    Sums over keys are taken in float32 (float64 for float64): they grow with the number of keys. The result has the
-    type of v. Raises ValueError for shapes that do not fit.
+    plus: what is added to the result, of its shape, such as the output of a local part. Sums over keys are taken in
+    float32 (float64 for float64): they grow with the number of keys. The result has the type of v. Raises ValueError
+    for shapes that do not fit.
     """
     _check(q, k, v)
+    whole = (*q.shape[:-1], v.shape[-1])
+    if plus is not None and plus.shape != whole:
+        raise ValueError(f"linear_attention: plus of shape {tuple(plus.shape)} must be {whole}, as the result.")
     narrow = q.dim() == 4 and q.shape == k.shape and k.shape[0] == v.shape[0] and max(q.shape[3], v.shape[3]) <= _MOST
-    if narrow and maps.usable(q, k, v):
-        return _fused(q, k, v, normaliser)
+    if narrow and maps.usable(q, k, v, plus):
+        return _fused(q, k, v, normaliser, plus)
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
     meta = q.device.type == "meta"  # shapes alone: nothing is rounded there, and autocast does not know it
     with nullcontext() if meta else torch.autocast(q.device.type, enabled=False):
-        return _run(q.to(high), k.to(high), v.to(high), normaliser).to(v.dtype)
+        out = _run(q.to(high), k.to(high), v.to(high), normaliser).to(v.dtype)
+    return out if plus is None else out + plus
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser, plus: Tensor | None) -> Tensor:
     """The same by kernels that read tokens where they lie and sum in float32."""
-    from glocal.kernels.maps.products import Apply, Products
+    from glocal.kernels.maps.products import Apply, Totals
 
     heads = q.shape[1]
     a, b, c = (_side_by_side(t) for t in (q, k, v))
-    summed: Tensor = Products.apply(b, c, heads)  # [B, H, D, Dv]
+    beside = None if plus is None else _side_by_side(plus)
+    summed, sum_k, sum_v = Totals.apply(b, c, heads)  # [B, H, D, Dv], [B, H, D], [B, H, Dv]
     if isinstance(normaliser, Ratio):
         scale = normaliser.numerator_scale
         factor = scale.to(summed.dtype)[:, None, None] if isinstance(scale, Tensor) else scale
-        total = q @ k.sum(-2, dtype=torch.float32).to(q.dtype)[..., None]  # [B, H, N, 1]
-        out = Apply.apply(a, summed * factor, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
-        return out / total.clamp(min=normaliser.floor)
+        total = q @ sum_k.to(q.dtype)[..., None]  # [B, H, N, 1]
+        out = _heads(Apply.apply(a, summed * factor, heads, None, None), heads) / total.clamp(min=normaliser.floor)
+        return out if plus is None else out + plus
     if isinstance(normaliser, Subtract):
         scale = q.shape[-1] ** -0.5 if normaliser.scale is None else normaliser.scale
         share = scale / (k.shape[-2] if normaliser.count is None else normaliser.count)
-        means = k.mean(-2, dtype=torch.float32), v.sum(-2, dtype=torch.float32)  # [B, H, D], [B, H, Dv]
-        centred = (summed - means[0][..., None] * means[1][..., None, :]) * share
-        out = Apply.apply(a, centred, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
-        return out + (means[1] / v.shape[-2]).to(v.dtype)[..., None, :]
-    return Apply.apply(a, summed * normaliser.scale, heads).unflatten(-1, (heads, -1)).transpose(1, 2)
+        centred = (summed - sum_k[..., None] * (sum_v / k.shape[-2])[..., None, :]) * share
+        return _heads(Apply.apply(a, centred, heads, sum_v / v.shape[-2], beside), heads)
+    return _heads(Apply.apply(a, summed * normaliser.scale, heads, None, beside), heads)
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    """The inverse of `_side_by_side`."""
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
 def _side_by_side(t: Tensor) -> Tensor:

@@ -91,7 +91,8 @@ class Trainer:
             raise ValueError(f"Recipe: batch={recipe.batch} must be a multiple of the {processes} processes.")
         self.accelerator, self.recipe, self.data = accelerator, recipe, train
         self.average = Average(model.to(accelerator.device), recipe.ema)
-        optimizer = torch.optim.AdamW(_groups(model, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.999))
+        groups, fused = _groups(model, recipe.weight_decay), accelerator.device.type == "cuda"
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=fused)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step, self.seconds = 0, 0.0
         self.curve: list[Row] = []

@@ -16,7 +16,15 @@ from glocal.kernels.maps import power, start
 from glocal.kernels.maps.affine import activated, scale_and_shift
 
 _PIXELS, _CHANNELS = 64, 64  # of a program
+_THIN = 16  # pixels at once of a program that sums up over all of them
 _PROGRAMS = 1024  # that share the sums over all pixels of a gradient of weights
+
+
+@triton.jit
+def _place(pixel, columns, rows):
+    """Column, row and image (int64) of pixels; numbers of pixels fit into 32 bits, where dividing is cheap."""
+    line = pixel // columns
+    return pixel % columns, line % rows, (line // rows).to(tl.int64)
 
 
 @triton.jit
@@ -30,11 +38,10 @@ def forward_kernel(
     top, left: padding. RESIDUAL: x is added, for equal sizes. stats: mean, variance, weight, bias [C] of a norm behind
     it, or None; ACT: an activation at the end.
     """
-    pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    pixel = tl.program_id(0) * P + tl.arange(0, P)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     live, real = pixel < total, channel < C
-    column, row = pixel % columns, (pixel // columns) % rows
-    image = pixel // columns // rows
+    column, row, image = _place(pixel, columns, rows)  # type: ignore[misc]
     found = tl.zeros([P, CHANNELS], tl.float32)
     if BIAS:
         found += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
@@ -46,7 +53,7 @@ def forward_kernel(
             value = tl.load(x + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
             w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
             found += value.to(tl.float32) * w[None, :]
-    at = pixel[:, None] * C + channel[None, :]
+    at = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     written = live[:, None] & real[None, :]
     if RESIDUAL:
         found += tl.load(x + at, mask=written, other=0.0).to(tl.float32)
@@ -63,11 +70,10 @@ def input_kernel(
     RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """grad: [B, rows, columns, C] -> grad_x: [B, height, width, C]; total: B * height * width."""
-    pixel = tl.program_id(0).to(tl.int64) * P + tl.arange(0, P)
+    pixel = tl.program_id(0) * P + tl.arange(0, P)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     live, real = pixel < total, channel < C
-    column, row = pixel % width, (pixel // width) % height
-    image = pixel // width // height
+    column, row, image = _place(pixel, width, height)  # type: ignore[misc]
     found = tl.zeros([P, CHANNELS], tl.float32)
     for i in tl.static_range(K):  # type: ignore[attr-defined]
         for j in tl.static_range(K):  # type: ignore[attr-defined]
@@ -81,7 +87,7 @@ def input_kernel(
             value = tl.load(grad + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
             w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
             found += value.to(tl.float32) * w[None, :]
-    at = pixel[:, None] * C + channel[None, :]
+    at = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     written = live[:, None] & real[None, :]
     if RESIDUAL:
         found += tl.load(grad + at, mask=written, other=0.0).to(tl.float32)
@@ -92,31 +98,35 @@ def input_kernel(
 def weight_kernel(
     grad, x, sums, height, width, rows, columns, total, top, left,
     C: tl.constexpr, K: tl.constexpr, TAPS: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr,
-    CHANNELS: tl.constexpr,
+    CHANNELS: tl.constexpr, LINES: tl.constexpr,
 ):  # fmt: skip
-    """sums: float32 [programs, TAPS, C]: products of grad with x at every tap, and the sum of grad behind the taps."""
+    """sums: float32 [programs, TAPS, C]: products of grad with x at every tap, and the sum of grad behind the taps.
+
+    A program takes LINES of the K lines of taps, each of its threads the same channels of every pixel.
+    """
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     real = channel < C
-    tap = tl.arange(0, TAPS)
-    found = tl.zeros([TAPS, CHANNELS], tl.float32)
+    line = tl.program_id(2) * LINES
+    none = tl.zeros([P, CHANNELS], tl.float32)
+    found, level = (none,) * (LINES * K), none
     for first in range(tl.program_id(0) * P, total, tl.num_programs(0) * P):
-        pixel = tl.cast(first, tl.int64) + tl.arange(0, P)
+        pixel = first + tl.arange(0, P)
         live = pixel < total
-        column, row = pixel % columns, (pixel // columns) % rows
-        image = pixel // columns // rows
-        at = pixel[:, None] * C + channel[None, :]
+        column, row, image = _place(pixel, columns, rows)  # type: ignore[misc]
+        at = pixel.to(tl.int64)[:, None] * C + channel[None, :]
         g = tl.load(grad + at, mask=live[:, None] & real[None, :], other=0.0).to(tl.float32)
-        for i in tl.static_range(K):  # type: ignore[attr-defined]
-            for j in tl.static_range(K):  # type: ignore[attr-defined]
-                y, z = row * STRIDE + i - top, column * STRIDE + j - left
-                inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
-                place = ((image * height + y) * width + z) * C
-                value = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-                part = tl.sum(g * value.to(tl.float32), 0)
-                found += tl.where((tap == i * K + j)[:, None], part[None, :], 0.0)
-        found += tl.where((tap == K * K)[:, None], tl.sum(g, 0)[None, :], 0.0)
-    base = sums + tl.program_id(0).to(tl.int64) * TAPS * C
-    tl.store(base + tap[:, None] * C + channel[None, :], found, mask=real[None, :] & (tap <= K * K)[:, None])
+        level += g
+        for n in tl.static_range(LINES * K):  # type: ignore[attr-defined]
+            y, z = row * STRIDE + line + n // K - top, column * STRIDE + n % K - left
+            inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
+            place = ((image * height + y) * width + z) * C
+            value = tl.load(x + place[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+            found = found[:n] + (found[n] + g * value.to(tl.float32),) + found[n + 1 :]
+    base = sums + tl.program_id(0).to(tl.int64) * TAPS * C + channel
+    for n in tl.static_range(LINES * K):  # type: ignore[attr-defined]
+        tl.store(base + (line * K + n) * C, tl.sum(found[n], 0), mask=real)
+    if line == 0:
+        tl.store(base + K * K * C, tl.sum(level, 0), mask=real)
 
 
 @dataclass(frozen=True)
@@ -192,13 +202,14 @@ class Depthwise(torch.autograd.Function):
                     **sizes,
                 )
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                taps = power(kernel**2 + 1)
+                taps, lines = kernel**2 + 1, kernel if kernel <= 3 else 1
+                sizes["P"] = _THIN
                 blocks = -(-channels // sizes["CHANNELS"])
-                programs = max(1, min(_PROGRAMS // blocks, -(-total // sizes["P"])))
+                programs = max(1, min(_PROGRAMS * lines // (blocks * kernel), -(-total // sizes["P"])))
                 sums = x.new_empty(programs, taps, channels, dtype=torch.float32)
                 start(
                     weight_kernel,
-                    (programs, blocks),
+                    (programs, blocks, kernel // lines),
                     grad,
                     x,
                     sums,
@@ -207,6 +218,7 @@ class Depthwise(torch.autograd.Function):
                     shape.top,
                     shape.left,
                     TAPS=taps,
+                    LINES=lines,
                     **sizes,
                 )
                 found = sums.sum(0).to(weight.dtype)  # [taps, C]
