@@ -114,6 +114,7 @@ class SiteCall:
     attention is added, if the host shows it. contribution: maps per-head outputs [B, H, M, D] (M rows of the call, any
     choice) to what each adds to the residual stream [B, H, M, C]; None if the host cannot say. native: the host's own
     record of the call. row: the row of the batch that this call serves, where the host calls once a sample; None: all.
+    heads: numbers of the query heads that are handed on; None: all.
     """
 
     site: Site
@@ -123,6 +124,7 @@ class SiteCall:
     contribution: Callable[[Tensor], Tensor] | None = None
     native: Any = None
     row: int | None = None
+    heads: tuple[int, ...] | None = None
 
 
 # q, k, v [B, H, N, D] -> out [B, H, N, D]; a method may hand on some of the heads only.
