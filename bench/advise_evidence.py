@@ -87,7 +87,7 @@ class Masked(MediaMethod):
             mine = [t[:, heads] for t in (q, k, v)]
             method = self.recipe.methods.get(name)
             if method is not None and (method.correction != "none" or method.kind == "masks"):  # no mask says it all
-                out[:, heads] = method.run(*mine, replace(call, heads=tuple(heads)))[0]
+                out[:, heads] = method.run(mine[0], mine[1], mine[2], replace(call, heads=tuple(heads)))[0]
                 continue
             mask = None if name == "dense" else self._mask(name, mine[0], mine[1], call)
             out[:, heads] = F.scaled_dot_product_attention(*mine, attn_mask=mask, scale=call.site.scale)

@@ -29,6 +29,7 @@ import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from highres_methods import Way, detail, drawn, ways
@@ -102,7 +103,9 @@ def draw(way: Way, model: PictureModel, layouts: Layouts, side: int, small: Tens
     return torch.cat(made)
 
 
-def rows_of(kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]) -> list[list]:
+def rows_of(
+    kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]
+) -> list[list[Any]]:
     """Rows of one method at one side."""
     rows = []
     for measure, values in got.items():
@@ -138,7 +141,7 @@ def strip_name(kind: str, side: int, method: str) -> str:
     return f"{kind}_{side}_{re.sub(r'[^a-z0-9_]+', '-', method.lower())}.png"
 
 
-def write_rows(rows: list[list], path: Path) -> None:
+def write_rows(rows: list[list[Any]], path: Path) -> None:
     """The table, whole or not at all."""
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -147,7 +150,7 @@ def write_rows(rows: list[list], path: Path) -> None:
     write_atomic(path, table.getvalue())
 
 
-def carried(paths: list[Path]) -> list[list]:
+def carried(paths: list[Path]) -> list[list[Any]]:
     """Rows of tables."""
     found = []
     for path in paths:
@@ -156,7 +159,7 @@ def carried(paths: list[Path]) -> list[list]:
     return found
 
 
-def most_seeds(rows: list[list]) -> list[list]:
+def most_seeds(rows: list[list[Any]]) -> list[list[Any]]:
     """Of the rows of each model, side and method those with most seeds, of equals the last."""
 
     def key(row: list) -> tuple[str, ...]:
@@ -198,7 +201,7 @@ def main() -> None:
     layouts = draw_pictures(max(seeds), torch.Generator().manual_seed(SCENES))
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
     kept = carried(options.carry)
-    rows: list[list] = []
+    rows: list[list[Any]] = []
     for kind in options.models:
         file = options.weights / f"image_{kind}.safetensors"
         while options.wait and not file.is_file():

@@ -51,8 +51,8 @@ CORRECTIONS = ("none", "rectified")
 class MethodSpec:
     """One method of a recipe.
 
-    system: a key of `SYSTEMS`. params: its parameters in JSON values. order: token order of the blocks, {"tile": [length of
-    every axis]}, a name of `glocal.canvas.named` ("raster", "gilbert", "wht" for an axis permutation), or "heads"
+    system: a key of `SYSTEMS`. params: its parameters in JSON values. order: token order of the blocks, {"tile":
+    [extent per axis]}, a name of `glocal.canvas.named` ("raster", "gilbert", "wht" for an axis permutation), or "heads"
     where masks say it head by head. block: query and key block in tokens. correction: "rectified" scales the output and
     fills it up with means of what was dropped (`advise.correction`). resolution: "free" runs on any canvas, "exact" on
     its own only. backend: kernels it was timed with, in order of preference. masks: file of static masks (kind
