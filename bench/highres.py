@@ -49,6 +49,7 @@ from glocal.report.pictures import png_bytes
 ROOT = Path(__file__).resolve().parent.parent
 HEADER = ["model", "method", "side", "measure", "seeds", "mean", "low", "high"]
 HEADER += ["gain", "gain_low", "gain_high", "better", "device", "torch"]
+Row = list[Any]
 GOOD = {"right": 1, "whole": 1, "extra": -1, "missing": -1, "detail": 0}
 SCENES = 51_000  # seed of the captions
 SHOWN = 6
@@ -103,9 +104,7 @@ def draw(way: Way, model: PictureModel, layouts: Layouts, side: int, small: Tens
     return torch.cat(made)
 
 
-def rows_of(
-    kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]
-) -> list[list[Any]]:
+def rows_of(kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]) -> list[Row]:
     """Rows of one method at one side."""
     rows = []
     for measure, values in got.items():
@@ -141,16 +140,17 @@ def strip_name(kind: str, side: int, method: str) -> str:
     return f"{kind}_{side}_{re.sub(r'[^a-z0-9_]+', '-', method.lower())}.png"
 
 
-def write_rows(rows: list[list[Any]], path: Path) -> None:
+def write_rows(rows: list[Row], path: Path) -> None:
     """The table, whole or not at all."""
+    ordered = sorted(rows, key=lambda row: (row[0], int(row[2])))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(HEADER)
-    writer.writerows(sorted(rows, key=lambda row: (row[0], int(row[2]))))
+    writer.writerows(ordered)
     write_atomic(path, table.getvalue())
 
 
-def carried(paths: list[Path]) -> list[list[Any]]:
+def carried(paths: list[Path]) -> list[Row]:
     """Rows of tables."""
     found = []
     for path in paths:
@@ -159,10 +159,10 @@ def carried(paths: list[Path]) -> list[list[Any]]:
     return found
 
 
-def most_seeds(rows: list[list[Any]]) -> list[list[Any]]:
+def most_seeds(rows: list[Row]) -> list[Row]:
     """Of the rows of each model, side and method those with most seeds, of equals the last."""
 
-    def key(row: list) -> tuple[str, ...]:
+    def key(row: Row) -> tuple[str, ...]:
         return row[0], str(row[2]), row[1]
 
     most: dict[tuple[str, ...], int] = {}
@@ -201,7 +201,7 @@ def main() -> None:
     layouts = draw_pictures(max(seeds), torch.Generator().manual_seed(SCENES))
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
     kept = carried(options.carry)
-    rows: list[list[Any]] = []
+    rows: list[Row] = []
     for kind in options.models:
         file = options.weights / f"image_{kind}.safetensors"
         while options.wait and not file.is_file():
