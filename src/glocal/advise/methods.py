@@ -155,17 +155,19 @@ class MethodSpec:
             return plan(pattern, layout, PlanSpec(*self.block, q_order=order, kv_order=order), device=device)
         if q is None or k is None:
             raise ValueError(f"{self.words()} is a router: its plan needs q and k.")
-        if self.system == "rectified_spaattn":
-            return BestShares(order, **{n: float(x) for n, x in self.params.items()}).plan(q, k, layout, scale)
         router = self.router(layout)
+        if isinstance(router, BestShares):
+            return router.plan(q, k, layout, scale)
         if isinstance(router, SkipSoftmax):
             return plan_selection(router.select(q, k, layout, scale), device=q.device)
         return plan_selection(router.select(q, k, layout), device=q.device)
 
-    def router(self, layout: Layout) -> PooledTopK | SkipSoftmax:
+    def router(self, layout: Layout) -> PooledTopK | SkipSoftmax | BestShares:
         """The router on `layout`."""
-        if self.kind != "route" or self.system == "rectified_spaattn":
-            raise ValueError(f"{self.words()} is no router of its own; legal: pooled_topk, causal_topk, skip_softmax.")
+        if self.kind != "route":
+            raise ValueError(f"{self.words()} is a pattern, not a router.")
+        if self.system == "rectified_spaattn":
+            return BestShares(self.orders(layout.kv), **{name: float(n) for name, n in self.params.items()})
         if self.system == "skip_softmax":
             return SkipSoftmax(self.orders(layout.kv), skip_threshold(self.params, layout.nk))
         keep = Keep(ratio=float(self.params["keep"]), at_least=1)
