@@ -85,6 +85,10 @@ class Masked(MediaMethod):
         out = torch.empty_like(q)
         for name, heads in groups.items():
             mine = [t[:, heads] for t in (q, k, v)]
+            method = self.recipe.methods.get(name)
+            if method is not None and (method.correction != "none" or method.kind == "masks"):  # no mask says it all
+                out[:, heads] = method.run(mine[0], mine[1], mine[2], replace(call, heads=tuple(heads)))[0]
+                continue
             mask = None if name == "dense" else self._mask(name, mine[0], mine[1], call)
             out[:, heads] = F.scaled_dot_product_attention(*mine, attn_mask=mask, scale=call.site.scale)
         return out
@@ -106,17 +110,22 @@ class Masked(MediaMethod):
 
 
 def work(
-    model: VideoDiT, sample: Sample, objective: Latents, site: str, shape: tuple[int, ...]
+    model: VideoDiT,
+    sample: Sample,
+    objective: Latents,
+    site: str,
+    shape: tuple[int, ...],
+    more: Sequence[MethodSpec] = (),
 ) -> tuple[Times, dict[str, MethodSpec]]:
-    """Pairs visited in place of times, of every candidate that fits."""
+    """Pairs visited in place of times, of every candidate that fits and of `more`."""
     found: list[tuple[Times, dict[str, MethodSpec]]] = []
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         def one(name: str, visited: float, kept: float) -> MethodTime:
             return MethodTime(name, visited, visited, visited, 1, 0.0, 0.0, kept, visited, "counted")
 
-        methods = {m.id: m for m in candidates(shape)}
-        plans = {name: m.plan(call.layout, q, k) for name, m in methods.items()}
+        methods = {m.id: m for m in [*candidates(shape), *more]}
+        plans = {name: m.plan(call.layout, q, k, call.site.scale, call) for name, m in methods.items()}
         counted = {name: one(name, p.visited, p.kept) for name, p in plans.items()}
         found.append((Times(one("dense", 1.0, 1.0), counted, None), methods))
 
@@ -185,14 +194,15 @@ class Searched:
     before: Preflight
 
 
-def search(batch: Batch) -> Searched:
-    """Probe, step weights and gains over the first samples."""
+def search(batch: Batch, more: Sequence[MethodSpec] = ()) -> Searched:
+    """Probe, step weights and gains over the first samples. more: candidates beside the built-in ones."""
     model, objective = batch.model, batch.objective
     samples = batch.samples[: PROBES + WEIGHTS]
     before = preflight(model, samples[0], objective)
     buckets = make_buckets(before.levels, 4)
-    times, methods = work(model, samples[0], objective, before.sites[len(before.sites) // 2].name, before.shape)
-    patterns = sorted((n for n, m in methods.items() if m.kind == "pattern"), key=lambda n: times.methods[n].visited)
+    times, methods = work(model, samples[0], objective, before.sites[len(before.sites) // 2].name, before.shape, more)
+    positions = [n for n, m in methods.items() if m.kind == "pattern" and m.correction == "none"]
+    patterns = sorted(positions, key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
     probes = [probe_sample(model, objective, s, methods, Looks(buckets, 2, 16)) for s in samples[:PROBES]]

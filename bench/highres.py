@@ -1,6 +1,7 @@
 """Pictures of one, two and four times the trained side by every high-resolution method, into results/highres.csv.
 
     python bench/highres.py --device cuda                      # 64 seeds, minutes
+    python bench/highres.py --sides 256 --seeds 24 --carry A.csv B.csv    # rows of A and B stay where these are not new
     python bench/highres.py --seeds 2 --sides 128 --models unet --out /tmp/highres.csv --pictures /tmp/highres
 
 The captions say count, colour and place of objects that training never saw together; objects are found in the pictures
@@ -14,6 +15,9 @@ scene of the caption loses (1 is as sharp as painted; above 1 there is more text
 Every method has the same captions and noises. gain is the mean of paired differences to "naive" at the same side, with
 a t interval of 90 % over seeds; better says whether the whole interval lies on the good side. First the measure is
 checked: in the painted scenes every object must be found, once, in its place, and nothing else.
+
+The folder of pictures has one strip a model, side and method: the first captions, reduced to 128 px where larger, in
+steps of 8 of 256 levels, so that they stay small.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 import time
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from highres_methods import Way, detail, drawn, ways
@@ -41,9 +47,13 @@ from glocal.models.generation.picture_weights import FOLDER
 from glocal.report.pictures import png_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
+HEADER = ["model", "method", "side", "measure", "seeds", "mean", "low", "high"]
+HEADER += ["gain", "gain_low", "gain_high", "better", "device", "torch"]
+Row = list[Any]
 GOOD = {"right": 1, "whole": 1, "extra": -1, "missing": -1, "detail": 0}
 SCENES = 51_000  # seed of the captions
 SHOWN = 6
+CELL = 128  # side of a shown picture
 
 
 def wanted(layouts: Layouts, index: int) -> list[WantedObject]:
@@ -94,7 +104,7 @@ def draw(way: Way, model: PictureModel, layouts: Layouts, side: int, small: Tens
     return torch.cat(made)
 
 
-def rows_of(kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]) -> list[list]:
+def rows_of(kind: str, method: str, side: int, got: dict[str, list[float]], base: dict[str, list[float]]) -> list[Row]:
     """Rows of one method at one side."""
     rows = []
     for measure, values in got.items():
@@ -114,21 +124,52 @@ def rows_of(kind: str, method: str, side: int, got: dict[str, list[float]], base
     return rows
 
 
-def sheet(rows: list[Tensor], cell: int = 128) -> bytes:
-    """PNG: a row for each tensor of pictures [n, 3, H, W], all at `cell` pixels."""
-    shown = [torch.nn.functional.interpolate(r, (cell, cell), mode="nearest-exact") for r in rows]
-    whole = torch.cat([torch.cat(list(r), 2) for r in shown], 1)
-    return png_bytes(whole.mul(255).round().byte().permute(1, 2, 0).cpu().numpy())
+def strip(pictures: Tensor) -> bytes:
+    """PNG of the first pictures [n, 3, H, W] side by side."""
+    shown = pictures[:SHOWN].cpu()
+    if shown.shape[-1] > CELL:
+        shown = torch.nn.functional.interpolate(shown, (CELL, CELL), mode="bilinear", antialias=True)
+    elif shown.shape[-1] < CELL:
+        shown = torch.nn.functional.interpolate(shown, (CELL, CELL), mode="nearest-exact")
+    levels = torch.cat(list(shown), 2).mul(255 / 8).round().mul(8).clamp(max=255)
+    return png_bytes(levels.byte().permute(1, 2, 0).numpy())
 
 
-def write_rows(rows: list[list], path: Path) -> None:
+def strip_name(kind: str, side: int, method: str) -> str:
+    """File of a strip."""
+    return f"{kind}_{side}_{re.sub(r'[^a-z0-9_]+', '-', method.lower())}.png"
+
+
+def write_rows(rows: list[Row], path: Path) -> None:
     """The table, whole or not at all."""
+    ordered = sorted(rows, key=lambda row: (row[0], int(row[2])))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
-    header = ["model", "method", "side", "measure", "seeds", "mean", "low", "high"]
-    writer.writerow([*header, "gain", "gain_low", "gain_high", "better", "device", "torch"])
-    writer.writerows(rows)
+    writer.writerow(HEADER)
+    writer.writerows(ordered)
     write_atomic(path, table.getvalue())
+
+
+def carried(paths: list[Path]) -> list[Row]:
+    """Rows of tables."""
+    found = []
+    for path in paths:
+        with path.open(newline="") as file:
+            found += list(csv.reader(file))[1:]
+    return found
+
+
+def most_seeds(rows: list[Row]) -> list[Row]:
+    """Of the rows of each model, side and method those with most seeds, of equals the last."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row[0], str(row[2]), row[1]
+
+    most: dict[tuple[str, ...], int] = {}
+    for row in rows:
+        most[key(row)] = max(most.get(key(row), 0), int(row[4]))
+    found = {(*key(row), row[3]): row for row in rows if int(row[4]) == most[key(row)]}
+    return list(found.values())
 
 
 def _first(layouts: Layouts, count: int) -> Layouts:
@@ -143,19 +184,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[64], help="one number, or one a side")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--sides", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--models", nargs="+", default=["unet", "dit"])
+    parser.add_argument("--models", nargs="*", default=["unet", "dit"])
     parser.add_argument("--ways", nargs="+", help="these methods alone, beside naive")
     parser.add_argument("--backend", default="auto", help="of sparse attention; reference needs no compiler")
     parser.add_argument("--wait", action="store_true", help="for the files of the models to be written")
     parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of image_unet and image_dit")
     parser.add_argument("--parts", type=Path, default=FOLDER, help="folder of trained parts")
+    parser.add_argument("--carry", type=Path, nargs="*", default=[], help="tables whose rows stay where none is new")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "highres.csv")
     parser.add_argument("--pictures", type=Path, default=ROOT / "results" / "highres")
     options = parser.parse_args()
     seeds = options.seeds if len(options.seeds) > 1 else options.seeds * len(options.sides)
+    if not options.models:  # tables alone
+        write_rows(most_seeds(carried(options.carry)), options.out)
+        return
     layouts = draw_pictures(max(seeds), torch.Generator().manual_seed(SCENES))
     name = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"
-    rows: list[list] = []
+    kept = carried(options.carry)
+    rows: list[Row] = []
     for kind in options.models:
         file = options.weights / f"image_{kind}.safetensors"
         while options.wait and not file.is_file():
@@ -168,8 +214,7 @@ def main() -> None:
             scenes = _first(layouts, count)
             painted = paint(at_side(scenes, side))
             check(painted, scenes)
-            shown: list[Tensor] = [painted[:SHOWN]]
-            names = ["painted"]
+            write_atomic(options.pictures / strip_name(kind, side, "painted"), strip(painted))
             for method, way in ways(kind, options.parts, options.backend).items():
                 wanted_here = options.ways is None or method in (*options.ways, "naive")
                 if not wanted_here or (side == SIDE and method != "naive"):
@@ -179,13 +224,10 @@ def main() -> None:
                 base = got if method == "naive" else base
                 found = rows_of(kind, method, side, got, base)
                 rows += [[*row, name, torch.__version__] for row in found]
-                shown.append(pictures[:SHOWN].cpu())
-                names.append(method)
                 print(kind, side, method, {r[3]: r[5] for r in found}, flush=True)
                 # After every method, so that a run that is cut short leaves what it has.
-                write_rows(rows, options.out)
-                write_atomic(options.pictures / f"{kind}_{side}.png", sheet(shown))
-                write_atomic(options.pictures / f"{kind}_{side}.txt", "\n".join(names) + "\n")
+                write_rows(most_seeds([*kept, *rows]), options.out)
+                write_atomic(options.pictures / strip_name(kind, side, method), strip(pictures))
     words = [caption_of(layouts, i) for i in range(min(SHOWN, len(layouts)))]
     write_atomic(options.pictures / "captions.txt", "\n".join(words) + "\n")
 

@@ -9,6 +9,8 @@ import argparse
 import csv
 from pathlib import Path
 
+from highres import strip_name
+
 from glocal._files import write_atomic
 from glocal.report import Column, Picture, Table, TableReport, render_table
 
@@ -41,14 +43,16 @@ def table(rows: list[dict[str, str]]) -> Table:
     return Table(tuple(columns), tuple(cells))
 
 
-def pictures(folder: Path) -> list[Picture]:
-    """Every sheet of the folder, with the order of its rows."""
+def pictures(rows: list[dict[str, str]], folder: Path) -> list[Picture]:
+    """The strips of the folder in the order of the table, the painted scenes before the methods of a side."""
     found = []
-    for png in sorted(folder.glob("*.png"), key=lambda p: (p.stem.split("_")[0], int(p.stem.split("_")[1]))):
-        kind, side = png.stem.split("_")
-        names = png.with_suffix(".txt").read_text().splitlines()
-        words = f"{NAMES[kind]}, {side} x {side} px; rows from the top: {', '.join(names)}."
-        found.append(Picture(words, png.read_bytes(), f"Pictures of {len(names)} methods for the same captions"))
+    for model, side in dict.fromkeys((row["model"], int(row["side"])) for row in rows):
+        methods = dict.fromkeys(r["method"] for r in rows if (r["model"], int(r["side"])) == (model, side))
+        for method in ("painted", *methods):
+            png = folder / strip_name(model, side, method)
+            if png.is_file():
+                words = f"{NAMES[model]}, {side} x {side} px: {method}"
+                found.append(Picture(words, png.read_bytes(), f"Pictures of the first captions: {method}"))
     return found
 
 
@@ -71,7 +75,7 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
             created="",
             subtitle="high-resolution methods on the built-in image models",
             notes=notes,
-            pictures=tuple(pictures(folder)),
+            pictures=tuple(pictures(rows, folder)),
             facts={"device": rows[0]["device"], "torch": rows[0]["torch"], "rows": "results/highres.csv"},
         )
     )

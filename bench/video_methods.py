@@ -11,7 +11,11 @@ intervals of 90 % over seeds; `errors` holds all of them, in the order of seeds,
 that kernels compute over a whole run, dense calls included: on a canvas of 4,096 tokens the time of a GPU is that of
 launches and Python, not of attention, so work stands in the place of time (bench/generators.py measures time where it
 counts). `gain` of a recipe is the error of the best single method with at most its work (picked on these very seeds)
-over its own, paired, with its interval. paro is calibrated on a seed of its own, recipes are composed on others again.
+over its own, paired, with its interval; `parts` are the
+methods it composes. paro is calibrated on a seed of its own, recipes are composed on others again.
+
+Recipes are composed by counts of pairs, not by times, so any machine can make them (`--compose`); they lie in a folder
+with their masks, and a run that finds them there judges those.
 
 First every method runs once against the definition (backend "reference"). Rows are written as they come, and a run
 that finds them goes on behind them.
@@ -25,7 +29,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +45,9 @@ from glocal.adapt.paro_calibration import ParoSpec, calibrate_each
 from glocal.adapt.published import made
 from glocal.adapt.sparse import SparseMethod
 from glocal.advise import Latents, Sample, demo_workload
+from glocal.advise.apply import RecipeMethod
+from glocal.advise.calibrated import paro_candidates
+from glocal.advise.recipe import Recipe
 from glocal.advise.search import allocated
 from glocal.advise.validation import OtherKernel
 from glocal.measure import relative_l2
@@ -54,7 +61,7 @@ ALLOCATED = "glocal advise"
 Row = dict[str, Any]
 COLUMNS: tuple[str, ...] = (
     "method", "settings", "kept", "visited", "error", "error_low", "error_high", "gain", "gain_low", "gain_high",
-    "than", "seeds", "steps", "kernel", "device", "torch", "errors",
+    "than", "parts", "seeds", "steps", "kernel", "device", "torch", "errors",
 )  # fmt: skip
 
 # system -> settings from sparse to nearly dense; the demo's canvas is 16 x 16 x 16 tokens
@@ -70,6 +77,14 @@ BUDGETS: dict[str, list[dict[str, Any]]] = {
     "paro": [{"density": d} for d in (0.1, 0.2, 0.3, 0.5, 0.7)],
 }
 WORK = (0.3, 0.45, 0.6, 0.75, 0.9)  # of the recipes, as shares of dense
+PARO = (0.1, 0.2, 0.35, 0.5, 0.7)  # densities a recipe may compose
+
+
+def calibration(model: VideoDiT, objective: Latents) -> Callable[[], Tensor]:
+    """A whole run from noise that is no seed of the workload, [1, T, C, H, W]."""
+    noise = draw_noise(10_000, 1, objective.frames, objective.height, objective.width, model.config.channels)
+    first = next(model.parameters())
+    return lambda: sample(model, noise.to(first.device, first.dtype), None, objective.spec)
 
 
 class Clips:
@@ -108,12 +123,6 @@ class Setup:
         """Whether a method is asked for."""
         return not self.only or name in self.only
 
-    def one(self) -> Tensor:
-        """A whole run from noise that is no seed of the workload, [1, T, C, H, W]."""
-        noise = torch.cat([draw_noise(10_000, 1, *self.size, self.model.config.channels)])
-        first = next(self.model.parameters())
-        return sample(self.model, noise.to(first.device, first.dtype), None, self.objective.spec)
-
     @property
     def size(self) -> tuple[int, int, int]:
         """Frames, rows and columns of a clip."""
@@ -130,7 +139,7 @@ def contenders(setup: Setup, done: set[tuple[str, str]]) -> Iterator[tuple[str, 
         plans = []
         if system == "paro" and rest:
             specs = [ParoSpec(density=v["density"]) for _, v in rest]
-            plans = calibrate_each(setup.model, setup.one, specs)
+            plans = calibrate_each(setup.model, calibration(setup.model, setup.objective), specs)
         for number, (name, values) in enumerate(rest):
             method = Paro(plans[number]) if plans else made(system.split(",")[0], values)
             assert isinstance(method, SparseMethod)
@@ -166,10 +175,32 @@ def measured(setup: Setup, method: Method) -> list[float]:
         return setup.clips.errors()
 
 
+def composed(model: VideoDiT, objective: Latents, samples: Sequence[Sample], folder: Path) -> dict[float, Recipe]:
+    """The recipes of `glocal advise` by their share of dense work: those in `folder`, or made and written there."""
+    if not list(folder.glob("*.json")):
+        candidates = paro_candidates(model, calibration(model, objective), folder, PARO)
+        searched = evidence.search(evidence.Batch(model, objective, samples), candidates)
+        for work in WORK:
+            rung = allocated(searched.found, work)
+            if rung is not None:
+                rung.recipe.save(folder / f"{work}.json")
+    return {float(file.stem): Recipe.load(file) for file in sorted(folder.glob("*.json"))}
+
+
 def visited(method: SparseMethod) -> float:
     """Share of pairs that kernels computed; a dense call computes all."""
     calls = sum(r.calls for r in method.ran.values())
     return sum(r.visited * r.sparse + (r.calls - r.sparse) for r in method.ran.values()) / calls
+
+
+def shares_of(recipe: RecipeMethod) -> dict[str, str]:
+    """What a recipe kept and computed of all pairs in all its calls, and by which kernels."""
+    stats = recipe.stats.values()
+    dense = sum(sum(s.dense.values()) for s in stats)
+    heads = dense + sum(s.sparse for s in stats)
+    kernels = ",".join(sorted({k for s in stats for k in s.kernels}))
+    kept, seen = (dense + sum(getattr(s, name) for s in stats) for name in ("kept_sum", "visited_sum"))
+    return {"kept": f"{kept / heads:.4f}", "visited": f"{seen / heads:.4f}", "kernel": kernels}
 
 
 def row_of(name: str, settings: str, errors: list[float], **more: Any) -> Row:
@@ -244,6 +275,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3600.0, help="begin nothing more after so many")
     parser.add_argument("--only", action="append", help="only this method, several times; also floor, glocal advise")
     parser.add_argument("--carry", type=Path, action="append", help="a table whose rows are taken over, several times")
+    parser.add_argument("--recipes", type=Path, default=RESULTS.parent / "out" / "video_recipes", help="their folder")
+    parser.add_argument("--compose", action="store_true", help="write the recipes alone; any machine can")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--figure-only", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "video_methods.csv")
@@ -288,6 +321,9 @@ def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
         print(f"{time.monotonic() - begin:.0f} s", {k: row[k] for k in shown if k in row}, flush=True)
 
     with torch.no_grad():
+        if args.compose:
+            composed(model, objective, samples[:apart], args.recipes)
+            return wrong
         only = () if args.only is None else tuple(args.only)
         setup = Setup(model, objective, Clips(model, objective, samples[apart:]), args.budgets, args.backend, only)
         if ("floor", "") not in done and setup.wants("floor"):
@@ -312,13 +348,14 @@ def run(args: argparse.Namespace, rows: list[Row], begin: float) -> list[str]:
         works = WORK[: args.budgets] if setup.wants(ALLOCATED) else ()
         rest = [work for work in works if (ALLOCATED, f"work={work}") not in done]
         if rest and time.monotonic() - begin < args.seconds:
-            batch = evidence.Batch(model, objective, samples)
-            searched = evidence.search(batch)
-            for work in rest:
-                rung = allocated(searched.found, work)
-                if rung is not None:
-                    share = f"{evidence.spent(rung, searched.found, searched.before):.4f}"
-                    emit(row_of(ALLOCATED, f"work={work}", batch.of(rung.recipe)[apart:], visited=share))
+            made = composed(model, objective, samples[:apart], args.recipes)
+            for work, recipe in made.items():
+                if work not in rest or time.monotonic() - begin > args.seconds:
+                    continue
+                method = RecipeMethod(recipe, check_canvas=False)
+                errors = measured(setup, method)
+                parts = "; ".join(sorted(m.words() for m in recipe.methods.values()))
+                emit(row_of(ALLOCATED, f"work={work}", errors, parts=parts, **shares_of(method)))
     return wrong
 
 

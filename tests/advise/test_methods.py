@@ -27,6 +27,7 @@ def specs(rank: int) -> list[MethodSpec]:
         MethodSpec("radial", {"form": "blocks", "decay": 0.5}, "raster", (16, 16)),
         MethodSpec("pooled_topk", {"keep": 0.4}, order, block, kind="route"),
         MethodSpec("skip_softmax", {"threshold": 0.2}, order, block, kind="route"),
+        MethodSpec("rectified_spaattn", {"drop": 0.5}, "gilbert", (16, 16), kind="route", correction="rectified"),
     ]
 
 
@@ -43,7 +44,8 @@ def test_every_system_builds_and_runs_on_odd_canvases(shape: tuple[int, ...], ge
         assert 0 < plan.kept <= 1 and plan.visited >= plan.kept - 1e-6
         if spec.system == "dense":
             assert torch.allclose(out, dense, atol=1e-5)
-    assert used == {name for name, system in SYSTEMS.items() if not system.causal}
+    calibrated = {"paro"}  # has its own tests: it needs the model
+    assert used == {name for name, system in SYSTEMS.items() if not system.causal} - calibrated
 
 
 @pytest.mark.parametrize("tokens", [200, 129])

@@ -79,7 +79,7 @@ class Paro(SparseMethod):
                 f"paro: site {call.site.name!r} is layer {layer} with {q.shape[1]} heads, but the plan has "
                 f"{self.plan.orders.shape[0]} layers of {self.plan.orders.shape[1]} heads; it is of another model."
             )
-        time = self.plan.time(call.state.step, call.state.total)
+        time = self.plan.time(call.state.step, call.state.total, call.state.timestep)
         state = (time, call.layout.q, str(q.device))
         place = (call.site.component, layer)
         if place not in self._plans or self._plans[place][0] != state:

@@ -148,11 +148,13 @@ class _Masks(_Watching):
         self.spec, self._orders = spec, orders
         self.mass: dict[tuple[int, int], Tensor] = {}  # step, layer -> [heads, blocks, blocks]
         self.words = 0
+        self.levels: dict[int, float | None] = {}  # of every step
 
     def look(self, q: Tensor, k: Tensor, call: SiteCall) -> None:
         found = _stats(q, k, call, self._orders[call.site.layer], self.spec, None).sum.sum(0).cpu()
         place = (call.state.step, call.site.layer)
         self.mass[place] = self.mass[place] + found if place in self.mass else found
+        self.levels[call.state.step] = call.state.timestep
         text = sum(p.tokens for p in call.layout.q.parts if not p.is_grid)
         self.words = -(-text // self.spec.block)
 
@@ -166,4 +168,6 @@ class _Masks(_Watching):
             each = [torch.stack([self.mass[s, n] for s in group]).sum(0) for n in range(layers)]
             bits.append(torch.stack([pack_bits(keep_blocks(m, density, self.words)) for m in each]))
         blocks = next(iter(self.mass.values())).shape[-1]
-        return ParoPlan(self._orders, torch.stack(bits), blocks, steps, self.spec.block)
+        levels = [level for _, level in sorted(self.levels.items()) if level is not None]
+        known = tuple(levels) if len(levels) == steps else None
+        return ParoPlan(self._orders, torch.stack(bits), blocks, steps, self.spec.block, levels=known)

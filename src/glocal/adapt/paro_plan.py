@@ -32,7 +32,8 @@ class ParoPlan:
 
     times: into how many even shares a run is cut; share t has mask t, and the last mask serves all shares from its own
     on (the paper's second half). empty: heads that calibration found to give nothing, bool [layers, heads]; they run as
-    others do unless asked otherwise.
+    others do unless asked otherwise. levels: noise levels of the steps of calibration, one for each share; they say
+    which share a call belongs to where the number of steps is unknown.
     """
 
     orders: Tensor
@@ -41,6 +42,7 @@ class ParoPlan:
     times: int
     block: int = 64
     empty: Tensor | None = None
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         want = (*self.orders.shape, self.blocks, -(-self.blocks // 8))
@@ -50,10 +52,15 @@ class ParoPlan:
                 f"{self.blocks} blocks."
             )
 
-    def time(self, step: int, total: int | None) -> int:
-        """Which entry serves `step` of a run of `total` steps. ValueError where that is needed and unknown."""
+    def time(self, step: int, total: int | None, level: float | None = None) -> int:
+        """Which entry serves `step` of a run of `total` steps, or noise level `level` of any run. ValueError where that
+        is needed and unknown.
+        """
         if self.bits.shape[0] == 1:
             return 0
+        if total is None and level is not None and self.levels is not None:
+            gaps = [abs(level - known) for known in self.levels]
+            return min(gaps.index(min(gaps)), self.bits.shape[0] - 1)
         if total is None:
             raise ValueError(
                 f"ParoPlan: masks for {self.times} shares of a run need its number of steps, which only a pipeline "
@@ -81,6 +88,7 @@ class ParoPlan:
         if self.empty is not None:
             tensors["empty"] = self.empty.contiguous()
         about = {"format": FORMAT, "blocks": self.blocks, "block": self.block, "times": self.times}
+        about |= {} if self.levels is None else {"levels": self.levels}
         save_file(tensors, str(path), metadata={"paro": json.dumps(about)})
 
     @staticmethod
@@ -96,9 +104,9 @@ class ParoPlan:
             if about.get("format") != FORMAT:
                 raise ValueError(f"ParoPlan: {str(path)!r} is no plan; its format must be {FORMAT!r}.")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        return ParoPlan(
-            tensors["orders"], tensors["bits"], about["blocks"], about["times"], about["block"], tensors.get("empty")
-        )
+        levels = tuple(about["levels"]) if "levels" in about else None
+        sizes = (about["blocks"], about["times"], about["block"])
+        return ParoPlan(tensors["orders"], tensors["bits"], *sizes, tensors.get("empty"), levels)
 
 
 def read_published(

@@ -95,7 +95,7 @@ class Radial(SparseMethod):
         part, whole, words = partitions(canvas, "raster", canvas.grid.axes, pattern.block, str(q.device))
         mask = pattern.block_mask(call.layout)[0, : part.groups, : part.groups].to(q.device)
         mine, theirs = pooled(q, part), pooled(k, part)
-        share = shares(mine, theirs, word_keys(k, words, call), call.site.scale)
+        share = shares(mine, theirs, word_keys(k, words, call.layout), call.site.scale)
         kept = mask.expand(share.blocks.shape)
         factor, addend = rectification(share, kept, helpful(mine, theirs), means(v, part))
         return spread(whole, q.shape[2], factor, addend, v.dtype)

@@ -116,6 +116,7 @@ class SiteCall:
     record of the call. row: the row of the batch that this call serves, where the host calls once a sample; None: all.
     factor: where a norm stands behind the output projection, maps the outputs of all heads [B, H, M, D] to the factor
     [B, M] by which it scales those contributions; None for one.
+    heads: numbers of the query heads that are handed on; None: all.
     """
 
     site: Site
@@ -126,6 +127,7 @@ class SiteCall:
     native: Any = None
     row: int | None = None
     factor: Callable[[Tensor], Tensor] | None = None
+    heads: tuple[int, ...] | None = None
 
 
 # q, k, v [B, H, N, D] -> out [B, H, N, D]; a method may hand on some of the heads only.

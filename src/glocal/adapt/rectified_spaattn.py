@@ -21,7 +21,7 @@ from glocal.adapt.attach import Handle, attach
 from glocal.adapt.presets import Preset, chosen
 from glocal.adapt.records import SiteCall
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
-from glocal.canvas import Canvas, Order
+from glocal.canvas import Canvas, Layout, Order
 from glocal.canvas.curves import gilbert
 from glocal.canvas.touching import touching_blocks
 from glocal.ops.epilogue import Epilogue, GroupEpilogue
@@ -145,7 +145,7 @@ def route_call(q: Tensor, k: Tensor, call: SiteCall, axes: tuple[int, ...], sett
     curve = settings.curve if canvas.arrives == "raster" else "raster"
     part, whole, words = partitions(canvas, curve, axes, block, str(q.device))
     mine, theirs = pooled(q, part, settings.tail), pooled(k, part, settings.tail)
-    share = shares(mine, theirs, word_keys(k, words, call), call.site.scale)
+    share = shares(mine, theirs, word_keys(k, words, call.layout), call.site.scale)
     forced = _forced(axes, block, settings.curve, settings.neighbours, settings.first_frame).to(q.device)
     least = int((1 - settings.drop) * part.groups)
     keep = Keep(mass=settings.mass, crossing="in", at_least=least, forced="union")
@@ -161,12 +161,12 @@ def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None, competing: Ten
     return keep.mask(share.blocks.log(), forced=forced, competing=competing)
 
 
-def word_keys(k: Tensor, words: Tensor, call: SiteCall) -> Tensor | None:
+def word_keys(k: Tensor, words: Tensor, layout: Layout) -> Tensor | None:
     """Keys of the words, hidden ones marked by NaN in their first channel."""
     if not words.numel():
         return None
     found = k[:, :, words].float()
-    segments = call.layout.segments(k.shape[0], k.device)
+    segments = layout.segments(k.shape[0], k.device)
     if segments is not None:
         hidden = segments[1][:, words] < 0  # [B, words]
         found[..., 0] = found[..., 0].masked_fill(hidden[:, None], torch.nan)

@@ -83,12 +83,13 @@ class RecipeMethod(Method):
         out = torch.empty_like(q)
         for name, members in groups.items():
             mine = _heads(q, k, v, members)
+            here = call if len(members) == heads else replace(call, heads=tuple(members))
             if name == "dense":
-                result = inner(*mine, call)
+                result = inner(*mine, here)
                 stats.dense["by the recipe"] += len(members)
             else:
                 method = self.recipe.methods[name]
-                result, plan, kernel = self._elsewhere.watched(method, mine, call, inner)
+                result, plan, kernel = self._elsewhere.watched(method, mine, here, inner)
                 stats.methods[name] += len(members)
                 stats.kernels[kernel] += 1
                 stats.kept_sum += plan.kept * len(members)
@@ -146,7 +147,7 @@ class RecipeMethod(Method):
         shape = list(call.layout.kv.grid.axes)
         if not proven or shape in proven:
             return None
-        if _between(shape, proven):
+        if _between(shape, proven) and all(m.resolution == "free" for m in self.recipe.methods.values()):
             self.stats[call.site.name].interpolated += 1
             return None
         if unseen == "raise":

@@ -72,7 +72,8 @@ class Target:
 
 @dataclass(frozen=True)
 class AdviseOptions:
-    """methods: system names to consider (empty: all that apply). keep_dense: globs of site names never touched.
+    """methods: system names to consider (empty: all that apply but "paro", which takes two more dense runs to calibrate
+    and stands beside others). keep_dense: globs of site names never touched.
     candidates: methods to probe instead of the built-in list. budget: seconds the forecast may reach.
     sensitivity: what an error counts for: its size in the residual stream ("forward"), or what it does to the output by
     one-step gradients ("gradient", for models that fit in memory with their activations).
@@ -112,7 +113,7 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
     """The methods to consider on a grid of axis lengths `shape`; ValueError for a system that is no candidate."""
     wanted = list(options.candidates) if options.candidates else candidates(shape, causal=causal)
     if options.methods:
-        known = {m.system for m in wanted}
+        known = {m.system for m in wanted} | (set() if causal or len(shape) not in (2, 3) else {"paro"})
         for name in options.methods:
             if name not in known:
                 raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")

@@ -51,7 +51,7 @@ def ready_for(
     """A candidate that runs on a real call and gives numbers; any other goes to `dropped`."""
     q, k, v, call = qkv
     try:
-        method.plan(call.layout, q, k)
+        method.plan(call.layout, q, k, call.site.scale, call)
     except ValueError as error:  # does not fit this canvas
         dropped.unfit(name, str(error))
         return None

@@ -1,4 +1,5 @@
-"""Methods a recipe can name: a system with parameters, made into a pattern or a router for any canvas.
+"""Methods a recipe can name: a system with parameters, made into a pattern or a router for any canvas. Any system
+composes with any order of the tokens and with rectification.
 
 Extents are ``{"tokens": n}`` or ``{"fraction": x}`` of an axis, so that a recipe carries over to other canvases.
 """
@@ -10,13 +11,17 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from glocal.adapt.records import SiteCall
-from glocal.canvas import Canvas, Layout, Order, raster, tile
+from glocal.advise.correction import BestShares, Rectified, groups_of, looked_at, rectified
+from glocal.advise.masks import static_plan
+from glocal.canvas import Canvas, Layout, Order, named, raster, tile
 from glocal.ops import Score, attend
 from glocal.patterns import (
     Causal,
@@ -38,16 +43,20 @@ from glocal.routing.keep import Keep
 from glocal.routing.route import PooledTopK
 from glocal.routing.skip_softmax import SkipSoftmax
 
-Kind = Literal["pattern", "route"]
+Kind = Literal["pattern", "route", "masks"]
+CORRECTIONS = ("none", "rectified")
 
 
 @dataclass(frozen=True)
 class MethodSpec:
     """One method of a recipe.
 
-    system: a key of `SYSTEMS`. params: its parameters in JSON values. order: token order of the blocks, "raster" or
-    {"tile": [extent per axis]}. block: query and key block in tokens. resolution: "free" runs on any canvas, "exact"
-    on its own only. backend: kernels it was timed with, in order of preference.
+    system: a key of `SYSTEMS`. params: its parameters in JSON values. order: token order of the blocks, {"tile":
+    [extent per axis]}, a name of `glocal.canvas.named` ("raster", "gilbert", "wht" for an axis permutation), or "heads"
+    where masks say it head by head. block: query and key block in tokens. correction: "rectified" scales the output and
+    fills it up with means of what was dropped (`advise.correction`). resolution: "free" runs on any canvas, "exact" on
+    its own only. backend: kernels it was timed with, in order of preference. masks: file of static masks (kind
+    "masks"); a recipe keeps its name and finds it beside itself.
     """
 
     system: str
@@ -67,6 +76,15 @@ class MethodSpec:
             raise ValueError(
                 f"methods: system={self.system!r} is unknown; legal: {', '.join(SYSTEMS)}; nearest: {near[0]}."
             )
+        if self.correction not in CORRECTIONS:
+            raise ValueError(f"methods: correction={self.correction!r}; legal: {', '.join(CORRECTIONS)}.")
+        if self.correction != "none" and (self.kind == "masks" or self.causal or self.block[0] != self.block[1]):
+            raise ValueError(
+                f"methods: {self.system} with correction={self.correction!r}; legal: patterns and routers of sites "
+                "that are not causal, with query and key blocks of one size."
+            )
+        if (self.kind == "masks") != (self.masks is not None):
+            raise ValueError(f"methods: kind={self.kind!r} with masks={self.masks!r}; legal: kind 'masks' with a file.")
         unknown = set(self.params) - set(SYSTEMS[self.system].params)
         if unknown:
             legal = ", ".join(SYSTEMS[self.system].params) if SYSTEMS[self.system].params else "none"
@@ -78,6 +96,7 @@ class MethodSpec:
         """Plain values for `recipe.json`."""
         data = asdict(self)
         data["block"], data["backend"] = list(self.block), list(self.backend)
+        data["masks"] = None if self.masks is None else Path(self.masks).name
         return data
 
     @staticmethod
@@ -101,13 +120,13 @@ class MethodSpec:
     def words(self) -> str:
         """One line for people."""
         params = ", ".join(f"{k}={_short(v)}" for k, v in sorted(self.params.items()))
-        return f"{self.system}({params})" if params else self.system
+        named = f"{self.system}({params})" if params else self.system
+        return named if self.correction == "none" else f"{named} {self.correction}"
 
     def orders(self, canvas: Canvas) -> Order:
         """The token order of its blocks on `canvas`."""
-        if self.order == "raster":
-            return raster(canvas, self.block[0])
-        assert isinstance(self.order, Mapping)
+        if isinstance(self.order, str):
+            return _named(canvas, self.order, self.block[0])
         return tile(canvas, tuple(int(n) for n in self.order["tile"]))
 
     def pattern(self, layout: Layout) -> Pattern | None:
@@ -115,11 +134,20 @@ class MethodSpec:
         return SYSTEMS[self.system].build(self, layout) if self.kind == "pattern" else None
 
     def plan(
-        self, layout: Layout, q: Tensor | None = None, k: Tensor | None = None, scale: float | None = None
+        self,
+        layout: Layout,
+        q: Tensor | None = None,
+        k: Tensor | None = None,
+        scale: float | None = None,
+        call: SiteCall | None = None,
     ) -> BlockPlan:
-        """The plan of a call; a router needs its q and k [B, H, N, D], and the scale of the logits (None: D ** -0.5).
-        Raises ValueError where it does not fit.
+        """The plan of a call; a router needs its q and k [B, H, N, D], and the scale of the logits (None: D ** -0.5),
+        masks the call itself. Raises ValueError where it does not fit.
         """
+        if self.kind == "masks":
+            if call is None or q is None or self.masks is None:
+                raise ValueError(f"{self.words()} has masks for layers and steps: its plan needs the call and its q.")
+            return static_plan(self.masks, call, str(q.device))
         pattern = self.pattern(layout)
         order = self.orders(layout.kv)
         if pattern is not None:
@@ -128,14 +156,18 @@ class MethodSpec:
         if q is None or k is None:
             raise ValueError(f"{self.words()} is a router: its plan needs q and k.")
         router = self.router(layout)
+        if isinstance(router, BestShares):
+            return router.plan(q, k, layout, scale)
         if isinstance(router, SkipSoftmax):
             return plan_selection(router.select(q, k, layout, scale), device=q.device)
         return plan_selection(router.select(q, k, layout), device=q.device)
 
-    def router(self, layout: Layout) -> PooledTopK | SkipSoftmax:
+    def router(self, layout: Layout) -> PooledTopK | SkipSoftmax | BestShares:
         """The router on `layout`."""
         if self.kind != "route":
             raise ValueError(f"{self.words()} is a pattern, not a router.")
+        if self.system == "rectified_spaattn":
+            return BestShares(self.orders(layout.kv), **{name: float(n) for name, n in self.params.items()})
         if self.system == "skip_softmax":
             return SkipSoftmax(self.orders(layout.kv), skip_threshold(self.params, layout.nk))
         keep = Keep(ratio=float(self.params["keep"]), at_least=1)
@@ -157,11 +189,25 @@ class MethodSpec:
                 f"{self.words()} is {'for causal sites' if self.causal else 'not causal'}, but {call.site.name!r} is "
                 f"{'causal' if call.site.causal else 'not'}."
             )
-        built = self.plan(call.layout, q, k, call.site.scale)
+        built = self.plan(call.layout, q, k, call.site.scale, call)
         score = Score(scale=call.site.scale, softcap=call.site.softcap)
         # The plan may be an older one of the same canvas: what is valid of it is said by the layout of this call.
         done = attend(q, k, v, built, canvas=call.layout, score=score, backend=self.backend[0])
-        return done.out, built, done.picked.name
+        after = self.rectified(q, k, v, built, call)
+        return done.out if after is None else after.apply(done.out), built, done.picked.name
+
+    def rectified(self, q: Tensor, k: Tensor, v: Tensor, built: BlockPlan, call: SiteCall) -> Rectified | None:
+        """What is done to the output of a plan it made for q, k, v [B, H, N, D]; None without correction."""
+        if self.correction == "none":
+            return None
+        groups = groups_of(call.layout.kv, self.orders(call.layout.kv), str(q.device))
+        return rectified(looked_at(q, k, call.layout, groups, call.site.scale), v, built, groups)
+
+
+@lru_cache(maxsize=64)
+def _named(canvas: Canvas, name: str, block: int) -> Order:
+    """An order by name, the same object every time."""
+    return raster(canvas, block) if name == "raster" else named(canvas, name, block=block)
 
 
 @dataclass(frozen=True)
@@ -243,6 +289,8 @@ SYSTEMS: dict[str, System] = {
     "radial": System(("form", "sink", "decay", "model"), _radial),
     "pooled_topk": System(("keep",), _dense),
     "skip_softmax": System(("threshold", "threshold_scale_factor"), _dense),
+    "rectified_spaattn": System(("drop", "mass"), _dense),
+    "paro": System(("density",), _dense),
     "causal_window": System(("window", "sinks"), _causal_window, causal=True),
     "causal_topk": System(("keep",), _causal, causal=True),
 }
@@ -268,8 +316,9 @@ def candidates(
     shape: Sequence[int], *, tile_shape: Sequence[int] | None = None, causal: bool = False
 ) -> list[MethodSpec]:
     """Methods worth probing on a grid of axis lengths `shape`: tile windows of several densities along every axis,
-    neighbourhoods, radial bands and pooled top-k, all on one token order so that one probe serves all. For causal
-    sites: windows of the last tokens with sinks, and top-k of earlier blocks.
+    neighbourhoods, radial bands, pooled top-k and the best shares, the last ones and some windows rectified; all on one
+    token order so that one probe serves all. For causal sites: windows of the last tokens with sinks, and top-k of
+    earlier blocks. `advise.calibrated` makes those that have to be calibrated.
     """
     if causal:
         return _causal_candidates()
@@ -288,6 +337,12 @@ def candidates(
         found.append(MethodSpec("radial", {"form": "tokens"}, order, block))
     for keep in (0.125, 0.25, 0.5):
         found.append(MethodSpec("pooled_topk", {"keep": keep}, order, block, kind="route"))
+    for drop in (0.875, 0.75, 0.5):
+        found.append(
+            MethodSpec("rectified_spaattn", {"drop": drop}, order, block, kind="route", correction="rectified")
+        )
+    if len(shape) > 1:
+        found.append(MethodSpec("radial", {"form": "tokens"}, order, block, correction="rectified"))
     return found
 
 

@@ -140,7 +140,7 @@ class Probe(MediaMethod):
             if name in self.errors:
                 continue
             try:
-                plans[name] = method.plan(call.layout, q, k, call.site.scale)
+                plans[name] = method.plan(call.layout, q, k, call.site.scale, call)
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
         for group in _by_order(plans):
@@ -223,6 +223,7 @@ def measure(
     segments = call.layout.segments(q.shape[0], q.device)
     blocks = blocks_of(first, chosen, call, segments)
     lists = _lists(plans, chosen, every, {} if known is None else known)
+    after = [spec.methods[name].rectified(q, k, v, plan, call) for name, plan in plans.items()]
     place = {number: at for at, number in enumerate(chosen)}
     for head in range(0, every, width):
         last = min(head + width, every)
@@ -234,6 +235,9 @@ def measure(
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
             outs, masses = candidates_at(part, lists, (place[block.number], block), keys, (head, last))
+            for number, correction in enumerate(after):
+                if correction is not None:
+                    outs[number] = correction.at(block.number, (head, last), outs[number])
             dense = part.value.sum(1) / part.mass.sum(1).clamp(min=1e-30)[..., None]  # [H, R, D]
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))

@@ -219,7 +219,11 @@ class Recipe:
         return text
 
     def save(self, path: str | Path) -> None:
-        """Write `recipe.json`, whole or not at all."""
+        """Write `recipe.json`, whole or not at all, with the files of its static masks beside it."""
+        folder = Path(path).parent
+        for method in self.methods.values():
+            if method.masks is not None and Path(method.masks).resolve().parent != folder.resolve():
+                write_atomic(folder / Path(method.masks).name, Path(method.masks).read_bytes())
         write_atomic(Path(path), self.dumps())
 
     @staticmethod
@@ -228,7 +232,12 @@ class Recipe:
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"recipe {str(path)!r} does not exist.")
-        return Recipe.loads(file.read_text(), str(path))
+        found = Recipe.loads(file.read_text(), str(path))
+        beside = {
+            n: m if m.masks is None else replace(m, masks=str(file.resolve().parent / m.masks))
+            for n, m in found.methods.items()
+        }
+        return replace(found, methods=beside)
 
     @staticmethod
     def loads(text: str, name: str = "recipe") -> Recipe:

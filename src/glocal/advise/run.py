@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ import torch
 from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice, Run
 from glocal.advise.calibrate import counted_by
+from glocal.advise.calibrated import calibrated
 from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.farm import Farm
@@ -96,7 +99,12 @@ def _advise(run: Run, split: Split) -> Advice:
     before = run.once("preflight", lambda model, objective: preflight(model, probe_sample_, objective))
     _check_limits(run.target, before, objective)
     buckets = make_buckets(before.levels, run.effort.buckets, objective.coordinate)
-    methods = {m.id: m for m in listed(options, before.shape, causal=before.causal)}
+    wanted = listed(options, before.shape, causal=before.causal)
+    if "paro" in options.methods:
+        run.stage("axis orders and masks")
+        folder = Path(mkdtemp(prefix="glocal-masks-")) if options.state is None else options.state / "masks"
+        wanted += run.once("paro", calibrated, probe_sample_, folder)
+    methods = {m.id: m for m in wanted}
     if options.budget is not None and not options.resume:
         known = (before, run.effort, methods)
         stages = measured_forecast(run.model, probe_sample_, objective, known, len(split.validations), options.jobs)
