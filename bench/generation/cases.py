@@ -71,7 +71,7 @@ CASES = (
         (21, 45, 80),
         (
             Entry("radial", radial("wan2.1-14b"), "1.77x end to end (69 frames)", 12, (1,)),
-            *Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)).with_fused(),
+            Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)),
             *Entry(
                 "rectified_spaattn drop=0.84 mass=0",
                 spa("wan2.1-t2v", drop=0.84, mass=0.0),

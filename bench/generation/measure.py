@@ -153,7 +153,8 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
-        with self.held(contender.method, self.kernel, contender.fused), profile(activities=kinds) as found:
+        kernel = self.kernel if contender.kernel is None else contender.kernel
+        with self.held(contender.method, kernel, contender.fused), profile(activities=kinds) as found:
             seconds(lambda: self.forward(self.given), self.device)
         cuda = self.device.type == "cuda"
         each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]

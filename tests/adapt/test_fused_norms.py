@@ -26,6 +26,12 @@ def wan(g: torch.Generator) -> tuple[nn.Module, Inputs]:
     }
 
 
+def wan_levels(g: torch.Generator) -> tuple[nn.Module, Inputs]:
+    """Each token has a noise level of its own, and nothing norms the queries of cross attention."""
+    model, given = diffusers.WanTransformer3DModel(**WAN, cross_attn_norm=False), wan(g)[1]
+    return model, given | {"timestep": torch.randint(0, 900, (2, 72), generator=g).float()}
+
+
 def hunyuan_video(g: torch.Generator) -> tuple[nn.Module, Inputs]:
     return diffusers.HunyuanVideoTransformer3DModel(**HUNYUAN_VIDEO), {
         "hidden_states": torch.randn(1, 4, 3, 4, 6, generator=g),
@@ -63,7 +69,7 @@ def drawn(make: Made, g: torch.Generator) -> tuple[nn.Module, Inputs]:
     return model.eval().requires_grad_(False), given
 
 
-@pytest.mark.parametrize("make", [wan, hunyuan_video, flux])
+@pytest.mark.parametrize("make", [wan, wan_levels, hunyuan_video, flux])
 def test_outputs_are_those_of_the_model(make: Made, generator: torch.Generator) -> None:
     model, given = drawn(make, generator)
     plain, before = run(model, given), kept(model)

@@ -1,8 +1,9 @@
-"""Norm and rotation of queries and keys in one pass over memory: `fused_norms(model)`, `handle.undo()`.
+"""Norms, and what stands beside them, in one pass over memory each: `fused_norms(model)`, `handle.undo()`.
 
 Blocks of Wan, HunyuanVideo and Flux take the RMS-norm of queries and keys and rotate them, in a dozen passes. Here
 their processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays
-theirs. Both steps are computed in float32 and rounded once, where the model rounds in between. It goes with dense
+theirs. Both steps are computed in float32 and rounded once, where the model rounds in between. Blocks of Wan join
+their branches, norm, scale and shift in as many more passes; theirs are replaced (`fused_wan`). It goes with dense
 attention and with every method that acts at `core`.
 """
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from glocal.adapt.attach import Handle, Method, attach
+from glocal.adapt.fused_wan import wan_block
 from glocal.adapt.pipelines import is_pipeline, parts
 from glocal.adapt.records import Block, RunState, Site
 from glocal.ops import Finish, finish_rows
@@ -58,7 +60,7 @@ class FusedNorms(Method):
 
     def module(self, original: Callable[..., Any], site: Site | Block, state: RunState) -> Callable[..., Any]:
         """In place of an attention module: its processor, shown other norms."""
-        model = self.models[site.component if len(self.models) > 1 else next(iter(self.models))]
+        model = self._model(site)
         family, module = _FAMILIES[type(model).__name__], model.get_submodule(site.name)
         for name in ("norm_q", "norm_k"):
             _check(site.name, name, getattr(module, name))
@@ -77,6 +79,16 @@ class FusedNorms(Method):
             return module.processor(**given | {"attn": _Shown(module, *tables), family.rotary: None})
 
         return run
+
+    def layer(self, original: Callable[..., Any], site: Site, state: RunState) -> Callable[..., Any]:
+        """In place of a block: that of Wan in fewer passes, others as they were."""
+        model = self._model(site)
+        if type(model).__name__ != "WanTransformer3DModel":
+            return original
+        return wan_block(model.get_submodule(site.name.rpartition(".")[0]), site.name)
+
+    def _model(self, site: Site | Block) -> Any:
+        return self.models[site.component if len(self.models) > 1 else next(iter(self.models))]
 
 
 def _known(site: str, module: Any, family: _Family) -> Callable[..., Any]:
@@ -140,8 +152,9 @@ def _tables(rotary: Rotary, words: int, apart: bool, family: _Family) -> tuple[R
 
 
 def fused_norms(model: Any) -> Handle:
-    """Norm and rotate queries and keys in one pass, in a pipeline or model of Wan, HunyuanVideo or Flux.
+    """Norm and rotate queries and keys in one pass, in a pipeline or model of Wan, HunyuanVideo or Flux; in Wan also
+    the norms of blocks, with their scales, shifts and gates.
 
-    Raises ValueError for another model, and for attention modules with other norms or processors.
+    Raises ValueError for another model, and for attention modules or blocks with other norms or processors.
     """
     return attach(model, FusedNorms(dict(parts(model)) if is_pipeline(model) else {"": model}))
