@@ -55,7 +55,7 @@ class Times:
 @dataclass
 class Contender:
     """A method of the case, or dense attention (no entry, no method). kernel: of what is dense; None is the fastest.
-    fused: with fused norms.
+    fused: with fused norms. pairs: of queries and keys that attention is given in a forward.
     """
 
     entry: Entry | None = None
@@ -63,6 +63,7 @@ class Contender:
     kernel: str | None = None
     fused: bool = False
     error: float = 0.0
+    pairs: int = 0
     times: Times = field(default_factory=Times)
 
     @property
@@ -74,7 +75,7 @@ class Contender:
 
     @property
     def kept(self) -> float | None:
-        """Share of pairs that attention used; None where nobody counts."""
+        """Share of the pairs of its attention calls that were used; None where nobody counts."""
         ran = self.ran
         return sum(r.kept for r in ran) / len(ran) if ran else 1.0 if self.method is None else None
 
@@ -141,7 +142,7 @@ class Bench:
             with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
                 took = seconds(lambda: self.forward(self.given), self.device)
         blocks = [mark.read() for mark in marks.values()]
-        calls = clock.marks.read()
+        calls, contender.pairs = clock.marks.read(), clock.pairs
         if keep:
             times.step.append(took)
             times.attention.append(sum(calls) / len(calls) if calls else float("nan"))

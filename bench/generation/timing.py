@@ -55,10 +55,12 @@ def media(sites: tuple[Site, ...]) -> tuple[Site, ...]:
 
 
 class Clock(Method):
-    """Time of attention calls: attached last, it stands around whatever computes them."""
+    """Time of attention calls: attached last, it stands around whatever computes them. pairs: of queries and keys that
+    the calls are given.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.marks = Marks(device)
+        self.marks, self.pairs = Marks(device), 0
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return media(sites)
@@ -67,6 +69,7 @@ class Clock(Method):
         begin = self.marks.now()
         out = inner(q, k, v, call)
         self.marks.pairs.append((begin, self.marks.now()))
+        self.pairs += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return out
 
 
