@@ -147,7 +147,7 @@ CASES = (
         "cogvideox-5b 49 frames 480x720",
         COGVIDEOX,
         (13, 30, 45),
-        (Entry("paro 0.3", paro(0.3), _PARO), Entry("paro 0.5", paro(0.5), _PARO_HALF)),
+        (*Entry("paro 0.3", paro(0.3), _PARO).with_fused(), Entry("paro 0.5", paro(0.5), _PARO_HALF)),
         steps=30,
     ),
     Case(
