@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from generation.rows import write
+from generation.rows import merged, write
 from torch import Tensor
 
 from glocal.adapt.c_upscale_hosts import StableDiffusionXL, Words
@@ -160,7 +160,7 @@ def main() -> None:
     rows: list[dict[str, object]] = []
     for pixels in (2048, 4096) if args.pixels is None else args.pixels:
         rows += measure(denoiser, pixels // 16 if args.tiny else pixels, small, args.rounds, device)
-        write(rows, args.out)
+        write(merged(args.out, rows, ("pixels", "variant")), args.out)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ python bench/generators.py --case flux --profile gna           # where the time 
 python bench/generators.py --tiny --device cpu --out /dev/stdout
 
 Architectures, sizes and dtype are the papers', weights are random: time does not depend on them, except that a router
-keeps more blocks of random queries than of trained ones; `kept` is what it kept here. Every method first passes a
+keeps more blocks of random queries than of trained ones; `kept` is what it kept here (of HiDiffusion: pairs that its
+smaller maps and windows have, as a share of the pairs of the dense step). Every method first passes a
 check: at a small size the output of the model equals that by the definition (backend "reference", dense kernels of
 another make); one that does not is reported, gets no row, and the exit code is 1. Then dense and sparse forwards run in
 turn in one process; the dense ones use the fastest dense kernel that is here, and so does what a method leaves dense.
@@ -34,7 +35,7 @@ from pathlib import Path
 import torch
 from generation.cases import CASES
 from generation.measure import Options, measure
-from generation.rows import read, rows_of, write
+from generation.rows import merged, rows_of, write
 
 CSV = Path(__file__).resolve().parent.parent / "results" / "generators.csv"
 SHOWN = (
@@ -79,9 +80,7 @@ def main() -> int:
         print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
         for row in mine:
             print({name: row[name] for name in SHOWN}, flush=True)
-        names = {(row["case"], row["method"]) for row in mine}
-        kept = [row for row in read(args.out) if (row["case"], row["method"]) not in names]
-        write(kept + mine, args.out)
+        write(merged(args.out, mine, ("case", "method")), args.out)
         del measured
         gc.collect()
         if device.type == "cuda":

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from generation.models import WAN
-from generation.rows import write
+from generation.rows import merged, write
 from generation.timing import Dense, best_dense, dense
 from torch import Tensor, nn
 
@@ -253,7 +253,7 @@ def main() -> None:
         except torch.OutOfMemoryError as error:
             print(f"{case.name}: {str(error)[:200]}", file=sys.stderr)
         if rows:
-            write(rows, args.out)
+            write(merged(args.out, rows, ("case", "variant", "measured")), args.out)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ CASES = (
         (21, 45, 80),
         (
             Entry("radial", radial("wan2.1-14b"), "1.77x end to end (69 frames)", 12, (1,)),
-            *Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)).with_fused(),
+            Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)),
             *Entry(
                 "rectified_spaattn drop=0.84 mass=0",
                 spa("wan2.1-t2v", drop=0.84, mass=0.0),
@@ -147,7 +147,7 @@ CASES = (
         "cogvideox-5b 49 frames 480x720",
         COGVIDEOX,
         (13, 30, 45),
-        (Entry("paro 0.3", paro(0.3), _PARO), Entry("paro 0.5", paro(0.5), _PARO_HALF)),
+        (*Entry("paro 0.3", paro(0.3), _PARO).with_fused(), Entry("paro 0.5", paro(0.5), _PARO_HALF)),
         steps=30,
     ),
     Case(

@@ -14,15 +14,13 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import PLANNED, Clock, Dense, best_dense, seconds, timed_blocks
+from generation.timing import LONG, Clock, Dense, best_dense, seconds, timed_blocks
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
 
 FLASH = "dense, FlashAttention-2"  # what most of the papers compare with
 FUSED = "dense, fused norms"
-_LONG = 200_000  # tokens from which it takes too long
-_ENOUGH = 131_072  # tokens at which dense kernels are compared at most: their order is that of longer sequences
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 
@@ -55,7 +53,7 @@ class Times:
 @dataclass
 class Contender:
     """A method of the case, or dense attention (no entry, no method). kernel: of what is dense; None is the fastest.
-    fused: with fused norms.
+    fused: with fused norms. pairs: of queries and keys that attention is given in a forward.
     """
 
     entry: Entry | None = None
@@ -63,6 +61,7 @@ class Contender:
     kernel: str | None = None
     fused: bool = False
     error: float = 0.0
+    pairs: int = 0
     times: Times = field(default_factory=Times)
 
     @property
@@ -74,7 +73,7 @@ class Contender:
 
     @property
     def kept(self) -> float | None:
-        """Share of pairs that attention used; None where nobody counts."""
+        """Share of the pairs of its attention calls that were used; None where nobody counts."""
         ran = self.ran
         return sum(r.kept for r in ran) / len(ran) if ran else 1.0 if self.method is None else None
 
@@ -97,7 +96,7 @@ class Bench:
         torch.manual_seed(0)
         with made_on(self.device, self.dtype):
             self.model: nn.Module = case.kind.build(case.layers, case.width).eval()
-        self.kernel = best_dense(case.kind, min(case.attended, _ENOUGH), self.device, self.dtype)
+        self.kernel = best_dense(case.kind, case.attended, self.device, self.dtype)
         self.given = case.kind.inputs(case.grid, self.device, self.dtype)
 
     def at(self, *, small: bool = False, backend: str = "auto") -> Where:
@@ -141,7 +140,7 @@ class Bench:
             with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
                 took = seconds(lambda: self.forward(self.given), self.device)
         blocks = [mark.read() for mark in marks.values()]
-        calls = clock.marks.read()
+        calls, contender.pairs = clock.marks.read(), clock.pairs
         if keep:
             times.step.append(took)
             times.attention.append(sum(calls) / len(calls) if calls else float("nan"))
@@ -153,7 +152,8 @@ class Bench:
         from torch.profiler import ProfilerActivity, profile
 
         kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
-        with self.held(contender.method, self.kernel, contender.fused), profile(activities=kinds) as found:
+        kernel = self.kernel if contender.kernel is None else contender.kernel
+        with self.held(contender.method, kernel, contender.fused), profile(activities=kinds) as found:
             seconds(lambda: self.forward(self.given), self.device)
         cuda = self.device.type == "cuda"
         each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
@@ -171,8 +171,8 @@ def measure(case: Case, options: Options) -> Measured:
         try:
             error = bench.check(entry)
             made = entry.make(bench.model, bench.at())
-        except (ValueError, RuntimeError) as problem:
-            print(f"{case.name}: {entry.name}: {str(problem)[:400]}", file=sys.stderr, flush=True)
+        except Exception as problem:  # whatever a method's kernels raise, the others are measured
+            print(f"{case.name}: {entry.name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
             continue
         if not error <= TOLERANCE[options.dtype]:
             wrong.append(entry.name)
@@ -184,19 +184,19 @@ def measure(case: Case, options: Options) -> Measured:
     if any(c.fused for c in contenders.values()):
         contenders[FUSED] = Contender(fused=True)
     rounds = 0 if options.warm else options.rounds if case.rounds is None else min(case.rounds, options.rounds)
-    if bench.kernel != "sdpa flash" and options.device.type == "cuda" and case.tokens < _LONG and not options.warm:
+    if bench.kernel != "sdpa flash" and options.device.type == "cuda" and case.tokens < LONG and not options.warm:
         contenders[FLASH] = Contender(kernel="sdpa flash")
     for turn in range(rounds + 1):  # the first one plans and compiles
         if turn > 1 and time.perf_counter() - begin > options.seconds:
             break
         print(f"  round {turn}: {time.perf_counter() - begin:.0f} s since the case began", flush=True)
         for name, contender in list(contenders.items()):
-            if turn == 0 and contender.method is None and case.tokens > _LONG and bench.kernel not in PLANNED:
+            if turn == 0 and contender.method is None and case.tokens > LONG:
                 continue  # nothing to plan, and a forward takes long
             try:
                 bench.run(contender, keep=turn > 0)
-            except (ValueError, RuntimeError) as problem:
-                print(f"{case.name}: {name}: {str(problem)[:400]}", file=sys.stderr, flush=True)
+            except Exception as problem:
+                print(f"{case.name}: {name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 del contenders[name]
     for name, contender in contenders.items():
         if options.profile is not None and options.profile in name:

@@ -68,7 +68,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "method": name,
         "built": f"{sum(case.layers)} of {sum(kind.whole)} blocks" if kind.stacks else "whole",
         "tokens": case.tokens,
-        "kept": "" if contender.kept is None else f"{contender.kept:.4f}",
+        "kept": f"{contender.pairs / base.pairs if contender.kept is None else contender.kept:.4f}",
         "visited": f"{sum(r.visited for r in ran) / len(ran):.4f}" if ran else "",
         "kernel": ",".join(sorted({k for r in ran for k in r.kernels})) if ran else dense,
         "attention_ms": _ms(median(times.attention)),
@@ -114,6 +114,13 @@ def write(rows: Sequence[dict[str, object]], out: Path) -> None:
         sys.stdout.write(text.getvalue())
     else:
         write_atomic(out, text.getvalue())
+
+
+def merged(out: Path, rows: Sequence[dict[str, object]], names: Sequence[str]) -> list[dict[str, object]]:
+    """Rows of an earlier run whose cells of `names` are not among those of `rows`, then `rows`."""
+    mine = {tuple(str(row[name]) for name in names) for row in rows}
+    kept = [row for row in read(out) if tuple(str(row[name]) for name in names) not in mine]
+    return kept + list(rows)
 
 
 def read(path: Path) -> list[dict[str, object]]:

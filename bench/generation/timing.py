@@ -25,7 +25,7 @@ from glocal.patterns import Blocks
 _SDPA = {"sdpa cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa flash": SDPBackend.FLASH_ATTENTION}
 
 
-PLANNED = ("gluon",)  # dense kernels that make a plan of all blocks for every length
+LONG = 200_000  # tokens from which a dense forward takes long
 
 
 class Marks:
@@ -55,10 +55,12 @@ def media(sites: tuple[Site, ...]) -> tuple[Site, ...]:
 
 
 class Clock(Method):
-    """Time of attention calls: attached last, it stands around whatever computes them."""
+    """Time of attention calls: attached last, it stands around whatever computes them. pairs: of queries and keys that
+    the calls are given.
+    """
 
     def __init__(self, device: torch.device) -> None:
-        self.marks = Marks(device)
+        self.marks, self.pairs = Marks(device), 0
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         return media(sites)
@@ -67,6 +69,7 @@ class Clock(Method):
         begin = self.marks.now()
         out = inner(q, k, v, call)
         self.marks.pairs.append((begin, self.marks.now()))
+        self.pairs += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
         return out
 
 
@@ -108,12 +111,16 @@ def _every(tokens: int) -> tuple[Canvas, Blocks]:
 
 
 def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest dense kernel for the shape; one that refuses it is no candidate."""
+    """The fastest dense kernel for the shape; one that refuses it is no candidate.
+
+    Longer sequences than `LONG` are compared at 131,072 tokens, without the kernel that would plan all their blocks.
+    """
     if device.type != "cuda":
         return "sdpa"
-    q, k, v = (draw((1, kind.heads, tokens, kind.dim), device, dtype) for _ in "qkv")
+    own = ("gluon",) if kind.stacks and tokens < LONG else ()
+    q, k, v = (draw((1, kind.heads, min(tokens, 1 << 17), kind.dim), device, dtype) for _ in "qkv")
     found: dict[str, float] = {}
-    for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *(("gluon",) if kind.stacks else ())):
+    for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *own):
         try:
             dense(kernel, q, k, v)
             found[kernel] = min(seconds(lambda kernel=kernel: dense(kernel, q, k, v), device) for _ in "ab")

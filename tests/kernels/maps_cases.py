@@ -21,6 +21,7 @@ from glocal.nn.blocks.mbconv import MBConv
 from glocal.ops import Ratio, Subtract, Unnormalised, depthwise_conv, dynamic_conv, layer_norm, linear_attention
 from glocal.ops.channel import gram
 from glocal.ops.norm import stored_norm
+from glocal.ops.stream import joined
 from glocal.testing._common import draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,3 +198,30 @@ def test_dynamic_convolution(size: tuple[int, int], kernel: tuple[int, int], mon
 def test_dynamic_convolution_of_wide_maps_and_channels_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = [some(2, 96, 3, 4), some(2, 96, 3, 3, seed=1)]
     agree(lambda x, w: dynamic_conv(x.permute(0, 2, 3, 1), w), inputs, monkeypatch, 2e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+@pytest.mark.parametrize(("channels", "dtype"), [(40, torch.float32), (640, torch.bfloat16)])
+def test_a_stream_joined_and_normed(
+    tokens: int, channels: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, generator: torch.Generator
+) -> None:
+    """Gate, scale and shift of each sample or token, as slices of one table; every part left out once."""
+    x, branch = (torch.randn(2, 7, channels, generator=generator).to(DEVICE, dtype) for _ in "xb")
+    table = torch.randn(2, tokens, 3 * channels, generator=generator).to(DEVICE)
+    gate, scale, shift = table.chunk(3, -1)
+    norm = torch.randn(2, channels, generator=generator).to(DEVICE).unbind(0)
+    calls: list[dict[str, Any]] = [
+        {"branch": branch, "gate": gate, "norm": norm, "change": (scale, shift)},
+        {"branch": branch, "norm": norm},
+        {"branch": branch, "gate": gate, "eps": None},
+        {"change": (scale, shift)},
+    ]
+    for call in calls:
+        with torch.no_grad():
+            found = joined(x, **call)
+            want = plain(lambda call=call: joined(x, **call), monkeypatch)  # type: ignore[arg-type, return-value]
+        for mine, theirs in zip(found, want, strict=True):
+            assert (mine is None) == (theirs is None)
+            if mine is not None and theirs is not None:
+                limit = 1e-5 if dtype == torch.float32 else 2e-2
+                torch.testing.assert_close(mine, theirs, rtol=limit, atol=limit)

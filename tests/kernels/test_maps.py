@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -38,3 +39,20 @@ def test_cases_compiled_on_a_gpu() -> None:
 def test_not_on_the_cpu_and_not_for_mixed_types() -> None:
     assert not maps.usable(torch.zeros(2, 3))
     assert not maps.usable(torch.zeros(2, 3), None, torch.zeros(3, dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_stream_compiles_for_hopper() -> None:
+    """Rows of Wan 14B: nothing spilled, whole accesses."""
+    from glocal.kernels.maps.stream import stream
+    from glocal.testing.hopper import compiling, read
+
+    x = torch.zeros(1, 4, 5120, dtype=torch.bfloat16)
+    gate, scale, shift = torch.zeros(1, 6, 5120).chunk(6, 1)[:3]
+    weight, bias = torch.zeros(2, 5120)
+    for norm, change, eps in (((weight, bias), None, 1e-6), (None, (scale, shift), 1e-6), (None, None, None)):
+        with compiling() as made:
+            stream(x, x, gate, norm, change, eps)
+        found = read(made[0], sass=True)
+        assert found.spilled == 0 and found.registers <= 128
+        assert all(word.startswith("STG.E.128") for word in re.findall(r"STG\.\S+", found.sass))

@@ -220,6 +220,10 @@ def test_small_windows_go_to_their_own_kernels(able: None, monkeypatch: pytest.M
     assert registry.pick(most, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name == "triton"
     short = replace(few, nq=200, nk=200)  # a tile sees more than half of all keys
     assert registry.pick(short, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name != "windows"
+    wide = replace(few, head_dim=128, value_dim=128, keys=480)  # keys and values of a tile must fit a processor
+    assert registry.pick(wide, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name != "windows"
+    half = replace(wide, keys=240)
+    assert registry.pick(half, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS)).name == "windows"
     tells = registry.explain(few, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS))
     assert "runs: windows (small windows: a tile of queries sees at most 128 of 8192 keys)" in tells
 

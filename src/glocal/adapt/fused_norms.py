@@ -1,9 +1,10 @@
-"""Norm and rotation of queries and keys in one pass over memory: `fused_norms(model)`, `handle.undo()`.
+"""Norms, and what stands beside them, in one pass over memory each: `fused_norms(model)`, `handle.undo()`.
 
-Blocks of Wan, HunyuanVideo and Flux take the RMS-norm of queries and keys and rotate them, in a dozen passes. Here
-their processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays
-theirs. Both steps are computed in float32 and rounded once, where the model rounds in between. It goes with dense
-attention and with every method that acts at `core`.
+Blocks of Wan, HunyuanVideo, CogVideoX and Flux norm queries and keys and rotate them, in a dozen passes. Here their
+processors see norms that rotate as well (`glocal.ops.finish_rows`) and no rotary table; all else they do stays theirs.
+Both steps are computed in float32 and rounded once, where the model rounds in between (the layer norm of CogVideoX
+stays apart). Blocks of Wan join their branches, norm, scale and shift in as many more passes; theirs are replaced
+(`fused_wan`). It goes with dense attention and with every method that acts at `core`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from glocal.adapt.attach import Handle, Method, attach
+from glocal.adapt.fused_wan import wan_block
 from glocal.adapt.pipelines import is_pipeline, parts
 from glocal.adapt.records import Block, RunState, Site
 from glocal.ops import Finish, finish_rows
@@ -28,17 +30,25 @@ Rotary = tuple[Tensor, Tensor]
 class _Family:
     """processor: the class whose code is known. rotary: its argument with the table, (cos, sin) of pairs side by side.
 
-    text_turns: whether the table has rows for the words, which then stand in front; else words do not turn and follow.
+    text_turns: whether the table has rows for the words, which then stand in front; else words do not turn.
+    text_first: words that do not turn stand in front. heads_first: norms meet [B, H, N, D].
+    norm: class of the norms; one that is no RMSNorm stays apart.
     """
 
     processor: str
     rotary: str
     text_turns: bool = False
+    text_first: bool = False
+    heads_first: bool = False
+    norm: str = "RMSNorm"
 
 
 _FAMILIES: Mapping[str, _Family] = {
     "WanTransformer3DModel": _Family("WanAttnProcessor", "rotary_emb"),
     "HunyuanVideoTransformer3DModel": _Family("HunyuanVideoAttnProcessor2_0", "image_rotary_emb"),
+    "CogVideoXTransformer3DModel": _Family(
+        "CogVideoXAttnProcessor2_0", "image_rotary_emb", text_first=True, heads_first=True, norm="LayerNorm"
+    ),
     "FluxTransformer2DModel": _Family("FluxAttnProcessor", "image_rotary_emb", text_turns=True),
 }
 
@@ -58,10 +68,10 @@ class FusedNorms(Method):
 
     def module(self, original: Callable[..., Any], site: Site | Block, state: RunState) -> Callable[..., Any]:
         """In place of an attention module: its processor, shown other norms."""
-        model = self.models[site.component if len(self.models) > 1 else next(iter(self.models))]
+        model = self._model(site)
         family, module = _FAMILIES[type(model).__name__], model.get_submodule(site.name)
         for name in ("norm_q", "norm_k"):
-            _check(site.name, name, getattr(module, name))
+            _check(site.name, name, getattr(module, name), family.norm)
         arguments = signature(_known(site.name, module, family))
 
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -71,12 +81,23 @@ class FusedNorms(Method):
             if rotary is None:
                 return original(*args, **kwargs)
             text = given.get("encoder_hidden_states")
-            words, apart = (0, False) if text is None else (text.shape[1], module.add_q_proj is not None)
+            apart = text is not None and getattr(module, "add_q_proj", None) is not None
+            words = 0 if text is None else text.shape[1]
             tables = _tables(rotary, words, apart, family)
             del given["self"]
-            return module.processor(**given | {"attn": _Shown(module, *tables), family.rotary: None})
+            return module.processor(**given | {"attn": _Shown(module, family, *tables), family.rotary: None})
 
         return run
+
+    def layer(self, original: Callable[..., Any], site: Site, state: RunState) -> Callable[..., Any]:
+        """In place of a block: that of Wan in fewer passes, others as they were."""
+        model = self._model(site)
+        if type(model).__name__ != "WanTransformer3DModel":
+            return original
+        return wan_block(model.get_submodule(site.name.rpartition(".")[0]), site.name)
+
+    def _model(self, site: Site | Block) -> Any:
+        return self.models[site.component if len(self.models) > 1 else next(iter(self.models))]
 
 
 def _known(site: str, module: Any, family: _Family) -> Callable[..., Any]:
@@ -88,10 +109,12 @@ def _known(site: str, module: Any, family: _Family) -> Callable[..., Any]:
     return found[-1].__call__
 
 
-def _check(site: str, name: str, norm: Any) -> None:
-    legal = norm is not None and type(norm).__name__ == "RMSNorm" and norm.weight is not None and norm.eps is not None
-    if not legal or getattr(norm, "bias", None) is not None:
-        raise ValueError(f"fused_norms: {name} of site {site!r} is {norm!r}; legal: RMSNorm with weight and eps.")
+def _check(site: str, name: str, norm: Any, kind: str) -> None:
+    legal = type(norm).__name__ == kind
+    if legal and kind == "RMSNorm":
+        legal = norm.weight is not None and norm.eps is not None and getattr(norm, "bias", None) is None
+    if not legal:
+        raise ValueError(f"fused_norms: {name} of site {site!r} is {norm!r}; legal: {kind} with weight and eps.")
 
 
 class _Shown:
@@ -99,23 +122,25 @@ class _Shown:
     one stream of both is of `media`.
     """
 
-    def __init__(self, module: nn.Module, media: Rotary, words: Rotary | None) -> None:
+    def __init__(self, module: nn.Module, family: _Family, media: Rotary, words: Rotary | None) -> None:
         self._module = module
-        self.norm_q, self.norm_k = (_finisher(module, name, media) for name in ("norm_q", "norm_k"))
+        self.norm_q, self.norm_k = (_finisher(module, name, media, family) for name in ("norm_q", "norm_k"))
         if words is not None:
-            self.norm_added_q = _finisher(module, "norm_added_q", words)
-            self.norm_added_k = _finisher(module, "norm_added_k", words)
+            self.norm_added_q = _finisher(module, "norm_added_q", words, family)
+            self.norm_added_k = _finisher(module, "norm_added_k", words, family)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
 
 
-def _finisher(module: Any, name: str, rotary: Rotary) -> Callable[[Tensor], Tensor]:
+def _finisher(module: Any, name: str, rotary: Rotary, family: _Family) -> Callable[[Tensor], Tensor]:
     norm, heads = getattr(module, name), module.heads
+    step = Finish(norm.weight, norm.eps, *rotary) if family.norm == "RMSNorm" else Finish(None, 0.0, *rotary)
 
     def finish(x: Tensor) -> Tensor:
+        if family.heads_first:
+            return finish_rows([norm(x)], [step])[0]
         rows = x if x.dim() == 4 else x.unflatten(2, (heads, -1))  # [B, N, H, D]
-        step = Finish(norm.weight, norm.eps, *rotary)
         return finish_rows([rows.transpose(1, 2)], [step])[0].transpose(1, 2).reshape(x.shape)
 
     return finish
@@ -136,12 +161,14 @@ def _tables(rotary: Rotary, words: int, apart: bool, family: _Family) -> tuple[R
         )
     if apart or not words:
         return (cos, sin), None
-    return (pad(cos, (0, 0, 0, words), value=1.0), pad(sin, (0, 0, 0, words))), None
+    around = (0, 0, words, 0) if family.text_first else (0, 0, 0, words)
+    return (pad(cos, around, value=1.0), pad(sin, around)), None
 
 
 def fused_norms(model: Any) -> Handle:
-    """Norm and rotate queries and keys in one pass, in a pipeline or model of Wan, HunyuanVideo or Flux.
+    """Norm and rotate queries and keys in one pass, in a pipeline or model of Wan, HunyuanVideo, CogVideoX or Flux; in
+    Wan also the norms of blocks, with their scales, shifts and gates.
 
-    Raises ValueError for another model, and for attention modules with other norms or processors.
+    Raises ValueError for another model, and for attention modules or blocks with other norms or processors.
     """
     return attach(model, FusedNorms(dict(parts(model)) if is_pipeline(model) else {"": model}))

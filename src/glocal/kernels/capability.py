@@ -76,7 +76,8 @@ class Capability:
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
-    most_keys: keys of a tile that it may hold where it needs windows.
+    most_keys: keys of a tile that it may hold where it needs windows, with heads of `keys_at` channels or fewer; of
+        wider ones as many fewer (`keys_held`).
     deterministic: two calls give equal bits. note: how it computes, for people.
     by_name_only: why "auto" passes over it unless it was measured on the device; None where "auto" may take it.
     graphs: a CUDA graph can hold calls, forward and backward: nothing waits for the device.
@@ -107,6 +108,7 @@ class Capability:
     sparse: bool = True
     dense: bool = True
     most_keys: int | None = None
+    keys_at: int = 64
     most_pairs: int | None = None
     most_pairs_on: tuple[str, ...] = ()
     deterministic: bool = True
@@ -116,6 +118,11 @@ class Capability:
     packages: tuple[tuple[str, str], ...] = ()
     training: Capability | None = None
     quant: bool = False
+
+    def keys_held(self, head_dim: int) -> int | None:
+        """Most keys of a tile at a head size; None: no end."""
+        wide = 1 << max(head_dim - 1, 0).bit_length()  # as programs hold them
+        return None if self.most_keys is None else self.most_keys * self.keys_at // max(self.keys_at, wide)
 
 
 def refusals(
@@ -165,9 +172,10 @@ def refusals(
     ):
         if wanted and not can:
             out.append(f"{name} (not supported)")
-    if c.needs == "windows" and blocks is None and c.most_keys is not None and (r.keys is None or r.keys > c.most_keys):
+    most = c.keys_held(max(r.head_dim, r.value_dim))
+    if c.needs == "windows" and blocks is None and most is not None and (r.keys is None or r.keys > most):
         found = "no small windows" if r.keys is None else f"windows of {r.keys} keys a tile"
-        out.append(f"{found} (legal: a product of single axes on one grid, up to {c.most_keys} keys a tile)")
+        out.append(f"{found} (legal: a product of single axes on one grid, up to {most} keys a tile)")
     pairs = r.batch * r.q_heads * r.nq * r.nk
     limited = not c.most_pairs_on or r.device in c.most_pairs_on
     if c.most_pairs is not None and limited and pairs > c.most_pairs:

@@ -44,12 +44,12 @@ def small_windows(x: Tensor, head_size: int, pattern: Pattern, dropout: float) -
         return False
     if 0 in x.shape or not able.head_dims.allows(head_size):
         return False
-    return _fits(pattern, *map(index, x.shape[1:-1]))
+    return _fits(pattern, head_size, *map(index, x.shape[1:-1]))
 
 
 @torch.compiler.assume_constant_result
-def _fits(pattern: Pattern, *shape: int) -> bool:
-    keys, most = window_keys(pattern, Canvas(shape)), windows.CAPABILITY.most_keys
+def _fits(pattern: Pattern, head_size: int, *shape: int) -> bool:
+    keys, most = window_keys(pattern, Canvas(shape)), windows.CAPABILITY.keys_held(head_size)
     return keys is not None and (most is None or keys <= most)
 
 

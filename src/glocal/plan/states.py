@@ -102,9 +102,13 @@ def _explicit(pattern: Pattern, layout: Layout, q: Side, k: Side, head: int | No
         hit = torch.zeros(side.index.shape[0], count + 1, device=mask.device)
         hit.scatter_(1, torch.where(side.index < 0, count, ids), 1.0)
         touch.append(hit[:, :count])
-    seen = touch[0] @ mask @ touch[1].T  # [q blocks, k blocks]
-    total = touch[0].sum(1)[:, None] * touch[1].sum(1)[None]
-    state = torch.where(seen == 0, NONE, torch.where(seen == total, FULL, PART)).to(torch.int8)
+    if all(bool((t.sum(1) == 1).all()) for t in touch):  # ours lie inside its blocks
+        rows, columns = (t.argmax(1) for t in touch)
+        state = torch.where(mask[rows[:, None], columns] > 0, FULL, NONE).to(torch.int8)
+    else:
+        seen = touch[0] @ mask @ touch[1].T  # [q blocks, k blocks]
+        total = touch[0].sum(1)[:, None] * touch[1].sum(1)[None]
+        state = torch.where(seen == 0, NONE, torch.where(seen == total, FULL, PART)).to(torch.int8)
     return settle(state, _unknown(q, k).sig)
 
 
