@@ -215,7 +215,8 @@ def search(batch: Batch, more: Sequence[MethodSpec] = ()) -> Searched:
             recipe = one_bucket(bucket, name, method, rules, fallback)
             if name in plain:
                 ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
-            firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
+            if name in plain or bucket is buckets[len(buckets) // 2]:  # the one that gains are read from
+                firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
     return searched_from((records, times, methods), buckets, (ends, firsts), before)
 
 

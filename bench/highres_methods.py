@@ -142,7 +142,6 @@ def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, W
     )
     found["freeswim"] = within(lambda j: freeswim(j.model.net, backend=backend), again)
     found["scale_dit, untrained"] = within(_guided(None, backend), naive)
-    found |= _regional()
     found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net, backend=backend), naive)
     found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0, backend=backend), naive)
     file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
@@ -153,7 +152,7 @@ def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, W
     if file is not None and file.is_file():
         found["ultragen"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), naive)
         found["ultragen, enlarged"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), again)
-    return found
+    return found | _regional()
 
 
 def detail(pictures: Tensor, side: int) -> Tensor:

@@ -15,7 +15,7 @@ over its own, paired, with its interval; `parts` are the
 methods it composes. paro is calibrated on a seed of its own, recipes are composed on others again.
 
 Recipes are composed by counts of pairs, not by times, so any machine can make them (`--compose`); they lie in a folder
-with their masks, and a run that finds them there judges those.
+with their masks, and a run that finds either there goes on with it.
 
 First every method runs once against the definition (backend "reference"). Rows are written as they come, and a run
 that finds them goes on behind them.
@@ -46,7 +46,7 @@ from glocal.adapt.published import made
 from glocal.adapt.sparse import SparseMethod
 from glocal.advise import Latents, Sample, demo_workload
 from glocal.advise.apply import RecipeMethod
-from glocal.advise.calibrated import paro_candidates
+from glocal.advise.calibrated import masked, paro_candidates
 from glocal.advise.recipe import Recipe
 from glocal.advise.search import allocated
 from glocal.advise.validation import OtherKernel
@@ -178,7 +178,9 @@ def measured(setup: Setup, method: Method) -> list[float]:
 def composed(model: VideoDiT, objective: Latents, samples: Sequence[Sample], folder: Path) -> dict[float, Recipe]:
     """The recipes of `glocal advise` by their share of dense work: those in `folder`, or made and written there."""
     if not list(folder.glob("*.json")):
-        candidates = paro_candidates(model, calibration(model, objective), folder, PARO)
+        masks = sorted(folder.glob("paro-*.safetensors"))
+        candidates = [masked(file) for file in masks]
+        candidates = candidates if masks else paro_candidates(model, calibration(model, objective), folder, PARO)
         searched = evidence.search(evidence.Batch(model, objective, samples), candidates)
         for work in WORK:
             rung = allocated(searched.found, work)

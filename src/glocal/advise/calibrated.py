@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from glocal.adapt.paro_calibration import ParoSpec, calibrate_each
-from glocal.advise.masks import keep_masks
+from glocal.advise.masks import keep_masks, read_masks
 from glocal.advise.methods import MethodSpec
 
 DENSITIES = (0.1, 0.2, 0.35, 0.5, 0.7)
@@ -20,16 +20,16 @@ def paro_candidates(
     in files in `folder` and serve the resolution they were made for. ValueError where heads or resolution change on the
     way, or the media tokens are no grid of two or three axes.
     """
-    found = []
-    for density, plan in zip(
-        densities, calibrate_each(model, run, [ParoSpec(density=d, block=block) for d in densities]), strict=True
-    ):
-        file = str(keep_masks(plan, folder))
-        own = MethodSpec(
-            "paro", {"density": density}, "heads", (block, block), kind="masks", resolution="exact", masks=file
-        )
-        found.append(own)
-    return found
+    specs = [ParoSpec(density=density, block=block) for density in densities]
+    return [masked(keep_masks(plan, folder)) for plan in calibrate_each(model, run, specs)]
+
+
+def masked(file: Path) -> MethodSpec:
+    """The candidate of masks that are there already."""
+    plan = read_masks(str(file))
+    params = {"density": round(plan.density, 3)}
+    blocks = (plan.block, plan.block)
+    return MethodSpec("paro", params, "heads", blocks, kind="masks", resolution="exact", masks=str(file.resolve()))
 
 
 def calibrated(model: Any, objective: Any, sample: Any, folder: Path) -> list[MethodSpec]:

@@ -118,4 +118,8 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
             if name not in known:
                 raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
         wanted = [m for m in wanted if m.system in options.methods]
+        if not wanted:
+            raise ValueError(
+                "methods: 'paro' alone gives no step weights; name a pattern beside it: paro,tile_windows."
+            )
     return wanted

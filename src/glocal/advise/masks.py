@@ -37,7 +37,7 @@ def static_plan(file: str, call: SiteCall, device: str) -> BlockPlan:
     """The plan of a call, kept until the run comes to the next mask. FileNotFoundError, ValueError for a file that was
     changed, and for a canvas or a layer that it was not made for.
     """
-    plan, layer, axes = _read(file), call.site.layer, media_grid(call, "paro")
+    plan, layer, axes = read_masks(file), call.site.layer, media_grid(call, "paro")
     every = plan.orders.shape[1]
     heads = tuple(range(every)) if call.heads is None else call.heads
     if layer >= plan.orders.shape[0] or call.site.heads != every:
@@ -66,7 +66,8 @@ def static_plan(file: str, call: SiteCall, device: str) -> BlockPlan:
 
 
 @lru_cache(maxsize=16)
-def _read(file: str) -> ParoPlan:
+def read_masks(file: str) -> ParoPlan:
+    """The masks of a file; FileNotFoundError, or ValueError where its name does not say its content."""
     plan = ParoPlan.load(file)
     if _digest(Path(file)) not in Path(file).name:
         raise ValueError(f"{file!r} does not hold the masks that its name says; it was changed or renamed.")

@@ -99,18 +99,17 @@ def _advise(run: Run, split: Split) -> Advice:
     before = run.once("preflight", lambda model, objective: preflight(model, probe_sample_, objective))
     _check_limits(run.target, before, objective)
     buckets = make_buckets(before.levels, run.effort.buckets, objective.coordinate)
-    wanted = listed(options, before.shape, causal=before.causal)
-    if "paro" in options.methods:
-        run.stage("axis orders and masks")
-        folder = Path(mkdtemp(prefix="glocal-masks-")) if options.state is None else options.state / "masks"
-        wanted += run.once("paro", calibrated, probe_sample_, folder)
-    methods = {m.id: m for m in wanted}
+    methods = {m.id: m for m in listed(options, before.shape, causal=before.causal)}
     if options.budget is not None and not options.resume:
         known = (before, run.effort, methods)
         stages = measured_forecast(run.model, probe_sample_, objective, known, len(split.validations), options.jobs)
         check_budget(stages, options.budget)
         check_memory(stages, run.model)
 
+    if "paro" in options.methods:
+        run.stage("axis orders and masks")
+        folder = Path(mkdtemp(prefix="glocal-masks-")) if options.state is None else options.state / "masks"
+        methods |= {m.id: m for m in run.once("paro", calibrated, probe_sample_, folder)}
     run.stage("time model", len(methods))
     site = before.sites[len(before.sites) // 2].name
     timed = run.once("times", times_inside, probe_sample_, site, methods, run.effort.rounds)
