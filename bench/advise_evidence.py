@@ -1,6 +1,6 @@
 """Is the allocation worth it? On the built-in video model: by residual error with gains and measured step weights,
-without gains, by relative error of the attention output, and plain recipes, at three budgets of attention work, paired
-over unseen seeds.
+without gains, by relative error of the attention output (with step weights measured in its own units, and without
+any), and plain recipes, at three budgets of attention work, paired over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -37,7 +37,7 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import counted_by, gains, summed
+from glocal.advise.calibrate import Group, by_layer, counted_by, gains, layer_gains, layer_groups, summed
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
@@ -186,11 +186,26 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Of the search, by bucket and method. ends: errors of one-bucket runs of the step-weight samples; firsts: behind
+    the first step of each bucket, of the probe samples; layers: the same, of one layer alone, by bucket, layer, method.
+    """
+
+    ends: dict[tuple[int, str], list[float]]
+    firsts: dict[tuple[int, str], list[float]]
+    layers: dict[tuple[int, int, str], list[float]]
+
+
+@dataclass(frozen=True)
 class Searched:
-    """found: with gains; rough: without."""
+    """found: with gains of layers and methods; rough: without; output: by relative error of the attention output;
+    level: so too, and all step ranges weigh alike.
+    """
 
     found: Found
     rough: Found
+    output: Found
+    level: Found
     before: Preflight
 
 
@@ -209,39 +224,57 @@ def search(batch: Batch, more: Sequence[MethodSpec] = ()) -> Searched:
     records: list[ProbeRecord] = [r for p in probes for r in p.records]
     print("probed", flush=True)
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    ends, firsts = {}, {}
+    made = Measured({}, {}, {})
     for bucket in buckets:
         for name, method in methods.items():
             recipe = one_bucket(bucket, name, method, rules, fallback)
-            if name in plain:
-                ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
             if name in plain or bucket is buckets[len(buckets) // 2]:  # the one that gains are read from
-                firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
-    return searched_from((records, times, methods), buckets, (ends, firsts), before)
+                made.firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
+            if name not in plain:
+                continue
+            made.ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            for layer in range(model.config.layers):
+                alone = replace(recipe, rules=tuple(replace(r, layers=((layer, layer),)) for r in recipe.rules))
+                made.layers[bucket.number, layer, name] = batch.one_step(alone, bucket.first, slice(0, PROBES))
+    return searched_from((records, times, methods), buckets, made, before)
 
 
 def searched_from(
     known: tuple[list[ProbeRecord], Times, dict[str, MethodSpec]],
     buckets: Sequence[Bucket],
-    errors: tuple[dict[tuple[int, str], list[float]], dict[tuple[int, str], list[float]]],
+    made: Measured,
     before: Preflight,
 ) -> Searched:
-    """Step weights and gains from what was measured. errors: at the end of one-bucket runs of the step-weight samples,
-    and behind the first step of each bucket of the probe samples.
-    """
+    """Step weights and gains from what was measured."""
     records, times, methods = known
-    ends, firsts = errors
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    runs = []
-    for (number, name), values in ends.items():
-        residual = residual_total(records, name, number)
-        runs += [StepWeight(number, name, end, fmean(firsts[number, name]), residual) for end in values]
-    rough = Found(records, times, fit_weights(buckets, runs), methods, rules, fallback)
-    bucket = buckets[len(buckets) // 2]
     samples = sorted({r.sample for r in records})
-    changed = {name: fmean(firsts[bucket.number, name]) for name in methods}
-    local = {name: fmean(summed(records, name, bucket.first, s) for s in samples) for name in methods}
-    return Searched(counted_by(rough, gains(changed, local)), rough, before)
+
+    def weighed(own: list[ProbeRecord]) -> Found:
+        runs = []
+        for (number, name), values in made.ends.items():
+            residual = residual_total(own, name, number)
+            runs += [StepWeight(number, name, end, fmean(made.firsts[number, name]), residual) for end in values]
+        return Found(own, times, fit_weights(buckets, runs), methods, rules, fallback)
+
+    def local(own: list[ProbeRecord], name: str, bucket: Bucket) -> float:
+        return fmean(summed(own, name, bucket.first, s) for s in samples)
+
+    changed: dict[tuple[Group, int], list[float]] = {}
+    errors: dict[tuple[Group, int], list[float]] = {}
+    groups = layer_groups(records, 1 + max(r.layer for r in records))
+    for (number, layer, name), values in made.layers.items():
+        place = groups[layer], number
+        own = [r for r in records if r.layer == layer]
+        changed.setdefault(place, []).append(fmean(values))
+        errors.setdefault(place, []).append(local(own, name, buckets[number]))
+    found = weighed(by_layer(records, layer_gains(changed, errors, len(buckets))))
+    bucket = buckets[len(buckets) // 2]
+    moved = {name: fmean(made.firsts[bucket.number, name]) for name in methods}
+    gained = gains(moved, {name: local(list(found.records), name, bucket) for name in methods})
+    output = weighed([replace(r, residual=r.output) for r in records])
+    level = replace(output, weights=replace(output.weights, weight=(1.0,) * len(buckets)))
+    return Searched(counted_by(found, gained), weighed(records), output, level, before)
 
 
 def plain_rungs(found: Found, budget: float) -> list[Rung]:
@@ -278,13 +311,15 @@ def visited(recipe: Recipe, name: str, found: Found, before: Preflight) -> float
 
 def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
     """(kind, rung): allocations first, then what competes with them, the most promising by prediction first."""
-    found, rough, before = searched.found, searched.rough, searched.before
-    out: list[tuple[str, Rung | None]] = [("residual", allocated(found, budget))]
-    out += [("output", allocated(rough, budget, "output")), ("no gains", allocated(rough, budget))]
+    found, before = searched.found, searched.before
+    known = {"residual": found, "output": searched.output, "no gains": searched.rough}
+    known["output, no step weights"] = searched.level
+    made = [(kind, allocated(f, budget)) for kind, f in known.items()]
+    out = [(kind, replace(r, name=f"{r.name} ({kind})")) for kind, r in made if r is not None]
     out += [("plain", r) for r in plain_rungs(found, budget)]
     presets = published(found, before.shape, before.levels)
     out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
-    return [(kind, rung) for kind, rung in out if rung is not None]
+    return out
 
 
 def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> None:
@@ -297,7 +332,7 @@ def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> N
                 kind, rung = own[place]
                 one: dict[str, object] = {"budget": budget, "kind": kind, "name": rung.name}
                 one["visited"] = round(spent(rung, searched.found, searched.before), 4)
-                one["predicted"] = None if kind == "output" else rung.predicted  # that one predicts in another unit
+                one["predicted"] = None if kind == "output, no step weights" else rung.predicted
                 out.append({**one, "recipe": json.loads(rung.recipe.dumps())})
     bands = {"with gains": searched.found.weights.band, "without": searched.rough.weights.band}
     write_atomic(path, json.dumps({"bands": bands, "recipes": out}, indent=0, sort_keys=True) + "\n")
@@ -393,15 +428,16 @@ def compare(rows: Sequence[Row], emit: Callable[[list[Row]], None]) -> None:
                 own = known.setdefault(str(r["kind"]), {}).setdefault(str(r["name"]), ([], []))
                 own[r["row"] == "seed"].append(float(str(r["error"])))
         ours = next(iter(known["residual"].items()))
-        ladder = dict([ours, *known["plain"].items()])
-        advised = min(ladder.items(), key=lambda one: fmean(one[1][0]))
+        advised = min([ours, *known["plain"].items()], key=lambda one: fmean(one[1][0]))
         mean = paired(advised[1][1])
         row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
         out.append({**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": mean.n})
         for words, chosen in (("the allocation", ours), ("what is advised", advised)):
-            for kind in ("output", "no gains", "plain"):
+            for kind in ("output", "output, no step weights", "no gains", "plain"):
+                if kind not in known:
+                    continue
                 rival = min(known[kind].items(), key=lambda one: fmean(one[1][1]))
-                if rival[0] == chosen[0]:
+                if rival[1] is chosen[1]:
                     continue
                 ratio = log_ratio(rival[1][1], chosen[1][1])
                 verdict: Row = {"row": "error ratio", "budget": budget, "kind": kind}

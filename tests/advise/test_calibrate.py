@@ -10,9 +10,21 @@ import pytest
 import torch
 
 from glocal.advise import Frames, Recipe, Workload, attach
-from glocal.advise.calibrate import MOST, counted_by, finalists, gains, step_error, summed
+from glocal.advise.calibrate import (
+    MOST,
+    Group,
+    by_layer,
+    counted_by,
+    finalists,
+    gains,
+    layer_gains,
+    layer_groups,
+    step_error,
+    summed,
+)
 from glocal.advise.methods import candidates
-from glocal.advise.recipe import Fallback
+from glocal.advise.probe import ProbeRecord
+from glocal.advise.recipe import Fallback, Phase
 from glocal.advise.search import base_rules
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.weights import StepWeight, make_buckets, one_bucket
@@ -40,6 +52,43 @@ def test_errors_count_by_gains_and_weights_are_fitted_anew() -> None:
     assert counted.uniform_error(HALF.id, BUCKETS[:1]) / known.uniform_error(HALF.id, BUCKETS[:1]) == pytest.approx(
         0.1 / 0.1 / known.weights.weight[0]
     )
+
+
+def record(layer: int, bucket: int, residual: float, kind: str = "self") -> ProbeRecord:
+    numbers = {"mass": 1.0, "output": 0.5, "residual": residual, "high": residual, "kept": 0.5, "visited": 0.5}
+    return ProbeRecord(f"blocks.{layer}", layer, 0, bucket, bucket, "cond", "s", "m", **numbers, kind=kind)
+
+
+def test_layers_stand_alone_or_in_groups_that_grow() -> None:
+    few = layer_groups([record(n, 0, 1.0) for n in range(6)], 8)
+    assert [g.layers for g in few] == [(n,) for n in range(6)]
+    many = layer_groups([record(n, 0, 1.0) for n in range(40)], 8)
+    assert sorted(n for g in many for n in g.layers) == list(range(40)) and len(many) == 8
+    sizes = [len(g.layers) for g in many]
+    assert sizes[0] == 1 and sizes == sorted(sizes)
+    two = layer_groups([record(0, 0, 1.0), record(0, 0, 1.0, "joint"), record(1, 0, 1.0)], 8)
+    assert [(g.kind, g.layers) for g in two] == [("joint", (0,)), ("self", (0,)), ("self", (1,))]
+    assert two[0].holds(record(0, 3, 1.0, "joint")) and not two[0].holds(record(0, 3, 1.0))
+
+
+def test_a_group_alone_is_made_sparse() -> None:
+    base = base_rules([record(n, 0, 1.0, kind) for n in range(4) for kind in ("self", "joint")])
+    rules = Group("transformer", "self", (1, 2)).rules(base, "m", Phase("sigma", 0.2, 0.4))
+    assert [(r.site, r.layers, r.use, r.phase.low) for r in rules] == [("self", ((1, 2),), "m", 0.2)]
+
+
+def test_gains_of_layers_are_relative_and_come_from_the_nearest_range() -> None:
+    first, rest = Group("transformer", "self", (0,)), Group("transformer", "self", (1, 2))
+    changed = {(first, 0): [0.1, 0.4], (rest, 0): [0.8, 0.8], (first, 3): [0.5], (rest, 3): [0.5]}
+    errors = {(first, 0): [1.0, 1.0], (rest, 0): [1.0, 1.0], (first, 3): [1.0], (rest, 3): [1.0]}
+    made = layer_gains(changed, errors, 4)
+    assert made["transformer", "self", 1, 0] / made["transformer", "self", 0, 0] == pytest.approx(4)
+    assert made["transformer", "self", 0, 0] * made["transformer", "self", 1, 0] ** 2 == pytest.approx(1)
+    assert made["transformer", "self", 2, 1] == made["transformer", "self", 1, 0]  # bucket 0 is nearer
+    assert made["transformer", "self", 0, 2] == pytest.approx(1) == made["transformer", "self", 0, 3]
+    counted = by_layer([record(0, 0, 3.0), record(2, 0, 3.0), record(5, 0, 3.0)], made)
+    assert [r.residual for r in counted] == pytest.approx([3 * 4 ** (-2 / 3), 3 * 4 ** (1 / 3), 3])
+    assert layer_gains({(first, 0): [0.0]}, {(first, 0): [1.0]}, 4) == {}
 
 
 def runs() -> Iterator[StepWeight]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
 from glocal.advise.advice import Advice
+from glocal.advise.calibrate import by_layer
 from glocal.advise.methods import candidates
 from glocal.advise.timing import MethodTime, Times, blocks_of
 from glocal.models.generation import SampleSpec, VideoDiT
@@ -55,6 +57,21 @@ def test_every_stage_leaves_its_records(advice: Advice) -> None:
     assert advice.weights is not None and all(w > 0 for w in advice.weights.weight)
     assert {r.kind for r in advice.ladder} >= {"allocation"}
     assert all(r.error is not None and r.seconds for r in advice.ladder)
+
+
+def test_layers_have_gains_at_every_step_range_and_predictions_count_by_them(advice: Advice) -> None:
+    assert set(advice.layers) == {("transformer", "self", layer, bucket) for layer in (0, 1) for bucket in (0, 1)}
+    for bucket in (0, 1):
+        mine = [advice.layers["transformer", "self", layer, bucket] for layer in (0, 1)]
+        assert math.prod(mine) == pytest.approx(1) and mine[0] != pytest.approx(1, abs=1e-3)
+    assert advice.weights is not None
+    for made in advice.weights.runs:
+        own = [r for r in by_layer(advice.records, advice.layers) if r.method == made.method]
+        by_step = {(r.step, r.sample): 0.0 for r in own if r.bucket == made.bucket}
+        for r in own:
+            if r.bucket == made.bucket and r.head >= 0:
+                by_step[r.step, r.sample] += (r.residual * advice.gains.get(r.method, 1.0)) ** 2
+        assert any(made.residual == pytest.approx(math.sqrt(v)) for v in by_step.values())
 
 
 def test_recipe_survives_save_load_and_another_step_count(advice: Advice, model: VideoDiT, tmp_path: Path) -> None:

@@ -96,7 +96,10 @@ def test_key_blocks_are_cut_where_halves_of_them_are_hidden_or_whole() -> None:
     made = plan(Neighborhood(17), Canvas((48, 64)), PlanSpec(128, 128))
     cut = halved(PlanTensors(**made.tensors()), 128)
     assert cut is not None and cut.masks.shape[1:] == (128, 2)
-    full, partial = BlockLists(cut.full_count, cut.full_index), BlockLists(cut.part_count, cut.part_index, cut.part_mask)
+    full, partial = (
+        BlockLists(cut.full_count, cut.full_index),
+        BlockLists(cut.part_count, cut.part_index, cut.part_mask),
+    )
     other = replace(made, kv_block=64, full=full, partial=partial, masks=cut.masks)
     assert torch.equal(other.dense_counts(), made.dense_counts())
     assert other.visited_pairs < 0.95 * made.visited_pairs

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from glocal._progress import Progress
+from glocal.advise.calibrate import LayerGains
 from glocal.advise.dropped import Dropped
 from glocal.advise.effort import AdviseOptions, Effort, Target
 from glocal.advise.farm import Farm
@@ -32,7 +33,8 @@ class Advice:
 
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
     rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
-    gains: how far the errors of a method add up, over the mean; predictions count by it. shrunk: where the probe had
+    gains, layers: how far the errors of a method and of a layer add up, over the mean; predictions count by both.
+    shrunk: where the probe had
     to do with less memory.
     """
 
@@ -48,6 +50,7 @@ class Advice:
     methods: Mapping[str, MethodSpec]
     weights: Weights | None = None
     gains: Mapping[str, float] = field(default_factory=dict)
+    layers: LayerGains = field(default_factory=dict)
     ladder: tuple[Rung, ...] = ()
     chosen: Rung | None = None
     anchors: tuple[float, float] | None = None

@@ -21,7 +21,8 @@ class Effort:
     of its own; fewer where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket
     runs give the step weights. finalists: methods that the search goes on with, those that a first allocation uses
     most; each is calibrated by one step of the whole model. correct: once the ladder is measured, fit the step weights
-    to it and allocate again. reduced: step weights are measured on a canvas of at most so many tokens.
+    to it and allocate again. layers: groups of layers whose gains are measured at most, each by one step of the whole
+    model at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens.
     """
 
     name: str
@@ -40,11 +41,13 @@ class Effort:
     correct: bool = False
     finalists: int = 24
     reduced: int = 30_000
+    layers: int = 8
+    looks: int = 5
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 4, 3, 1, 1, show=True, rungs=1, finalists=6),
-    "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,)),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 4, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
+    "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),
 }

@@ -72,6 +72,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
 
     timed = (cost.candidates + 1) * (effort.rounds + 2) * before.attention / len(before.sites)
     weights = effort.samples * effort.plain * sum(steps - b.first for b in buckets) * before.forward
+    layers = min(len({(s.component, s.kind, s.layer) for s in before.sites}), effort.layers)
     proving = pairs * RUNS_A_PAIR * run
     probes, shared = effort.probes + effort.samples, max(cost.jobs, 1)
     probing = probes * run + calls * cost.probe_call
@@ -79,6 +80,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("preflight", 6 * before.forward),
         stage("time model", before.forward + timed),
         stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
+        stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
         stage("calibration", min(effort.finalists, cost.candidates) * before.forward),
         stage("ladder", effort.probes * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),

@@ -11,7 +11,7 @@ import torch
 
 from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice, Run
-from glocal.advise.calibrate import counted_by
+from glocal.advise.calibrate import by_layer, counted_by
 from glocal.advise.calibrated import calibrated
 from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
@@ -25,7 +25,7 @@ from glocal.advise.preflight import AdviceError, Preflight, preflight
 from glocal.advise.proof import with_origin
 from glocal.advise.recipe import Fallback, Recipe
 from glocal.advise.search import Found, base_rules
-from glocal.advise.stages import kept, measured_gains, plain_methods, probes, step_weights
+from glocal.advise.stages import kept, measured_gains, measured_layers, plain_methods, probes, step_weights
 from glocal.advise.state import State
 from glocal.advise.timing import Times
 from glocal.advise.weights import make_buckets
@@ -146,13 +146,18 @@ def _advise(run: Run, split: Split) -> Advice:
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
     base = replace(base, records=tuple(records), shrunk=shrunk)
 
+    known = (probe_sample_, probed[0])
+    own = [r for r in records if r.sample == probe_sample_.id]
+    layers = measured_layers(run, known, before, (buckets, plain, own))
+    records = by_layer(records, layers)
+
     run.stage("step weights", len(buckets) * len(plain) * len(others))
     fallback = Fallback(min_tokens=options.min_tokens)
-    weights = step_weights(run, split.weights, others, (before, buckets, plain, records, fallback))
+    weights = step_weights(run, split.weights, others, (before, buckets, plain, records, fallback, layers))
     found = Found(records, times, weights, methods, base_rules(records), fallback)
-    gain = measured_gains(run, found, (probe_sample_, probed[0]), before, list(plain))
+    gain = measured_gains(run, found, known, before, list(plain))
     found = counted_by(found, gain)
-    return climbed(run, replace(base, weights=found.weights, gains=gain), found, split, probed)
+    return climbed(run, replace(base, weights=found.weights, gains=gain, layers=layers), found, split, probed)
 
 
 def _check_limits(target: Target, before: Preflight, objective: Objective) -> None:

@@ -76,9 +76,10 @@ class Found:
 
     def items(self, measure: Measure = "residual") -> Items:
         """One item for each layer, head and step range."""
+        one = self.times.dense.median / self.heads
 
         def seconds(method: str, layer: int, bucket: int) -> float:
-            return self.times.dense.median * self.times.ratio(method) * self.buckets[bucket].steps / self.heads
+            return one * self.times.ratio(method) * self.buckets[bucket].steps
 
         return Items.from_records(self.records, seconds, measure=measure)
 

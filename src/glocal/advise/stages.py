@@ -9,13 +9,23 @@ from fnmatch import fnmatch
 from torch import Tensor
 
 from glocal.advise.advice import Run
-from glocal.advise.calibrate import finalists, gains, step_error, summed
+from glocal.advise.calibrate import (
+    Group,
+    LayerGains,
+    by_layer,
+    finalists,
+    gains,
+    layer_gains,
+    layer_groups,
+    step_error,
+    summed,
+)
 from glocal.advise.dropped import broken_records
 from glocal.advise.farm import Task
 from glocal.advise.methods import MethodSpec
 from glocal.advise.preflight import AdviceError, Preflight
 from glocal.advise.probe import ProbeRecord
-from glocal.advise.recipe import Fallback
+from glocal.advise.recipe import Fallback, Phase, Recipe
 from glocal.advise.reduced import agree, reduced_sample
 from glocal.advise.search import Found, base_rules
 from glocal.advise.tasks import Looks, Probed, probe_sample
@@ -33,17 +43,65 @@ from glocal.advise.weights import (
 from glocal.advise.workload import Sample, Split, Workload
 
 
+def measured_layers(
+    run: Run,
+    known: tuple[Sample, Probed],
+    before: Preflight,
+    about: tuple[Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord]],
+) -> LayerGains:
+    """Gains of layers, by one step of the whole model for each of them, plain method and measured step range. Errors
+    that gradients weigh say already what they do to the output, so all gains are one there.
+    """
+    (sample, probed), (buckets, plain, records) = known, about
+    if run.options.sensitivity == "gradient":
+        return {}
+    groups, base = layer_groups(records, run.effort.layers), base_rules(records)
+    steps = _looked(run, probed)
+    run.stage("layers", len(groups) * len(plain) * len(steps))
+    changed: dict[tuple[Group, int], list[float]] = {}
+    errors: dict[tuple[Group, int], list[float]] = {}
+    tasks, places = [], []
+    for step in steps:
+        bucket = next(b for b in buckets if b.first <= step <= b.last)
+        phase, at = _step(run, before, probed, bucket, step)
+        for number, group in enumerate(groups):
+            own = [r for r in records if group.holds(r)]
+            for name, method in plain.items():
+                rules = group.rules(base, name, phase)
+                recipe = Recipe("candidate", {name: method}, tuple(rules), fallback=Fallback(run.options.min_tokens))
+                tasks.append(Task(f"layer/{step}-{number}-{name}", step_error, (sample, recipe, at)))
+                places.append((group, bucket.number))
+                errors.setdefault(places[-1], []).append(summed(own, name, step, sample.id))
+    for place, value in zip(places, run.farm.map(tasks), strict=True):
+        changed.setdefault(place, []).append(value)
+    return layer_gains(changed, errors, len(buckets))
+
+
+def _looked(run: Run, probed: Probed) -> list[int]:
+    """Probed steps at which layers are measured, spread over the run; the first one where a run cannot be taken up."""
+    if not run.objective.restart:
+        return [probed.steps[0]]
+    count = min(run.effort.looks, len(probed.steps))
+    return sorted({probed.steps[round((i + 0.5) * len(probed.steps) / count - 0.5)] for i in range(count)})
+
+
+def _step(
+    run: Run, before: Preflight, probed: Probed, bucket: Bucket, step: int
+) -> tuple[Phase, tuple[int, Tensor | None, Tensor]]:
+    """One step as a phase, and the dense run around it, as `step_error` wants it."""
+    levels, again = before.levels, run.objective.restart and step
+    phase = phase_of(bucket.coordinate, levels[step + 1], levels[step])
+    return phase, (step, probed.latents[step - 1] if again else None, probed.latents[step])
+
+
 def measured_gains(
     run: Run, found: Found, known: tuple[Sample, Probed], before: Preflight, plain: Sequence[str]
 ) -> dict[str, float]:
     """Of the finalists, each by one step of the whole model."""
     sample, probed = known
-    again = run.objective.restart
-    step = probed.steps[len(probed.steps) // 2] if again else probed.steps[0]
+    step = probed.steps[len(probed.steps) // 2] if run.objective.restart else probed.steps[0]
     bucket = next(b for b in found.buckets if b.first <= step <= b.last)
-    levels = before.levels
-    phase = phase_of(bucket.coordinate, levels[step + 1], levels[step])
-    at = (step, probed.latents[step - 1] if again and step else None, probed.latents[step])
+    phase, at = _step(run, before, probed, bucket, step)
     names = finalists(found, run.effort.budgets, run.effort.finalists, plain)
     run.stage("calibration", len(names))
     recipes = [found.recipe([n], [replace(r, use=n, phase=phase) for r in found.base]) for n in names]
@@ -82,16 +140,16 @@ def step_weights(
     run: Run,
     samples: Workload,
     probed: Sequence[Probed],
-    known: tuple[Preflight, Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback],
+    known: tuple[Preflight, Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback, LayerGains],
 ) -> Weights:
     """One bucket sparse at a time, on every step-weight sample; on a reduced canvas where that says the same."""
-    before, buckets, plain, records, fallback = known
+    before, buckets, plain, records, fallback, layers = known
     rules = base_rules(records)
 
     def measured(where: Sequence[tuple[Sample, Probed]], which: Sequence[Bucket]) -> list[StepWeight]:
         tasks, places = [], []
         for sample, dense in where:
-            own = kept(run, dense.records)
+            own = by_layer(kept(run, dense.records), layers)
             for bucket in which:
                 for name, method in plain.items():
                     recipe = one_bucket(bucket, name, method, rules, fallback)

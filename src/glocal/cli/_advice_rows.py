@@ -17,6 +17,9 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
     if advice.weights is not None:
         out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
     out += [{"kind": "gain", "method": name, "gain": value} for name, value in advice.gains.items()]
+    for (component, kind, layer, bucket), value in advice.layers.items():
+        place = {"component": component, "site_kind": kind, "layer": layer, "bucket": bucket}
+        out.append({"kind": "layer gain", **place, "gain": value})
     for rung in advice.ladder:
         out.append(
             {

@@ -48,7 +48,8 @@ def sites(advice: Advice) -> Table | None:
 def _share(advice: Advice, bucket: int, record: Any) -> float:
     """What one head's error adds to the predicted one, before squares are summed."""
     assert advice.weights is not None
-    return advice.weights.weight[bucket] * record.residual * advice.gains.get(record.method, 1.0)
+    layer = advice.layers.get((record.component, record.kind, record.layer, bucket), 1.0)
+    return advice.weights.weight[bucket] * record.residual * layer * advice.gains.get(record.method, 1.0)
 
 
 def pictures(advice: Advice) -> tuple[Picture, ...]:
