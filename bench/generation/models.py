@@ -121,7 +121,7 @@ def _cogvideox(layers: tuple[int, ...], heads: int) -> nn.Module:
 
 def _cogvideox_inputs(grid: Grid, device: torch.device, dtype: torch.dtype) -> Inputs:
     f, h, w = grid
-    angles = torch.rand(f * h * w, 64, device=device)
+    angles = torch.rand(f * h * w, 32, device=device).repeat_interleave(2, 1)  # a pair of channels turns together
     return {
         "hidden_states": draw((2, f, 16, 2 * h, 2 * w), device, dtype),  # guidance: two samples
         "timestep": torch.full((2,), 500, device=device),

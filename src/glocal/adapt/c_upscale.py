@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -105,6 +106,24 @@ class _Regions:
     share: float
     rap: Rap
 
+    @cached_property
+    def boxes(self) -> tuple[Box, ...]:
+        """Of the rows."""
+        return tuple(row.box for row in self.rows)
+
+    @cached_property
+    def pictures(self) -> Tensor:
+        """Of the rows."""
+        return torch.tensor([row.picture for row in self.rows])
+
+    @cached_property
+    def damped(self) -> Tensor | None:
+        """Which words of each row may be damped, bool [rows, words]; None: all."""
+        if all(row.words is None for row in self.rows):
+            return None
+        every = torch.ones(self.words, dtype=torch.bool)
+        return torch.stack([every if row.words is None else row.words.cpu() for row in self.rows])
+
 
 class CUpscale(Method):
     """The method. Outside of `whole` and `regions` the model is untouched.
@@ -189,16 +208,13 @@ class CUpscale(Method):
         if now.rap == "off":
             by_words = read(guided, first)
         else:
-            grid = _grid(call)
-            maps = [crop(self.maps[call.site.name][row.picture], row.box, grid) for row in now.rows]
+            whole = self.maps[call.site.name]
+            whole = whole.expand(half, *whole.shape[1:]) if len(whole) == 1 else whole[now.pictures.to(whole.device)]
+            maps = crop(whole, now.boxes, _grid(call))
             if now.rap == "replace":
-                by_words = torch.stack(maps).to(v.dtype) @ v[guided][:, :, first]
+                by_words = maps.to(v.dtype) @ v[guided][:, :, first]
             else:
-                damped = [
-                    damping(self.maps[call.site.name][row.picture], crop_, row.words)
-                    for row, crop_ in zip(now.rows, maps, strict=True)
-                ]
-                by_words = read(guided, first, torch.stack(damped).log().to(q.dtype)[:, :, None])
+                by_words = read(guided, first, damping(whole, maps, now.damped).log().to(q.dtype)[:, :, None])
         if now.share > 0:
             by_words = merge.gate(now.share, read(guided, last), by_words)
         return torch.cat([read(free, first), by_words])
@@ -212,28 +228,40 @@ def _grid(call: SiteCall) -> tuple[int, int]:
     return rows, columns
 
 
-def crop(maps: Tensor, box: Box, grid: tuple[int, int]) -> Tensor:
-    """maps [heads, words, h, w] of a whole picture -> rows of attention [heads, rows * columns, words] of a region.
+def crop(maps: Tensor, boxes: Box | Sequence[Box], grid: tuple[int, int]) -> Tensor:
+    """maps [regions, heads, words, h, w] of whole pictures, a box each -> rows of attention [regions, heads, rows *
+    columns, words] of the regions; without the first axis for a single box.
 
-    Cells of the region's `grid` are read bilinearly at their centres, wherever the box lies; rows sum to 1 as before.
+    Cells of a region's `grid` are read bilinearly at their centres, wherever the box lies; rows sum to 1 as before.
     """
-    rows = box.top + (torch.arange(grid[0], device=maps.device) + 0.5) / grid[0] * (box.bottom - box.top)
-    columns = box.left + (torch.arange(grid[1], device=maps.device) + 0.5) / grid[1] * (box.right - box.left)
-    y, x = torch.meshgrid(2 * rows - 1, 2 * columns - 1, indexing="ij")
-    points = torch.stack((x, y), -1)[None].float()  # [1, rows, columns, 2]
-    found = F.grid_sample(maps.flatten(0, 1)[None].float(), points, padding_mode="border", align_corners=False)
-    found = found[0].unflatten(0, maps.shape[:2]).flatten(2).transpose(1, 2)  # [heads, cells, words]
+    if isinstance(boxes, Box):
+        return crop(maps[None], (boxes,), grid)[0]
+    points = _centres(tuple(boxes), grid, str(maps.device))
+    found = F.grid_sample(maps.flatten(1, 2).float(), points, padding_mode="border", align_corners=False)
+    found = found.unflatten(1, maps.shape[1:3]).flatten(3).transpose(2, 3)  # [regions, heads, cells, words]
     return found / found.sum(-1, keepdim=True)
 
 
-def damping(maps: Tensor, region: Tensor, words: Tensor | None = None) -> Tensor:
-    """Factors [heads, words], at most 1: a word's attention in the region over that in the whole picture.
+@lru_cache(maxsize=64)
+def _centres(boxes: tuple[Box, ...], grid: tuple[int, int], device: str) -> Tensor:
+    """Centres of the cells of boxes as `grid_sample` counts them, [boxes, rows, columns, 2]; every layer asks."""
+    sides = torch.tensor([(b.top, b.bottom, b.left, b.right) for b in boxes])[..., None]  # [boxes, 4, 1]
+    rows, columns = ((torch.arange(n) + 0.5) / n for n in grid)
+    y = sides[:, 0] + rows * (sides[:, 1] - sides[:, 0])  # [boxes, rows]
+    x = sides[:, 2] + columns * (sides[:, 3] - sides[:, 2])  # [boxes, columns]
+    both = torch.broadcast_tensors(2 * x[:, None] - 1, 2 * y[..., None] - 1)
+    return torch.stack(both, -1).to(device)
 
-    maps [heads, words, h, w], region [heads, cells, words]. words: bool [words], those that may be damped; None: all.
+
+def damping(maps: Tensor, region: Tensor, words: Tensor | None = None) -> Tensor:
+    """Factors [..., heads, words], at most 1: a word's attention in the region over that in the whole picture.
+
+    maps [..., heads, words, h, w], region [..., heads, cells, words]. words: bool [..., words], those that may be
+    damped; None: all.
     """
-    whole = maps.flatten(2).mean(2)
-    found = (region.mean(1) / whole.clamp(min=1e-12)).clamp(max=1)
-    return found if words is None else torch.where(words.to(found.device), found, 1)
+    whole = maps.flatten(-2).mean(-1)
+    found = (region.mean(-2) / whole.clamp(min=1e-12)).clamp(max=1)
+    return found if words is None else torch.where(words[..., None, :].to(found.device), found, 1)
 
 
 def c_upscale(model: Any) -> Handle:
