@@ -209,8 +209,10 @@ class Searched:
     before: Preflight
 
 
-def search(batch: Batch, more: Sequence[MethodSpec] = ()) -> Searched:
-    """Probe, step weights and gains over the first samples. more: candidates beside the built-in ones."""
+def search(batch: Batch, more: Sequence[MethodSpec] = (), looks: tuple[int, int] = (2, 16)) -> Searched:
+    """Probe, step weights and gains over the first samples. more: candidates beside the built-in ones. looks: steps
+    probed of each of four step ranges, query blocks probed a call.
+    """
     model, objective = batch.model, batch.objective
     samples = batch.samples[: PROBES + WEIGHTS]
     before = preflight(model, samples[0], objective)
@@ -220,9 +222,9 @@ def search(batch: Batch, more: Sequence[MethodSpec] = ()) -> Searched:
     patterns = sorted(positions, key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
-    probes = [probe_sample(model, objective, s, methods, Looks(buckets, 2, 16)) for s in samples[:PROBES]]
+    probes = [probe_sample(model, objective, s, methods, Looks(buckets, *looks)) for s in samples[:PROBES]]
     records: list[ProbeRecord] = [r for p in probes for r in p.records]
-    print("probed", flush=True)
+    print(f"probed {len(methods)} methods", flush=True)
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
     made = Measured({}, {}, {})
     for bucket in buckets:

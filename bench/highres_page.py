@@ -43,6 +43,27 @@ def table(rows: list[dict[str, str]]) -> Table:
     return Table(tuple(columns), tuple(cells))
 
 
+def shortfalls(rows: list[dict[str, str]]) -> list[str]:
+    """Where methods do not improve on naive sampling, a sentence for each model and side."""
+    said = []
+    for model, side in dict.fromkeys((row["model"], row["side"]) for row in rows if row["method"] != "naive"):
+        here = [row for row in rows if (row["model"], row["side"]) == (model, side) and row["method"] != "naive"]
+        parts = []
+        for words, measure, verdicts in (
+            ("no clear gain in objects right", "right", ("unclear", "no")),
+            ("more objects too many than naive sampling", "extra", ("no",)),
+        ):
+            names = [
+                row["method"].replace(",", "")
+                for row in here
+                if row["measure"] == measure and row["better"] in verdicts
+            ]
+            if names:
+                parts.append(f"{words}: {', '.join(names)}")
+        said.append(f"{NAMES[model]}, {side} px. " + ("; ".join(parts) if parts else "all improve") + ".")
+    return said
+
+
 def pictures(rows: list[dict[str, str]], folder: Path) -> list[Picture]:
     """The strips of the folder in the order of the table, the painted scenes before the methods of a side."""
     found = []
@@ -66,6 +87,7 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
         "when it is reduced to 64 px, over what the painted scene of its caption loses.",
         "Means over captions and noises (seeds) that are the same for every method. better or worse: the whole 90 % "
         "interval of the paired differences to naive sampling at the same side lies on that side of zero.",
+        "Where methods fall short. " + " ".join(shortfalls(rows)),
         "Captions of the pictures, from left to right: " + " ".join(captions),
     )
     html = render_table(

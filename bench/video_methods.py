@@ -181,7 +181,8 @@ def composed(model: VideoDiT, objective: Latents, samples: Sequence[Sample], fol
         masks = sorted(folder.glob("paro-*.safetensors"))
         candidates = [masked(file) for file in masks]
         candidates = candidates if masks else paro_candidates(model, calibration(model, objective), folder, PARO)
-        searched = evidence.search(evidence.Batch(model, objective, samples), candidates)
+        # As many looks as the demonstration of `glocal advise` takes.
+        searched = evidence.search(evidence.Batch(model, objective, samples), candidates, (1, 6))
         for work in WORK:
             rung = allocated(searched.found, work)
             if rung is not None:

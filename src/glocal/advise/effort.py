@@ -123,6 +123,6 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
         wanted = [m for m in wanted if m.system in options.methods]
         if not wanted:
             raise ValueError(
-                "methods: 'paro' alone gives no step weights; name a pattern beside it: paro,tile_windows."
+                "methods: 'paro' alone gives no step weights; name a pattern too, say paro,tile_windows."
             )
     return wanted
