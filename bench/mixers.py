@@ -6,8 +6,8 @@ python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --tr
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
 Runs lie in --out and are not repeated; --seconds ends a call, and the next one goes on. Scenes are painted once and
-handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; what was
-not measured, and scores of what was not trained, are empty.
+handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; what
+was not measured, and scores of what was not trained, are empty.
 """
 
 from __future__ import annotations
