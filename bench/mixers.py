@@ -6,8 +6,8 @@ python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --tr
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
 Runs lie in --out and are not repeated; --seconds ends a call, and the next one goes on. Scenes are painted once and
-handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; without
-it they are left out.
+handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; what
+was not measured, and scores of what was not trained, are empty.
 """
 
 from __future__ import annotations
@@ -188,10 +188,10 @@ def main() -> None:
             print(e.mixer, e.reason or f"{e.params:,} parameters, MLPs of {e.mlp_ratio}", flush=True)
     fine = run(a, spec)
     entries = results(known(a.out), few, spec, a.out)
-    if any(e.scores for e in entries):
-        lines = table(entries, few, replace(spec, seeds=max(len(e.scores) for e in entries)))
+    if any(e.scores or e.images_s > 0 for e in entries):
+        lines = table(entries, few, replace(spec, seeds=max(1, *(len(e.scores) for e in entries))))
         write_atomic(a.csv, as_csv(COLUMNS, lines).encode())
-        if any(e.images_s > 0 for e in entries):
+        if any(e.scores and e.images_s > 0 for e in entries):
             write_atomic(a.csv.with_suffix(".svg"), picture(entries, few.score).encode())
         for line in lines:
             row = dict(zip(COLUMNS, line, strict=True))

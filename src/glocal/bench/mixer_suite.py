@@ -46,7 +46,10 @@ def wrong(records: list[dict[str, Any]]) -> list[str]:
 
 
 def table(found: Iterable[Entry], task: Task, spec: MixerSpec) -> list[tuple[Any, ...]]:
-    """Rows of COLUMNS, best mean first, those that cannot run last; to_best: mean difference to the best, by seed."""
+    """Rows of COLUMNS, best mean first, those that cannot run last; to_best: mean difference to the best, by seed.
+
+    Scores of entries that were not trained, and costs of those that were not measured, are empty.
+    """
     ready = sorted(found, key=lambda e: (bool(e.reason), -e.mean if e.scores else 0.0))
     base = next((e.mixer for e in ready if e.scores), None)
     apart = {} if base is None else compared(ready, base)
@@ -55,9 +58,12 @@ def table(found: Iterable[Entry], task: Task, spec: MixerSpec) -> list[tuple[Any
     for e in ready:
         scores, difference = " ".join(f"{s:.4f}" for s in e.scores), apart.get(e.mixer, (0.0, 0.0, 0.0))
         quality = (f"{e.mean:.4f}", f"{e.spread:.4f}", scores, *(f"{n:.4f}" for n in difference))
-        cost = (f"{e.images_s:.0f}", f"{e.step_seconds * 1e3:.1f}", f"{e.memory / 2**20:.0f}", f"{e.seconds:.0f}")
+        quality = quality if e.scores else ("",) * len(quality)
+        cost = (f"{e.images_s:.0f}", f"{e.step_seconds * 1e3:.1f}", f"{e.memory / 2**20:.0f}")
+        cost = cost if e.images_s > 0 else ("",) * len(cost)
         size = (e.params, f"{e.macs / 1e6:.1f}", e.mlp_ratio)
-        how = (spec.steps, spec.batch, spec.seeds, spec.match, e.reason, device, f"torch {torch.__version__}")
+        taken = (f"{e.seconds:.0f}", spec.steps, spec.batch, spec.seeds) if e.scores else ("", "", spec.batch, "")
+        how = (*taken, spec.match, e.reason, device, f"torch {torch.__version__}")
         rows.append((task.name, task.size, e.mixer, task.score, *quality, *size, *cost, *how))
     return rows
 

@@ -58,11 +58,11 @@ class Stored:
 
 
 def scene_relations(count: int, size: int = 112, seed: int = 0, device: torch.device | str = "cpu") -> Stored:
-    """Scenes of two objects; the class is the texture of the near one, and whether both have one colour: 8 classes.
+    """Scenes of two objects; the class is the texture of the larger one, and whether both have one colour: 8 classes.
 
     The texture is seen in a few pixels, the relation only by comparing two places. Half of the scenes have one colour.
     """
-    spec = SceneSpec(frames=1, height=size, width=size, objects=(2, 2), radius=(0.14, 0.22), pan=(0.0, 0.0))
+    spec = SceneSpec(frames=1, height=size, width=size, objects=(2, 2), radius=(0.18, 0.25), pan=(0.0, 0.0))
     generator = torch.Generator().manual_seed(seed)
     images, targets = [], []
     for start in range(0, count, _BATCH):
@@ -90,7 +90,7 @@ def scene_masks(count: int, size: int = 512, seed: int = 0, device: torch.device
 
 
 def _apart(layouts: Layouts, generator: torch.Generator) -> Layouts:
-    """The two objects of each scene in opposite halves, so that none hides the other."""
+    """The two objects of each scene in opposite halves, so that none hides the other; the first has 0.6 of its size."""
     size = float(layouts.spec.side)
     count = len(layouts)
     angle = torch.rand(count, generator=generator) * 2 * torch.pi
@@ -98,7 +98,9 @@ def _apart(layouts: Layouts, generator: torch.Generator) -> Layouts:
     offset = torch.stack([angle.cos(), angle.sin()], -1) * reach[:, None]
     middle = layouts.middle.clone()
     middle[:, -1], middle[:, -2] = size / 2 + offset, size / 2 - offset
-    return replace(layouts, middle=middle)
+    radius = layouts.radius.clone()
+    radius[:, -2] *= 0.6
+    return replace(layouts, middle=middle, radius=radius)
 
 
 def _coloured(layouts: Layouts, generator: torch.Generator) -> Layouts:

@@ -31,9 +31,11 @@ def _place(pixel, columns, rows):
 def forward_kernel(
     x, weight, bias, out, stats, height, width, rows, columns, total, top, left, eps,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
-    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    LINES: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, ACT: tl.constexpr,
 ):  # fmt: skip
     """x: [B, height, width, C], weight: [C, K, K], out: [B, rows, columns, C], total: B * rows * columns.
+
+    LINES: of the K lines of taps that are unrolled.
 
     top, left: padding. RESIDUAL: x is added, for equal sizes. stats: mean, variance, weight, bias [C] of a norm behind
     it, or None; ACT: an activation at the end.
@@ -45,13 +47,13 @@ def forward_kernel(
     found = tl.zeros([P, CHANNELS], tl.float32)
     if BIAS:
         found += tl.load(bias + channel, mask=real, other=0.0).to(tl.float32)[None, :]
-    for i in tl.static_range(K):  # type: ignore[attr-defined]
-        for j in tl.static_range(K):  # type: ignore[attr-defined]
-            y, z = row * STRIDE + i - top, column * STRIDE + j - left
+    for line in tl.range(0, K, LINES, num_stages=1):
+        for n in tl.static_range(LINES * K):  # type: ignore[attr-defined]
+            y, z = row * STRIDE + line + n // K - top, column * STRIDE + n % K - left
             inside = live & (y >= 0) & (y < height) & (z >= 0) & (z < width)
             at = ((image * height + y) * width + z) * C
             value = tl.load(x + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-            w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
+            w = tl.load(weight + channel * (K * K) + line * K + n, mask=real, other=0.0).to(tl.float32)
             found += value.to(tl.float32) * w[None, :]
     at = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     written = live[:, None] & real[None, :]
@@ -67,7 +69,7 @@ def forward_kernel(
 def input_kernel(
     grad, weight, grad_x, height, width, rows, columns, total, top, left,
     C: tl.constexpr, K: tl.constexpr, STRIDE: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    LINES: tl.constexpr, RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """grad: [B, rows, columns, C] -> grad_x: [B, height, width, C]; total: B * height * width."""
     pixel = tl.program_id(0) * P + tl.arange(0, P)
@@ -75,9 +77,9 @@ def input_kernel(
     live, real = pixel < total, channel < C
     column, row, image = _place(pixel, width, height)  # type: ignore[misc]
     found = tl.zeros([P, CHANNELS], tl.float32)
-    for i in tl.static_range(K):  # type: ignore[attr-defined]
-        for j in tl.static_range(K):  # type: ignore[attr-defined]
-            y, z = row + top - i, column + left - j
+    for line in tl.range(0, K, LINES, num_stages=1):
+        for n in tl.static_range(LINES * K):  # type: ignore[attr-defined]
+            y, z = row + top - line - n // K, column + left - n % K
             inside = live & (y >= 0) & (z >= 0)
             if STRIDE > 1:
                 inside = inside & (y % STRIDE == 0) & (z % STRIDE == 0)
@@ -85,7 +87,7 @@ def input_kernel(
             inside = inside & (y < rows) & (z < columns)
             at = ((image * rows + y) * columns + z) * C
             value = tl.load(grad + at[:, None] + channel[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-            w = tl.load(weight + channel * (K * K) + i * K + j, mask=real, other=0.0).to(tl.float32)
+            w = tl.load(weight + channel * (K * K) + line * K + n, mask=real, other=0.0).to(tl.float32)
             found += value.to(tl.float32) * w[None, :]
     at = pixel.to(tl.int64)[:, None] * C + channel[None, :]
     written = live[:, None] & real[None, :]
@@ -202,7 +204,7 @@ class Depthwise(torch.autograd.Function):
                     **sizes,
                 )
             if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-                taps, lines = kernel**2 + 1, kernel if kernel <= 3 else 1
+                taps, lines = kernel**2 + 1, sizes["LINES"]
                 sizes["P"] = _THIN
                 blocks = -(-channels // sizes["CHANNELS"])
                 programs = max(1, min(_PROGRAMS * lines // (blocks * kernel), -(-total // sizes["P"])))
@@ -218,7 +220,6 @@ class Depthwise(torch.autograd.Function):
                     shape.top,
                     shape.left,
                     TAPS=taps,
-                    LINES=lines,
                     **sizes,
                 )
                 found = sums.sum(0).to(weight.dtype)  # [taps, C]
@@ -232,9 +233,11 @@ def _sizes(weight: Tensor, shape: Shape) -> dict[str, int]:
     side = min(_CHANNELS, max(16, power(channels)))
     if channels % side and channels % 32 == 0:
         side = 32
+    kernel = weight.shape[-1]
     return {
         "C": channels,
-        "K": weight.shape[-1],
+        "K": kernel,
+        "LINES": kernel if kernel <= 3 else 1,
         "STRIDE": shape.stride,
         "P": _PIXELS,
         "CHANNELS": side,
