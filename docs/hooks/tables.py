@@ -1,6 +1,6 @@
 """Puts tables made from the code into pages: `<!-- table: systems -->`, `<!-- table: parity -->`, and rows of results:
-`<!-- results: kernels-*.csv | case, ms | pass=forward, method~radial, ms -->` (files, columns, conditions: equal, a part
-of the cell; a bare name: not empty).
+`<!-- results: kernels-*.csv | case, ms | pass=forward, method~radial, ms -->` (files, columns, conditions: equal, a
+part of the cell; a bare name: not empty).
 """
 
 from __future__ import annotations

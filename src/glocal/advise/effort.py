@@ -122,7 +122,5 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
                 raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
         wanted = [m for m in wanted if m.system in options.methods]
         if not wanted:
-            raise ValueError(
-                "methods: 'paro' alone gives no step weights; name a pattern too, say paro,tile_windows."
-            )
+            raise ValueError("methods: 'paro' alone gives no step weights; name a pattern too, say paro,tile_windows.")
     return wanted
