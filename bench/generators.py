@@ -63,7 +63,7 @@ def main() -> int:
     device = torch.device(args.device)
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype is None else args.dtype
     dtype = getattr(torch, chosen)
-    options = Options(device, dtype, args.rounds, args.warm, args.profile, args.case_seconds)
+    options = Options(device, dtype, args.rounds, args.warm, args.case_seconds)
     begin, wrong = time.perf_counter(), 0
     for case in dict.fromkeys(
         c for word in ([""] if args.case is None else args.case) for c in CASES if word in c.name
@@ -81,6 +81,8 @@ def main() -> int:
         for row in mine:
             print({name: row[name] for name in SHOWN}, flush=True)
         write(merged(args.out, mine, ("case", "method")), args.out)
+        for text in () if args.profile is None else measured.profiles(args.profile):
+            print(text, flush=True)
         del measured
         gc.collect()
         if device.type == "cuda":

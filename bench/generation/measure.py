@@ -14,7 +14,7 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import LONG, Clock, Dense, best_dense, seconds, timed_blocks
+from generation.timing import LONG, Clock, Dense, alone, best_dense, seconds, timed_blocks
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
@@ -26,15 +26,14 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Options:
-    """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled. profile: of
-    methods whose name contains this; None: of none. seconds: no further round of a case after so many.
+    """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled. seconds: no
+    further round of a case after so many.
     """
 
     device: torch.device
     dtype: torch.dtype
     rounds: int = 3
     warm: bool = False
-    profile: str | None = None
     seconds: float = 3600.0
 
 
@@ -78,16 +77,6 @@ class Contender:
         return sum(r.kept for r in ran) / len(ran) if ran else 1.0 if self.method is None else None
 
 
-@dataclass
-class Measured:
-    """What a case gave, by name, "dense" first. kernel: of dense attention. wrong: methods whose check failed."""
-
-    case: Case
-    kernel: str
-    contenders: dict[str, Contender]
-    wrong: list[str]
-
-
 class Bench:
     """A model of a case, and its forwards."""
 
@@ -116,6 +105,14 @@ class Bench:
                 handle.state.total = self.case.steps
                 yield
 
+    @contextmanager
+    def only(self, method: Method | None) -> Iterator[None]:
+        """The model with nothing but the method in it."""
+        with nullcontext() if method is None else attach(self.model, method) as handle:
+            if handle is not None:
+                handle.state.total = self.case.steps
+            yield
+
     def forward(self, given: Inputs) -> torch.Tensor:
         """One forward."""
         with torch.no_grad():
@@ -139,6 +136,9 @@ class Bench:
         with self.held(contender.method, kernel, contender.fused), attach(self.model, clock):
             with timed_blocks(self.model, self.case.kind.stacks, self.device) as marks:
                 took = seconds(lambda: self.forward(self.given), self.device)
+        if not marks:  # a UNet waits for the host at its many small calls, so nothing but the method may stand in it
+            with self.only(contender.method), alone(kernel):
+                took = seconds(lambda: self.forward(self.given), self.device)
         blocks = [mark.read() for mark in marks.values()]
         calls, contender.pairs = clock.marks.read(), clock.pairs
         if keep:
@@ -159,6 +159,22 @@ class Bench:
         each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
         longest = sorted(each, key=lambda entry: -entry[0])[:24]
         return "\n".join(f"  {t / 1e3:9.3f} ms {e.count:5d} x {e.key[:100]}" for t, e in longest)
+
+
+@dataclass
+class Measured:
+    """What a case gave, by name, "dense" first. wrong: methods whose check failed."""
+
+    case: Case
+    bench: Bench
+    contenders: dict[str, Contender]
+    wrong: list[str]
+
+    def profiles(self, part: str) -> Iterator[str]:
+        """Where the time of a forward goes, of every contender whose name contains `part`."""
+        for name, contender in self.contenders.items():
+            if part in name:
+                yield f"{self.case.name}: {name}\n{self.bench.profile(contender)}"
 
 
 def measure(case: Case, options: Options) -> Measured:
@@ -191,14 +207,9 @@ def measure(case: Case, options: Options) -> Measured:
             break
         print(f"  round {turn}: {time.perf_counter() - begin:.0f} s since the case began", flush=True)
         for name, contender in list(contenders.items()):
-            if turn == 0 and contender.method is None and case.tokens > LONG:
-                continue  # nothing to plan, and a forward takes long
             try:
                 bench.run(contender, keep=turn > 0)
             except Exception as problem:
                 print(f"{case.name}: {name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 del contenders[name]
-    for name, contender in contenders.items():
-        if options.profile is not None and options.profile in name:
-            print(f"{case.name}: {name}\n{bench.profile(contender)}", flush=True)
-    return Measured(case, bench.kernel, contenders, wrong)
+    return Measured(case, bench, contenders, wrong)

@@ -58,7 +58,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     turns = range(len(times.step))
     mine = [whole_step(measured, contender, t) for t in turns]
     ratios = sorted(whole_step(measured, base, t) / s for t, s in zip(turns, mine, strict=True))
-    dense = measured.kernel if contender.kernel is None else contender.kernel
+    dense = measured.bench.kernel if contender.kernel is None else contender.kernel
     other = measured.contenders.get(FLASH)
     flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]

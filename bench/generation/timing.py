@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from typing import Any
 
@@ -100,8 +100,13 @@ def dense(kernel: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, every, canvas=canvas, backend=kernel)
     if kernel in registry.names():
         return attention(q, k, v, backend=kernel)
-    with sdpa_kernel(_SDPA[kernel]) if kernel in _SDPA else nullcontext():
+    with alone(kernel):
         return scaled_dot_product_attention(q, k, v)
+
+
+def alone(kernel: str) -> AbstractContextManager[object]:
+    """torch's attention by one kernel of its own, wherever it is called."""
+    return sdpa_kernel(_SDPA[kernel]) if kernel in _SDPA else nullcontext()
 
 
 @lru_cache(maxsize=16)
@@ -114,13 +119,14 @@ def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype
     """The fastest dense kernel for the shape; one that refuses it is no candidate.
 
     Longer sequences than `LONG` are compared at 131,072 tokens, without the kernel that would plan all their blocks.
+    UNets, which attend often and to little, are left to torch's own kernels.
     """
     if device.type != "cuda":
         return "sdpa"
-    own = ("gluon",) if kind.stacks and tokens < LONG else ()
+    own = ("fa4_dense", "gluon")[: 1 + (tokens < LONG)] if kind.stacks else ()
     q, k, v = (draw((1, kind.heads, min(tokens, 1 << 17), kind.dim), device, dtype) for _ in "qkv")
     found: dict[str, float] = {}
-    for kernel in ("sdpa cudnn", "sdpa flash", "fa4_dense", *own):
+    for kernel in ("sdpa cudnn", "sdpa flash", *own):
         try:
             dense(kernel, q, k, v)
             found[kernel] = min(seconds(lambda kernel=kernel: dense(kernel, q, k, v), device) for _ in "ab")
