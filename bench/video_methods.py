@@ -4,6 +4,7 @@ results/video_methods.csv and results/video_methods.svg.
     python bench/video_methods.py --device cuda          # five budgets a method, 32 seeds; minutes on a GPU
     python bench/video_methods.py --tiny                 # a dry run
     python bench/video_methods.py --figure-only          # draw the rows that are there
+    python bench/video_methods.py --evidence --figure-only   # take over recipes that bench/advise_evidence.py judged
 
 error is the relative L2 distance of the last latent of a seed to the dense one of the same seed and condition, with t
 intervals of 90 % over seeds; `errors` holds all of them, in the order of seeds, so that any two rows are paired.
@@ -11,8 +12,9 @@ intervals of 90 % over seeds; `errors` holds all of them, in the order of seeds,
 that kernels compute over a whole run, dense calls included: on a canvas of 4,096 tokens the time of a GPU is that of
 launches and Python, not of attention, so work stands in the place of time (bench/generators.py measures time where it
 counts). `gain` of a recipe is the error of the best single method with at most its work (picked on these very seeds)
-over its own, paired, with its interval; `parts` are the
-methods it composes. paro is calibrated on a seed of its own, recipes are composed on others again.
+over its own, paired over the seeds both have, with its interval; `parts` are the methods it composes. paro is
+calibrated on a seed of its own, recipes are composed on others again. Recipes of bench/advise_evidence.py are judged
+there on the first of these very seeds (a method that both drivers measure has equal errors).
 
 Recipes are composed by counts of pairs, not by times, so any machine can make them (`--compose`); they lie in a folder
 with their masks, and a run that finds either there goes on with it.
@@ -32,6 +34,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import advise_evidence as evidence
@@ -215,6 +218,29 @@ def row_of(name: str, settings: str, errors: list[float], **more: Any) -> Row:
     } | more  # fmt: skip
 
 
+def judged_elsewhere(table: Path, recipes: Path) -> list[Row]:
+    """Allocations that bench/advise_evidence.py judged, on the first seeds of these curves."""
+    with table.open(newline="") as file:
+        found = [r for r in csv.DictReader(file) if r["row"] == "seed" and r["kind"] == "residual"]
+    composed_of = {
+        str(one["budget"]): Recipe.loads(json.dumps(one["recipe"]))
+        for one in json.loads(recipes.read_text())["recipes"]
+        if one["kind"] == "residual"
+    }
+    first, rows = evidence.PROBES + evidence.WEIGHTS, []
+    for budget in dict.fromkeys(r["budget"] for r in found):
+        mine = sorted((r for r in found if r["budget"] == budget), key=lambda r: int(r["seed"]))
+        seeds = [int(r["seed"]) for r in mine]
+        if seeds != list(range(first, first + len(seeds))):
+            raise ValueError(f"{table}: seeds {seeds} are not the first ones here, which begin at {first}.")
+        parts = "; ".join(sorted(m.words() for m in composed_of[budget].methods.values()))
+        shared = {"visited": mine[0]["visited"], "parts": parts, "steps": 8}
+        shared |= {"device": mine[0]["device"], "torch": mine[0]["torch"]}
+        name = f"work={budget}, of bench/advise_evidence.py"
+        rows.append(row_of(ALLOCATED, name, [float(r["error"]) for r in mine], **shared))
+    return rows
+
+
 def compare(rows: list[Row]) -> None:
     """Hold each recipe against the best single method of at most its work."""
     singles = [r for r in rows if r["method"] in BUDGETS]
@@ -222,8 +248,10 @@ def compare(rows: list[Row]) -> None:
         rivals = [r for r in singles if float(r["visited"]) <= float(row["visited"])]
         if row["method"] != ALLOCATED or not rivals:
             continue
-        best = min(rivals, key=lambda r: float(r["error"]))
-        theirs, mine = ([float(e) for e in r["errors"].split()] for r in (best, row))
+        mine = [float(e) for e in row["errors"].split()]
+        known = {id(r): [float(e) for e in r["errors"].split()][: len(mine)] for r in rivals}
+        best = min(rivals, key=lambda r: fmean(known[id(r)]))
+        theirs = known[id(best)]
         ratio = log_ratio(theirs, mine)
         row |= {"gain": f"{ratio.mean:.3f}", "gain_low": f"{ratio.low:.3f}", "gain_high": f"{ratio.high:.3f}"}
         row["than"] = f"{best['method']} {best['settings']}"
@@ -280,6 +308,7 @@ def main() -> int:
     parser.add_argument("--carry", type=Path, action="append", help="a table whose rows are taken over, several times")
     parser.add_argument("--recipes", type=Path, default=RESULTS.parent / "out" / "video_recipes", help="their folder")
     parser.add_argument("--compose", action="store_true", help="write the recipes alone; any machine can")
+    parser.add_argument("--evidence", action="store_true", help="take over the recipes of results/advise_evidence.csv")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--figure-only", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULTS / "video_methods.csv")
@@ -289,7 +318,11 @@ def main() -> int:
         known = {(r["method"], r["settings"]) for r in rows}
         more = list(csv.DictReader(io.StringIO(path.read_text()))) if path.is_file() else []
         rows += [r for r in more if (r["method"], r["settings"]) not in known]
-    if args.carry is not None:
+    if args.evidence:
+        more = judged_elsewhere(RESULTS / "advise_evidence.csv", RESULTS / "advise_recipes.json")
+        names = {r["settings"] for r in more}
+        rows = [r for r in rows if r["method"] != ALLOCATED or r["settings"] not in names] + more
+    if args.carry is not None or args.evidence:
         compare(rows)
         write(rows, args.out)
     if not args.figure_only:
