@@ -24,7 +24,7 @@ from glocal.canvas import Canvas
 from glocal.kernels.call import Call, Grads, PlanTensors
 from glocal.kernels.gluon import launch_backward
 from glocal.kernels.triton.launch import Known
-from glocal.patterns import Neighborhood
+from glocal.patterns import Neighborhood, Pattern, StridedShards
 from glocal.plan import BlockPlan, PlanSpec, plan
 from glocal.plan.blockplan import unpack
 
@@ -33,6 +33,7 @@ SHAPES = {
     "image256": ((256, 256), 8, 128, (80, 80), (16, 16)),
     "image128d64": ((128, 128), 16, 64, (48, 48), (16, 16)),
 }
+SHARDS = {"s2-4-64": (4, 64), "s2-16-16": (16, 16)}  # local blocks and stride; 131,072 tokens, 8 heads of 128
 KINDS = ("aligned", "stride1")
 MODES = ("fast", "deterministic")
 
@@ -72,8 +73,11 @@ class Case:
             torch.use_deterministic_algorithms(False)
 
 
-def definition(made: BlockPlan, x: tuple[Tensor, ...], scale: float, chunk: int = 24) -> tuple[Tensor, ...]:
+def definition(
+    made: BlockPlan, x: tuple[Tensor, ...], scale: float, head: int = 0, chunk: int = 24
+) -> tuple[Tensor, ...]:
     """out, lse and, where x = (q, k, v, grad, grad_lse) holds them, dq, dk, dv of one head, each [N, D], float32."""
+    u = int(made.owner[0, head % made.owner.shape[1]])
     q, k, v = (t.float() for t in x[:3])
     size, wide = made.q_block, made.kv_block
     out, lse = torch.empty(q.shape[0], v.shape[1], device=q.device), torch.empty(q.shape[0], device=q.device)
@@ -84,10 +88,10 @@ def definition(made: BlockPlan, x: tuple[Tensor, ...], scale: float, chunk: int 
     assert part.mask is not None
     for start in range(0, made.q_blocks, chunk):
         some = slice(start, min(start + chunk, made.q_blocks))
-        index = torch.cat([full.index[0, some], part.index[0, some]], 1).long()
-        mask = torch.cat([torch.full_like(full.index[0, some], len(seen) - 1), part.mask[0, some]], 1).long()
+        index = torch.cat([full.index[u, some], part.index[u, some]], 1).long()
+        mask = torch.cat([torch.full_like(full.index[u, some], len(seen) - 1), part.mask[u, some]], 1).long()
         live = torch.cat([
-            torch.arange(t.index.shape[-1], device=q.device) < t.count[0, some, None] for t in (full, part)
+            torch.arange(t.index.shape[-1], device=q.device) < t.count[u, some, None] for t in (full, part)
         ], 1)  # fmt: skip
         c, most = index.shape
         tokens = (index[..., None] * wide + torch.arange(wide, device=q.device)).reshape(c, most * wide)
@@ -111,9 +115,13 @@ def definition(made: BlockPlan, x: tuple[Tensor, ...], scale: float, chunk: int 
 
 
 def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
-    """Random inputs of a shape of the peers' table."""
-    shape, heads, d, window, stride = SHAPES[name]
-    pattern = Neighborhood(window, stride=1 if stride_one else stride)
+    """Random inputs of a shape of the peers' table, or of strided shards."""
+    if name in SHARDS:
+        shape, heads, d = (1 << 17,), 8, 128
+        pattern: Pattern = StridedShards(block, *SHARDS[name], heads_q=heads)
+    else:
+        shape, heads, d, window, stride = SHAPES[name]
+        pattern = Neighborhood(window, stride=1 if stride_one else stride)
     made = plan(pattern, Canvas(shape), PlanSpec(block, block))
     flops, visited = made.flops(heads, d, backward=True), made.visited / made.kept
     n = made.q_order.shape[-1]  # slots without a token stand as tokens that nobody needs
@@ -122,7 +130,7 @@ def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
     g = torch.Generator("cuda").manual_seed(0)
     q, k, v, grad = (torch.randn(1, heads, n, d, generator=g, device="cuda", dtype=dtype) for _ in range(4))
     grad_lse = torch.randn(1, heads, n, generator=g, device="cuda")
-    found = [definition(made, (q[0, h], k[0, h], v[0, h]), d**-0.5) for h in range(heads)]
+    found = [definition(made, (q[0, h], k[0, h], v[0, h]), d**-0.5, h) for h in range(heads)]
     out = torch.stack([f[0] for f in found])[None].to(dtype)
     lse = torch.stack([f[1] for f in found])[None]
     return Case(name, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
@@ -203,7 +211,8 @@ def write(rows: list[dict[str, Any]], path: Path | None) -> None:
 def main() -> None:
     """Check, time, print and write, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    every = (f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in SHAPES for k in KINDS for m in MODES)
+    every = [f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in SHAPES for k in KINDS for m in MODES]
+    every += [f"{n}:64:aligned:{m}" for n in SHARDS for m in MODES]
     parser.add_argument(
         "--rows", default=",".join(every), help="name:block:kind:mode, or name:dense, one after the other"
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glocal.canvas import Canvas
-from glocal.kernels.call import PlanTensors
+from glocal.kernels.call import Call, PlanTensors
 from glocal.patterns import Neighborhood, PerHead
 from glocal.plan import PlanSpec, plan
 from glocal.plan.blockplan import unpack
@@ -49,3 +49,21 @@ def test_no_partial_blocks() -> None:
     made = plan(Neighborhood((256,)), Canvas((256,)), PlanSpec(128, 128))
     found = steps(PlanTensors(**made.tensors()), (128, 128), 64, 64)
     assert int(found.count.sum()) == 0 and found.count.shape == (2,)
+
+
+def test_what_backward_reads_of_a_plan_is_kept_for_each_kind_of_call_until_the_plan_changes() -> None:
+    from glocal.kernels.triton.work import prepare
+
+    made = plan(Neighborhood((9, 13)), Canvas((24, 32)), PlanSpec(64, 64))
+    call = Call("gluon", 0.3, q_block=64, kv_block=64, plan=PlanTensors(**made.tensors()))
+    one, two = torch.zeros(1, 2, 768, 64), torch.zeros(2, 2, 768, 64)
+    assert call.plan is not None
+    asked: list[str] = []
+
+    def noted(t: torch.Tensor) -> object:
+        return prepare(t, t, t, call).noted("lists", lambda: (asked.append("again"), object())[1])
+
+    first, other = noted(one), noted(two)
+    assert first is not other and noted(one) is first and noted(two) is other and len(asked) == 2
+    call.plan.part_count.add_(0)  # counts as a change
+    assert noted(one) is not first and len(asked) == 3

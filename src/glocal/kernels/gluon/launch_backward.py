@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -128,14 +129,9 @@ def _grad_kv(w: Work, x: _Inputs, k: Tensor, v: Tensor, sums: Tensor | None) -> 
     """Gradients of keys and values; those of queries are added to `sums`."""
     call, p = w.call, w.plan
     t = tuning_kv(call.kv_block, x.width)
-    units = Units.of(p, w.heads, k.shape[1])
+    units, lists, words = w.noted(("by key", t.tile), lambda: _by_key(w, t.tile, k.shape[1]))
     direct = w.kv_facts.distinct and units.kv_step == 1
     outs = [_room(y, units.count, direct, w.kv_facts.complete, w.room) for y in (k, v)]
-    full, part = turned(p, w.kv_blocks)[0], steps(p, (call.q_block, call.kv_block), t.tile, GROUP)
-    lists = (
-        *w.row(p.owner), w.kv_blocks, full.begin, full.count, full.index,
-        part.begin, part.count, part.index, part.mask,
-    )  # fmt: skip
     queries, keys = (1, 1, t.tile, x.width), (1, 1, GROUP, x.width)
     halves = None if sums is None else x.width  # bytes of half a row, by which the sums take keys apart
     ends = [_described(e.view(-1), (t.tile,)) for e in (x.end, x.delta)]
@@ -143,15 +139,25 @@ def _grad_kv(w: Work, x: _Inputs, k: Tensor, v: Tensor, sums: Tensor | None) -> 
         backward_kv_kernel, w.batch * units.count * w.kv_blocks,
         _described(x.q, queries), _described(x.grad, queries), _described(x.k, keys, halves), _described(x.v, keys),
         *ends, ends[0] if sums is None else _described(sums.flatten(0, 2), (t.tile, x.width // 2)),
-        *((y, y.shape[2], y.shape[3]) for y in outs), w.row(p.kv_order),
-        lists, masks.by_key(p.masks, call.kv_block), units.count, units.rows, units.count // x.k.shape[1], w.heads,
-        w.q_room, call.scale * _LOG2E, call.scale,
+        *((y, y.shape[2], y.shape[3]) for y in outs), w.row(p.kv_order), lists, words,
+        units.count, units.rows, units.count // x.k.shape[1], w.heads, w.q_room, call.scale * _LOG2E, call.scale,
         BM=t.tile, BN=GROUP, BQ=call.q_block, D=x.width, STAGES=t.stages, WHOLE=sums is not None,
         GROUPS=call.kv_block // GROUP, DIRECT=direct, num_warps=GROUP // 16, maxnreg=t.registers,
     )  # fmt: skip
     if direct:
         return outs[0], outs[1]
     return _folded(w, outs[0], p.kv_order, k, units.kv_step), _folded(w, outs[1], p.kv_order, v, units.kv_step)
+
+
+def _by_key(w: Work, tile: int, kv_heads: int) -> tuple[Units, tuple[Any, ...], Tensor]:
+    """Lists by key block as the kernel takes them, and words of masks."""
+    p, blocks = w.plan, (w.call.q_block, w.call.kv_block)
+    full, part = turned(p, w.kv_blocks)[0], steps(p, blocks, tile, GROUP)
+    lists = (
+        *w.row(p.owner), w.kv_blocks, full.begin, full.count, full.index,
+        part.begin, part.count, part.index, part.mask,
+    )  # fmt: skip
+    return Units.of(p, w.heads, kv_heads), lists, masks.by_key(p.masks, blocks[1])
 
 
 def _from_sums(w: Work, q: Tensor, sums: Tensor) -> Tensor:
@@ -200,7 +206,11 @@ def _described(t: Tensor, box: tuple[int, ...], swizzle: int | None = None) -> A
     """Descriptor of boxes of t, of the same rank; entries outside t read as 0."""
     step = 16 // t.element_size()  # the stride of an axis of one entry is of no use, but must be legal
     strides = [s if n > 1 else step for s, n in zip(t.stride()[:-1], t.shape, strict=False)]
-    layout: Any = gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[t.dtype])
+    return TensorDescriptor(t, list(t.shape), [*strides, 1], list(box), _layout(box, t.dtype, swizzle))
+
+
+@lru_cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype, swizzle: int | None) -> Any:
     if swizzle is not None:
-        layout = gl.NVMMASharedLayout(swizzle, 8 * t.element_size(), len(box))
-    return TensorDescriptor(t, list(t.shape), [*strides, 1], list(box), layout)
+        return gl.NVMMASharedLayout(swizzle, 8 * dtype.itemsize, len(box))
+    return gl.NVMMASharedLayout.get_default_for(list(box), _TYPES[dtype])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -21,7 +22,8 @@ from glocal.plan.facts import OrderFacts, order_facts
 
 _SMALL = 1 << 24  # codes of tables and canvases below this fit into 32 bits with room to spare
 _MOST_ROWS = 1 << 31
-# The kind of a plan's last call without tensors beside the plan, its tensors, and the rest of its Work.
+_MOST_KINDS = 16
+# A plan's tensors, and the rest of its Work for each kind of call without tensors beside the plan.
 _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -30,7 +32,8 @@ class Work:
     """plan: contiguous int32. score: the tuple of `tile.py`. sizes: constants of every kernel.
 
     key_heads: heads of k and v in slot order: as many as k has or, where each query head has its own key order, as q.
-    q_facts, kv_facts: what is known of the orders. masked: whether the plan has partial blocks.
+    q_facts, kv_facts: what is known of the orders. masked: whether the plan has partial blocks. notes: what is kept for
+    calls of the same kind with the same plan.
     """
 
     call: Call
@@ -42,6 +45,7 @@ class Work:
     sizes: dict[str, Any]
     q_facts: OrderFacts
     kv_facts: OrderFacts
+    notes: dict[Any, Any] = field(default_factory=dict)
 
     def tile(self, part: defaults.Part, itemsize: int) -> dict[str, int]:
         """Tile, warps and stages of a kernel."""
@@ -53,6 +57,18 @@ class Work:
     def row(self, t: Tensor) -> tuple[Any, ...]:
         """A plan tensor [batch|1, heads|1, ...] for `row_of`."""
         return plan_row(t, self.heads)
+
+    def noted(self, name: Any, make: Callable[[], Any]) -> Any:
+        """What `make` returned at the first call of this kind; nothing is kept while a CUDA graph is captured.
+
+        It must not hold the lists of full blocks, by which all this is kept.
+        """
+        if name in self.notes:
+            return self.notes[name]
+        found = make()
+        if not (self.plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.notes[name] = found
+        return found
 
     @property
     def masked(self) -> bool:
@@ -115,8 +131,8 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     if not call.bias and call.segments is None:
         kind = (q.shape, k.shape, v.shape, q.dtype, call.scale, call.softcap, call.q_block, call.kv_block)
         known = _PREPARED.get(call.plan.full_index)
-        if known is not None and known[0] == kind and known[1].still(tensors):
-            return Work(call, call.plan, *known[2])
+        if known is not None and kind in known[1] and known[0].still(tensors):
+            return Work(call, call.plan, *known[1][kind])
     check(call.plan, (call.q_block, call.kv_block))
     converted = [_int(t) for t in tensors]
     plan = PlanTensors(*converted)
@@ -144,10 +160,14 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
         sizes,
         order_facts(plan.q_order, q.shape[2]),
         order_facts(plan.kv_order, k.shape[2]),
+        {},
     )
     looked = not (q.is_cuda and torch.cuda.is_current_stream_capturing())  # then all that can be known of orders is
     if looked and kind is not None and all(a is b for a, b in zip(tensors, converted, strict=True)):
-        _PREPARED[call.plan.full_index] = (kind, Seen.of(tensors), found)
+        known = _PREPARED.get(call.plan.full_index)
+        if known is None or len(known[1]) >= _MOST_KINDS or not known[0].still(tensors):
+            known = _PREPARED[call.plan.full_index] = (Seen.of(tensors), {})
+        known[1][kind] = found
     return Work(call, plan, *found)
 
 
