@@ -404,9 +404,13 @@ def test_joined_query_blocks(generator: torch.Generator) -> None:
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 32)], ids=str)
-def test_key_blocks_in_halves(dims: tuple[int, int], generator: torch.Generator) -> None:
+def test_key_blocks_in_halves(
+    dims: tuple[int, int], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glocal.kernels.gluon import launch
     from glocal.kernels.gluon.reblocked import halved
 
+    monkeypatch.setattr(launch, "HALVES", True)
     for pattern, shape in ((Neighborhood(17), (48, 64)), (Neighborhood((9, 11)), (23, 31))):
         made = plan(pattern, Canvas(shape), PlanSpec(128, 128))
         assert halved(PlanTensors(**made.tensors()), 128) is not None

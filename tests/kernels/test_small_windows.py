@@ -18,14 +18,14 @@ from glocal.plan.windows import window_plan
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-def compiled(pattern: Pattern, side: int = 14) -> list[Any]:
-    """All kernels of a call with a bias, forward and backward."""
+def compiled(pattern: Pattern, side: int = 14, *, bias: bool = True) -> list[Any]:
+    """All kernels of a call, forward and backward."""
     from glocal.kernels.windows import launch
     from glocal.testing.hopper import compiling, read
 
     made = window_plan(pattern, Canvas((side, side)))
     table = Relative(torch.zeros(2, 13, 13, dtype=torch.bfloat16)).lower(made.layout)
-    given: dict[str, Any] = {"q_block": made.q_block, "kv_block": made.kv_block, "bias": (table,)}
+    given: dict[str, Any] = {"q_block": made.q_block, "kv_block": made.kv_block, "bias": (table,) * bias}
     call = Call("windows", 0.2, plan=PlanTensors(**made.tensors()), **given)
     q, k, v = torch.zeros(3, 1, 2, side**2, 32, dtype=torch.bfloat16)
     with compiling() as kernels:
@@ -54,5 +54,17 @@ def test_compiles_for_hopper(
 
 
 def test_operands_go_straight_into_registers() -> None:
-    straight = {one.name for one in compiled(Neighborhood(7)) if "LDSM" not in one.sass and one.shared <= 8 << 10}
-    assert {"queries_kernel", "keys_kernel"} <= straight
+    def straight(bias: bool) -> set[str]:
+        found = compiled(Neighborhood(7), bias=bias)
+        return {one.name for one in found if "LDSM" not in one.sass and one.shared <= 8 << 10}
+
+    assert straight(bias=True) == {"queries_kernel", "keys_kernel"}
+    assert straight(bias=False) == {"forward_kernel", "queries_kernel", "keys_kernel"}
+
+
+def test_images_of_a_program_fill_whole_rounds() -> None:
+    from glocal.kernels.windows.launch import images_a_program
+
+    assert images_a_program(1, 10, 264) == 1
+    assert images_a_program(128, 78, 264) == 13  # 780 programs: three rounds of 264, nearly full
+    assert images_a_program(5, 1000, 2) == 5  # tables are made as seldom as can be where rounds abound

@@ -177,8 +177,21 @@ def test_many_images_a_program(generator: torch.Generator, monkeypatch: pytest.M
     case = Case(Windows(3), (3, 6), images=5, bias=2)
     x = Inputs.random(case, generator)
     one = run(case, x, "windows")
-    monkeypatch.setattr(launch, "PROGRAMS", 2)
-    same(compared(case, x), one, 1e-5)
+    for images in (1, 2, 5):
+        monkeypatch.setattr(launch, "images_a_program", lambda *_, images=images: images)
+        same(compared(case, x), one, 1e-5)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="operands straight into registers need a GPU")
+def test_images_fetched_ahead_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Neighborhood(7), (14, 15), heads=(4, 2), dims=(32, 32), images=5)
+    x = Inputs.random(case, generator, torch.bfloat16)
+    found = []
+    for images in (1, 2, 5):
+        monkeypatch.setattr(launch, "images_a_program", lambda *_, images=images: images)
+        found.append(run(case, x, "windows"))
+    same(found[1], found[0], 0.0)
+    same(found[2], found[0], 0.0)
 
 
 def test_strides(generator: torch.Generator) -> None:

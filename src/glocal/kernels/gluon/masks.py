@@ -20,7 +20,7 @@ from glocal.kernels.triton.masks import fragments
 from glocal.plan.blockplan import pack
 
 # Two instructions an entry; left to themselves, compilers make bits of many comparisons and take them apart again.
-_SELECT = gl.constexpr(
+SELECT = gl.constexpr(
     "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }"
 )
 
@@ -76,7 +76,7 @@ def hidden(s, word, columns: gl.constexpr):
     side = gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2)
     place = gl.full([1, 1, 1, 1], 1, gl.int32, layout=quads) << (pair * 2 + side)
     s = gl.convert_layout(gl.reshape(s, [64, columns // 8, 4, 2]), quads, assert_trivial=True)
-    s = gl.inline_asm_elementwise(_SELECT, "=f,f,r,r", [s, bits, place], gl.float32, is_pure=True, pack=1)
+    s = gl.inline_asm_elementwise(SELECT, "=f,f,r,r", [s, bits, place], gl.float32, is_pure=True, pack=1)
     return gl.convert_layout(gl.reshape(s, [64, columns]), layouts.products(columns), assert_trivial=True)
 
 

@@ -18,6 +18,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
+from glocal.kernels.gluon.masks import SELECT
+
 INF = gl.constexpr(float("inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -237,3 +239,41 @@ def table_of(
         inside = seen & (code >= 0) & (code < table[2])
         found += gl.load(table[0] + head.to(gl.int64) * table[1] + code, mask=inside, other=0.0).to(gl.float32)
     return gl.where(seen, found / scale, -INF)
+
+
+@gluon.jit
+def bits_of(start, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """Which entries of a table [G, M, N] are not -inf: a word for the columns, up to 128, that a lane owns of a row."""
+    seen = gl.reshape(gl.where(start == -INF, 0, 1), [G, M, N // 8, 4, 2])
+    L: gl.constexpr = seen.type.layout
+    return gl.sum(gl.sum(seen * _places(L, N), 4), 2)
+
+
+@gluon.jit
+def hidden(s, bits, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """s [G, M, N] with -inf where the words of `bits_of` have no bit."""
+    C: gl.constexpr = s.type.layout
+    five = gl.reshape(s, [G, M, N // 8, 4, 2])
+    L: gl.constexpr = five.type.layout
+    bits = gl.expand_dims(gl.expand_dims(bits, 2), 4)
+    five = gl.inline_asm_elementwise(SELECT, "=f,f,r,r", [five, bits, _places(L, N)], gl.float32, is_pure=True, pack=1)
+    return gl.convert_layout(gl.reshape(five, [G, M, N]), C, assert_trivial=True)
+
+
+@gluon.jit
+def _places(L: gl.constexpr, N: gl.constexpr):
+    """The bit of each column, int32 [1, 1, N / 8, 1, 2]."""
+    pair = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
+    side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 3), 4)
+    side = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2), 3)
+    return gl.full([1, 1, 1, 1, 1], 1, gl.int32, layout=L) << (pair * 2 + side)
+
+
+@gluon.jit
+def ahead(t, offset):
+    """Fetch what lies at t + offset into the first-level cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [(t + offset).to(gl.int64, bitcast=True)], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip

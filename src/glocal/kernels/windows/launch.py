@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -20,13 +20,12 @@ from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-# Stages of the loop over images, forward; programs a launch at least. Of bench/small_windows.py, as are the next two.
-STAGES = 2
-PROGRAMS = 1024
+STAGES = 2  # of the loop over images, forward. Of bench/small_windows.py, as are the next ones.
+WARPS = 8  # of a multiprocessor at once: a warp takes all registers that it can
+SETUP = 1.5  # images that a program could do while it makes its tables
 DIRECT_COLUMNS = 128  # of the widest tiles of 16 rows whose operands are read straight into registers
-DIRECT_PARTS = ("queries", "table", "keys")  # forward is faster through shared memory
 # Columns of such a tile that one warp takes; with more, warps share the tile.
-WARP_COLUMNS = {"queries": 128, "table": 64, "keys": 64}
+WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
 PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -63,14 +62,18 @@ class _Work:
     ratio: int
     sizes: dict[str, Any]
     precision: str
+    processors: int
     direct: bool
     table: tuple[Any, ...] | None
     turned: tuple[Any, ...] | None
 
     def serves(self, t: Tiles, part: str) -> bool:
-        """Whether the kernels in Gluon take these tiles."""
-        small = t.rows.shape[1] <= 16 and t.columns.shape[1] <= DIRECT_COLUMNS
-        return self.direct and small and part in DIRECT_PARTS
+        """Whether the kernels in Gluon take these tiles; forward has too few registers for a table or wide heads."""
+        rows, columns = t.rows.shape[1], t.columns.shape[1]
+        wide = columns > WARP_COLUMNS["forward"] or max(self.sizes["WD"], self.sizes["WDV"]) > 32
+        if part == "forward" and (wide or self.table is not None):
+            return False
+        return self.direct and rows <= 16 and columns <= DIRECT_COLUMNS
 
     def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
         """Each set of tiles with all that its launch needs."""
@@ -88,7 +91,8 @@ class _Work:
                 constants = {"G": group, "M": rows, "N": n, "PRECISION": self.precision, "num_warps": warps}
                 constants["num_stages"] = STAGES if part == "forward" else 1
             groups = -(-count // group)
-            per = max(1, self.batch * self.heads * groups // PROGRAMS)
+            at_once = self.processors * max(1, WARPS // warps)
+            per = images_a_program(self.batch, self.heads * groups, at_once)
             constants |= self.sizes
             yield Launch(t, direct, constants, (self.heads, self.ratio, self.batch, per, count, groups))
 
@@ -254,6 +258,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
             "WDV": widths[1],
         },
         precision="ieee" if q.dtype == torch.float32 else "tf32",
+        processors=_processors(q.device),
         direct=q.dtype in (torch.bfloat16, torch.float16) and max(widths) <= 64 and _direct(q.device),
         table=table,
         turned=turned,
@@ -265,13 +270,32 @@ def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
     _kernels(one.direct)[part][(groups * heads * -(-images // per),)](*args, **constants)
 
 
+@lru_cache
+def images_a_program(batch: int, programs: int, at_once: int) -> int:
+    """Images that a program walks over: rounds of `at_once` programs then take the least time. programs: an image."""
+
+    def time(images: int) -> float:
+        return -(-programs * -(-batch // images) // at_once) * (images + SETUP)
+
+    return min(range(1, min(batch, 256) + 1), key=time)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 @cache
 def _kernels(direct: bool) -> dict[str, Any]:
     if not direct:
         return {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
-    from glocal.kernels.windows import backward_direct
+    from glocal.kernels.windows import backward_direct, forward_direct
 
-    return {"queries": backward_direct.queries_kernel, "keys": backward_direct.keys_kernel}
+    return {
+        "forward": forward_direct.forward_kernel,
+        "queries": backward_direct.queries_kernel,
+        "keys": backward_direct.keys_kernel,
+    }
 
 
 @cache
