@@ -88,8 +88,8 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
         "Means over captions and noises (seeds) that are the same for every method. better or worse: the whole 90 % "
         "interval of the paired differences to naive sampling at the same side lies on that side of zero.",
         "Where methods fall short. " + " ".join(shortfalls(rows)),
-        "Captions of the pictures, from left to right (rows of another run may have others; what they asked for stands in "
-        "the painted strip of their side): " + " ".join(captions),
+        "Captions of the pictures, from left to right (rows of another run may have others; what they asked for stands "
+        "in the painted strip of their side): " + " ".join(captions),
     )
     html = render_table(
         TableReport(
