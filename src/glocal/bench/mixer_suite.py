@@ -24,7 +24,7 @@ COLUMNS = (
     "mmacs", "mlp_ratio", "images_s", "step_ms", "step_mib", "train_s", "steps", "batch", "seeds", "match", "reason",
     "device", "versions",
 )  # fmt: skip
-SPEC = MixerSpec(steps=150, frame=Frame(depths=(2, 2, 2, 2)))
+SPEC = MixerSpec(steps=1000, frame=Frame(depths=(2, 2, 2, 2)))
 SIZE, COUNTS = 112, (8_000, 1_000)  # px; scenes to learn from and to test on
 FOLDER = Path("out/mixers")
 

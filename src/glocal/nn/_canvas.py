@@ -6,6 +6,7 @@ trace the making nor pass on an object without a place in the program; so it is 
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import index
 
 import torch
@@ -49,8 +50,13 @@ def small_windows(x: Tensor, head_size: int, pattern: Pattern, dropout: float) -
 
 @torch.compiler.assume_constant_result
 def _fits(pattern: Pattern, head_size: int, *shape: int) -> bool:
-    keys, most = window_keys(pattern, Canvas(shape)), windows.CAPABILITY.keys_held(head_size)
+    keys, most = _keys(pattern, shape), windows.CAPABILITY.keys_held(head_size)
     return keys is not None and (most is None or keys <= most)
+
+
+@lru_cache(maxsize=256)
+def _keys(pattern: Pattern, shape: tuple[int, ...]) -> int | None:
+    return window_keys(pattern, Canvas(shape))
 
 
 def canvas_of(*shape: int) -> Canvas:

@@ -78,6 +78,7 @@ class AxisAttention(WindowAttention):
         if groups not in get_args(Groups):
             raise ValueError(f"AxisAttention: groups={groups!r}; legal: 'window', 'grid'.")
         self.groups = groups
+        self.windows = Windows(window) if groups == "window" else Grid(window)
         self.rel_pos = RelativeTable(heads, window, window if trained is None else trained, shared_bias)
 
     def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
@@ -91,7 +92,7 @@ class AxisAttention(WindowAttention):
                 f"AxisAttention: backend={self.spec.backend!r} on a map of {real}, which {self.window} does not "
                 f"divide; legal: {size}, or backend=None."
             )
-        return Windows(self.window) if self.groups == "window" else Grid(self.window)
+        return self.windows
 
     def relative(self, size: tuple[int, int]) -> Relative:
         """The bias of the whole map; places of a grid count in its steps."""

@@ -67,6 +67,7 @@ class WindowAttention(nn.Module):
         if not 0 <= shift < window:
             raise ValueError(f"WindowAttention: shift={shift} must lie in [0, window={window}); usual: {window // 2}.")
         self.dim, self.heads, self.window, self.shift, self.spec = dim, heads, window, shift, spec
+        self.windows: Pattern = Windows(window, roll=shift, masked=spec.mask)  # one object: plans are found by it
         self.qkv = nn.Linear(dim, 3 * dim, bias=spec.qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(spec.proj_drop)
@@ -129,7 +130,7 @@ class WindowAttention(nn.Module):
 
     def pattern(self, size: tuple[int, int], real: tuple[int, int]) -> Pattern:
         """Who sees whom on a map of `size`, of which `real` is no padding."""
-        return Windows(self.window, roll=self.shift, masked=self.spec.mask)
+        return self.windows
 
     def relative(self, size: tuple[int, int]) -> Relative | None:
         """The bias of the whole map."""

@@ -77,21 +77,26 @@ def _sizes(channels: int) -> dict[str, int]:
     return {"C": channels, "WIDE": wide, "ROWS": rows, "num_warps": 4 if wide <= 2048 else 8}
 
 
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool = False) -> tuple[Tensor, Tensor]:
+    """x: [..., C] contiguous -> the normalised rows, and (with `keep`) means and rates, float32 [2, rows]."""
+    channels = x.shape[-1]
+    rows, sizes = x.numel() // channels, _sizes(channels)
+    out = torch.empty_like(x)
+    kept = x.new_empty(2, rows if keep else 1, dtype=torch.float32)
+    with torch.cuda.device_of(x):
+        grid = (-(-rows // sizes["ROWS"]),)
+        start(forward_kernel, grid, x, out, weight, bias, kept[0], kept[1], rows, eps, KEEP=keep, **sizes)
+    return out, kept
+
+
 class LayerNorm(torch.autograd.Function):
     """x: [..., C] on a GPU, weight, bias: [C] of its dtype."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         """The normalised rows, of x's shape and dtype, contiguous."""
-        x = x.contiguous()
-        channels = x.shape[-1]
-        rows, sizes = x.numel() // channels, _sizes(channels)
-        keep = any(ctx.needs_input_grad)
-        out = torch.empty_like(x)
-        kept = x.new_empty(2, rows if keep else 1, dtype=torch.float32)
-        with torch.cuda.device_of(x):
-            grid = (-(-rows // sizes["ROWS"]),)
-            start(forward_kernel, grid, x, out, weight, bias, kept[0], kept[1], rows, eps, KEEP=keep, **sizes)
+        x, keep = x.contiguous(), any(ctx.needs_input_grad)
+        out, kept = forward(x, weight, bias, eps, keep)
         if keep:
             ctx.save_for_backward(x, weight, kept)
         return out

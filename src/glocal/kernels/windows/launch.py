@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, Grads, TableBias
 from glocal.kernels.capability import installed
 from glocal.kernels.triton.defaults import padded
@@ -29,6 +30,7 @@ WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
 PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_TURNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +55,7 @@ class Launch:
 
 @dataclass(frozen=True, eq=False)
 class _Work:
-    """One call. table: as `table_of` reads it; turned: for rows that are keys. direct: Gluon may serve it."""
+    """One call. table: as `table_of` reads it. direct: Gluon may serve it."""
 
     call: Call
     tables: Tables
@@ -65,7 +67,11 @@ class _Work:
     processors: int
     direct: bool
     table: tuple[Any, ...] | None
-    turned: tuple[Any, ...] | None
+
+    @property
+    def turned(self) -> tuple[Any, ...] | None:
+        """The table for rows that are keys."""
+        return None if self.table is None else (*self.table[:3], *_turned(*self.table[3:]))
 
     def serves(self, t: Tiles, part: str) -> bool:
         """Whether the kernels in Gluon take these tiles; forward has too few registers for a table or wide heads."""
@@ -225,6 +231,14 @@ def _pairs(t: Tiles, bias: TableBias) -> tuple[Tensor, Tensor]:
     return known[1], known[2]
 
 
+def _turned(ours: Tensor, theirs: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes of rows and columns the other way round; made once."""
+    known = _TURNED.get(ours)
+    if known is None or not known[0].still((ours, theirs)):
+        known = _TURNED[ours] = (Seen.of((ours, theirs)), -theirs, -ours)
+    return known[1], known[2]
+
+
 def all_rows(tiles: Iterable[Tiles], n: int) -> bool:
     """Whether the tiles hold all of n tokens."""
     return sum(t.tokens for t in tiles) == n
@@ -237,14 +251,13 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
     if len(call.bias) > 1 or any(not isinstance(bias, TableBias) for bias in call.bias):
         raise ValueError(f"backend='windows': {len(call.bias)} biases; legal: one relative table.")
     widths = padded(q.shape[3]), padded(v.shape[3])
-    table = turned = None
+    table = None
     for bias in call.bias:
         assert isinstance(bias, TableBias)
         values = bias.table.contiguous()
         stride = values.shape[1] if values.shape[0] > 1 else 0
         ours, theirs = bias.q_code.contiguous(), bias.k_code.contiguous()
         table = (values, stride, values.shape[1], ours, theirs)
-        turned = (values, stride, values.shape[1], -theirs, -ours)
     return _Work(
         call=call,
         tables=tables(call.plan, (call.q_block, call.kv_block), q.shape[2], k.shape[2]),
@@ -261,7 +274,6 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
         processors=_processors(q.device),
         direct=q.dtype in (torch.bfloat16, torch.float16) and max(widths) <= 64 and _direct(q.device),
         table=table,
-        turned=turned,
     )
 
 

@@ -102,8 +102,8 @@ class PlainBackbone(VisionBackbone):
         return maps
 
     def pool(self, last: Tensor) -> Tensor:
-        """Mean of the normalised tokens."""
-        return self.norm(last).mean((1, 2))
+        """The largest of the normalised tokens, channel by channel: what a class rests on may be small."""
+        return self.norm(last).amax((1, 2))
 
 
 def _mixer(name: str, dim: int, heads: int, block: int, spec: dict[str, Any]) -> nn.Module:
