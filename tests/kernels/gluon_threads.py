@@ -1,0 +1,295 @@
+"""The backward kernel of Hopper run by threads on the CPU, for its arithmetic of lists, rings and barriers.
+
+Gluon has no interpreter. Here the text of the kernel runs as Python: tiles are torch tensors, each group of warps is a
+thread, barriers count arrivals and bytes, copies and products are done at once. A wait that nothing ends is an error.
+What the hardware alone can show (fences, when products read their operands) is not seen here.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SECONDS = 120.0  # after which a wait counts as one for ever
+
+
+class Number(int):
+    """A scalar of a kernel."""
+
+    def to(self, _: object) -> Number:
+        return self
+
+    def __eq__(self, other: object) -> Any:
+        return Number(int.__eq__(self, other) is True)
+
+    def __ne__(self, other: object) -> Any:
+        return Number(int.__eq__(self, other) is not True)
+
+    __hash__ = int.__hash__
+
+
+def _operator(name: str) -> None:
+    usual = getattr(int, name)
+
+    def applied(self: int, other: Any) -> Any:
+        return Number(usual(int(self), int(other))) if isinstance(other, int) else NotImplemented
+
+    setattr(Number, name, applied)
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and", "or", "xor", "lshift", "rshift"):
+    _operator(f"__{_name}__")
+    _operator(f"__r{_name}__")
+
+
+class Pointer:
+    """Into the memory of a tensor."""
+
+    def __init__(self, t: Tensor, at: int = 0) -> None:
+        assert t.is_contiguous()
+        self.memory, self.at = t.detach().view(-1), at
+
+    def __add__(self, steps: int) -> Pointer:
+        return Pointer(self.memory, self.at + int(steps))
+
+
+class Tiles:
+    """Shared memory; it starts as NaN."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.t, self.dtype = t, t.dtype
+
+    def index(self, i: int) -> Tiles:
+        return Tiles(self.t[int(i)])
+
+    def reshape(self, shape: list[int]) -> Tiles:
+        return Tiles(self.t.view(*shape))
+
+    def permute(self, axes: tuple[int, ...]) -> Tiles:
+        return Tiles(self.t.permute(*axes))
+
+    def slice(self, start: int, size: int, axis: int) -> Tiles:
+        return Tiles(self.t.narrow(axis, int(start), size))
+
+    def load(self, _: object) -> Tensor:
+        return self.t.clone()
+
+    def store(self, values: Tensor) -> None:
+        assert values.shape == self.t.shape
+        self.t.copy_(values)
+
+
+class Barrier:
+    """mbarrier: a phase ends when so many have arrived and all bytes that were expected have come."""
+
+    def __init__(self) -> None:
+        self.changed, self.count, self.pending, self.bytes, self.phases = threading.Condition(), 0, 0, 0, 0
+
+    def add(self, arrivals: int, size: int) -> None:
+        with self.changed:
+            self.pending -= arrivals
+            self.bytes += size
+            assert self.pending >= 0
+            if self.pending == 0 and self.bytes == 0:
+                self.phases, self.pending = self.phases + 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, phase: int) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phases % 2 != phase, SECONDS):
+                raise RuntimeError(
+                    f"a wait for phase {phase} has no end: {self.pending} and {self.bytes} bytes missing"
+                )
+
+
+class Barriers:
+    def __init__(self, n: int) -> None:
+        self.each = [Barrier() for _ in range(n)]
+
+    def index(self, i: int) -> Barrier:
+        return self.each[int(i)]
+
+
+class Described:
+    """A TMA descriptor: boxes of a tensor, of which entries outside read as 0 and are not written."""
+
+    layout = None
+
+    def __init__(self, d: Any) -> None:
+        self.t = d.base.detach().as_strided(list(d.shape), list(d.strides))
+        self.box, self.dtype = list(d.block_shape), self.t.dtype
+
+    def inside(self, place: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """The part of a box that exists, in the tensor and in the box."""
+        spans = [
+            (max(a, 0), max(0, min(a + n, size)), a)
+            for a, n, size in zip(map(int, place), self.box, self.t.shape, strict=True)
+        ]
+        spans = [(lo, max(lo, hi), a) if lo < hi else (0, 0, 0) for lo, hi, a in spans]
+        return tuple(slice(lo, hi) for lo, hi, _ in spans), tuple(slice(lo - a, hi - a) for lo, hi, a in spans)
+
+
+class mbarrier:
+    MBarrierLayout = staticmethod(lambda: Barrier)
+
+    @staticmethod
+    def init(bar: Barrier, count: int) -> None:
+        bar.count = bar.pending = count
+
+    @staticmethod
+    def wait(bar: Barrier, phase: int) -> None:
+        bar.wait(int(phase))
+
+    @staticmethod
+    def arrive(bar: Barrier, count: int) -> None:
+        bar.add(count, 0)
+
+    @staticmethod
+    def expect(bar: Barrier, size: int) -> None:
+        bar.add(1, size)
+
+
+class tma:
+    store_wait = staticmethod(lambda _: None)
+
+    @staticmethod
+    def async_copy_global_to_shared(d: Described, place: list[int], bar: Barrier, to: Tiles) -> None:
+        found = torch.zeros(d.box, dtype=d.dtype)
+        there, here = d.inside(place)
+        found[here] = d.t[there]
+        to.t.copy_(found.view(to.t.shape))
+        bar.add(0, -found.numel() * found.element_size())
+
+
+class gl:
+    float32, int32, int64 = torch.float32, torch.int32, torch.int64
+    program = Number(0)
+    static_range = range
+    DotOperandLayout = SliceLayout = BlockedLayout = staticmethod(lambda *_: None)
+    thread_barrier = static_assert = staticmethod(lambda *_: None)
+    exp2, abs = staticmethod(torch.exp2), staticmethod(torch.abs)
+    max = staticmethod(torch.amax)
+    expand_dims = staticmethod(torch.unsqueeze)
+    convert_layout = staticmethod(lambda t, _: t)
+    zeros = staticmethod(lambda shape, dtype, _: torch.zeros(shape, dtype=dtype))
+
+    class NVMMASharedLayout:
+        get_default_for = staticmethod(lambda *_: None)
+
+    @staticmethod
+    def program_id(_: int) -> Number:
+        return gl.program
+
+    @staticmethod
+    def load(at: Pointer, mask: Any = True, other: int = 0) -> Number:
+        return Number(at.memory[at.at]) if mask else Number(other)
+
+    @staticmethod
+    def where(condition: Any, a: Any, b: Any) -> Any:
+        return torch.where(condition, a, b) if isinstance(condition, Tensor) else (a if condition else b)
+
+    @staticmethod
+    def maximum(a: Any, b: Any) -> Any:
+        return torch.maximum(a, b) if isinstance(a, Tensor) else Number(max(a, b))
+
+    @staticmethod
+    def minimum(a: int, b: int) -> Number:
+        return Number(min(a, b))
+
+    @staticmethod
+    def allocate_shared_memory(dtype: torch.dtype, shape: list[int], layout: object) -> Any:
+        if layout is Barrier:
+            return Barrier() if len(shape) == 1 else Barriers(shape[0])
+        return Tiles(torch.full(shape, torch.nan, dtype=dtype))
+
+    @staticmethod
+    def warp_specialize(parts: list[tuple[Callable[..., None], tuple[Any, ...]]], *_: object) -> None:
+        failed: list[BaseException] = []
+
+        def work(part: Callable[..., None], given: tuple[Any, ...]) -> None:
+            try:
+                part(*given)
+            except BaseException as problem:
+                failed.append(problem)
+
+        threads = [threading.Thread(target=work, args=part, daemon=True) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if failed:
+            raise failed[0]
+
+
+_ADDING = threading.Lock()
+
+
+def _async_add(d: Described, place: list[int], tile: Tiles) -> None:
+    there, here = d.inside(place)
+    with _ADDING:
+        d.t[there] += tile.t[here]
+
+
+def _product(a: Any, b: Any, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
+    a, b = (x.t if isinstance(x, Tiles) else x for x in (a, b))
+    found = a.float() @ b.float()
+    assert found.shape == acc.shape
+    return acc + found if use_acc else found
+
+
+def _load_words(table: Pointer, mask: int, first: int, block: int, rows: int, columns: int) -> Tensor:
+    start = table.at + (int(mask) * block + first) * 4
+    return table.memory[start : start + rows * 4].view(rows, 4).clone()
+
+
+def _hide(p: Tensor, word: Tensor, rows: int, columns: int) -> Tensor:
+    column = torch.arange(columns)
+    return torch.where(word[:, column % 8 // 2] >> (column // 8 * 2 + column % 2) & 1 != 0, p, 0.0)
+
+
+def _store(
+    to: tuple[Any, ...], order: tuple[Any, ...], values: Tensor, first: int, b: int, h: int, rows: int, d: int,
+    direct: bool,
+) -> None:  # fmt: skip
+    out, most, columns = to
+    row = first + torch.arange(rows)
+    if direct:
+        row = order[0].memory[order[0].at + b * order[1] + h // order[3] * order[2] + row].long()
+    live = row >= 0
+    assert int(row.max()) < most
+    place = out.at + row[live][:, None] * columns + torch.arange(columns)
+    out.memory[place] = values[live][:, :columns].to(out.memory.dtype)
+
+
+def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
+    """A call of `backward_kv_kernel` as `start` gets it."""
+    text = Path(kernel.fn.__code__.co_filename).read_text()
+    text = text[text.index("@gluon.jit\n") :].replace("@gluon.jit\n", "")
+    for name in ("stage", "phase"):  # literals that methods of scalars are called on
+        text = text.replace(f"{name} = 0\n", f"{name} = Number(0)\n")
+    space: dict[str, Any] = {
+        "gl": gl, "mbarrier": mbarrier, "tma": tma, "Number": Number, "async_add": _async_add, "hide": _hide,
+        "load_words": _load_words, "store": _store, "products": lambda *_: None, "fence_async_shared": lambda: None,
+        "warpgroup_mma": _product, "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else tuple(deps),
+    }  # fmt: skip
+    exec(compile("from __future__ import annotations\n" + text, kernel.__name__, "exec"), space)
+    given = [_given(a) for a in args]
+    constants = {name: value for name, value in constants.items() if name.isupper()}
+    for i in range(programs):
+        gl.program = Number(i)
+        space[kernel.__name__](*given, **constants)
+
+
+def _given(a: Any) -> Any:
+    if isinstance(a, tuple):
+        return tuple(_given(x) for x in a)
+    if isinstance(a, Tensor):
+        return Pointer(a)
+    if type(a) is int:
+        return Number(a)
+    return Described(a) if hasattr(a, "block_shape") else a
