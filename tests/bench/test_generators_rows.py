@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from math import nan
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def contender(measure: Any, entry: Any, block: tuple[float, ...], rest: float = 
         times.attention.append(factor * (block[0] if block else nan) / 2)
         times.blocks.append(tuple(factor * b for b in block))
         times.rest.append(factor * rest)
-    return measure.Contender(entry, None, error=1e-3, times=times)
+    return measure.Contender(entry, error=1e-3, pairs=8, times=times)
 
 
 def test_a_whole_step_is_the_rest_and_all_blocks(parts: Any) -> None:
@@ -41,16 +42,18 @@ def test_a_whole_step_is_the_rest_and_all_blocks(parts: Any) -> None:
     case = next(c for c in cases.CASES if c.name.startswith("hunyuanvideo 117"))
     entry = replace(case.entries[0], dense_steps=10, dense_layers=(4, 0))
     dense, fast = contender(measure, None, (2.0, 3.0)), contender(measure, entry, (1.0, 1.5))
-    measured = measure.Measured(case, "some kernel", {"dense": dense, entry.name: fast}, [])
+    measured = measure.Measured(case, SimpleNamespace(kernel="some kernel"), {"dense": dense, entry.name: fast}, [])
     assert rows.whole_step(measured, dense, 0) == 1 + 20 * 2 + 40 * 3
     assert rows.whole_step(measured, fast, 1) == 2 * (1 + 20 * 1 + 40 * 1.5)
     assert rows.whole_step(measured, fast, 0, (4, 0)) == 1 + 16 * 1 + 4 * 2 + 40 * 1.5
     steps, whole, mixed = case.steps, 1.5 * 161.0, 1.5 * 85.0  # medians of two rounds
-    assert rows.run_forecast(measured, fast) == pytest.approx(steps * whole / (10 * whole + (steps - 10) * mixed))
+    assert rows.run_seconds(measured, dense) == pytest.approx(steps * whole)
+    assert rows.run_seconds(measured, fast) == pytest.approx(10 * whole + (steps - 10) * mixed)
     table = rows.rows_of(measured)
     assert [row["method"] for row in table] == ["dense", entry.name]
     assert table[1]["step_speedup"] == f"{161 / 81:.3f}" and table[1]["attention_speedup"] == "2.000"
     assert table[0]["run_forecast"] == "1.000" and table[1]["paper"] == entry.paper
+    assert table[0]["kernel"] == "some kernel"
 
 
 def test_steps_of_several_kinds_make_one_run(parts: Any) -> None:
@@ -59,7 +62,7 @@ def test_steps_of_several_kinds_make_one_run(parts: Any) -> None:
     found = {"dense": contender(measure, None, (), 10.0)}
     for entry, rest in zip(case.entries, (4.0, 5.0, 8.0), strict=True):
         found[entry.name] = contender(measure, entry, (), rest)
-    measured = measure.Measured(case, "some kernel", found, [])
+    measured = measure.Measured(case, SimpleNamespace(kernel="some kernel"), found, [])
     whole = 50 * 10.0 / (8 * 4.0 + 12 * 5.0 + 30 * 8.0)
     assert {row["run_forecast"] for row in rows.rows_of(measured)} == {"1.000", f"{whole:.3f}"}
 
