@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from glocal._files import atomic_dir
 from glocal.cli._common import extents, plain, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts
-from glocal.cli._models import load_subject
+from glocal.cli._models import STEPS, load_subject
 
 if TYPE_CHECKING:
     from glocal.advise import AdviseOptions, Workload
@@ -33,7 +33,7 @@ class Job:
     limits: Mapping[str, float] = field(default_factory=lambda: {"drift": 0.10})
     methods: tuple[str, ...] = ()
     keep_dense: tuple[str, ...] = ()
-    steps: int = 8
+    steps: int = STEPS
     canvas: tuple[str, ...] = ()
     budget: float | None = None
     sensitivity: str = "forward"
@@ -317,7 +317,7 @@ def _options(job: Job) -> list[str]:
         words += ["--canvas", canvas]
     if job.limits != {"drift": 0.10}:
         words += [w for name, value in job.limits.items() for w in ("--max", f"{name}={value:g}")]
-    if job.steps != 8:
+    if job.steps != STEPS:
         words += ["--steps", str(job.steps)]
     return words
 

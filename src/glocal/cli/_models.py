@@ -16,6 +16,7 @@ LEGAL = (
     "demo, demo-image, demo-image-unet, demo-language, package.module:factory, or a folder or hub id of diffusers or "
     "transformers"
 )
+STEPS = 6  # of a run of the built-in models, unless told otherwise
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def load_model(name: str, device: str = "cpu") -> Any:
     raise ValueError(f"MODEL {name!r}; legal: {LEGAL}")
 
 
-def load_subject(name: str, device: str = "cpu", *, steps: int = 8) -> Subject:
+def load_subject(name: str, device: str = "cpu", *, steps: int = STEPS) -> Subject:
     """The model and its objective. steps: of the built-in video model. A factory may return (model, objective)."""
     from glocal.adapt.pipelines import is_pipeline
     from glocal.advise.objective import Frames

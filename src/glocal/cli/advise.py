@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from glocal.cli._common import Json, Quiet
+from glocal.cli._models import STEPS
 
 
 def command(
@@ -33,7 +34,7 @@ def command(
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Systems to consider, joined by commas.")] = None,
     keep_dense: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch.")] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = STEPS,
     canvas: Annotated[
         list[str] | None,
         typer.Option(

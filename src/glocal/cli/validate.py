@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from glocal.cli._common import Json, Quiet
+from glocal.cli._models import STEPS
 
 
 def command(
@@ -24,7 +25,7 @@ def command(
     max_: Annotated[
         list[str] | None, typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a run.", min=2)] = 8,
+    steps: Annotated[int, typer.Option(help="Steps of a run.", min=2)] = STEPS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
