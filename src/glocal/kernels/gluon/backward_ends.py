@@ -1,4 +1,4 @@
-"""After the backward kernel of Hopper: float32 sums of query gradients to gradients of tokens (Triton)."""
+"""After the backward kernel of Hopper: float32 sums to gradients of tokens (Triton)."""
 
 from __future__ import annotations
 
@@ -38,3 +38,38 @@ def after_kernel(
             acc += tl.load(start + slot.to(tl.int64)[:, None] * W + column[None, :], mask=live[:, None], other=0.0)
     to = out + (member.to(tl.int64) * n + token)[:, None] * D + column[None, :]
     tl.store(to, (acc * factor).to(out.dtype.element_ty), mask=(token >= 0)[:, None] & (column < D)[None, :])
+
+
+@triton.jit
+def _portion(sums, out, member, row, to_row, column, first, parts, side, KB: tl.constexpr, W: tl.constexpr):
+    """Sum of the portions of keys (side 0) or values (1) from place `first` on."""
+    place = (first.to(tl.int64) * 2 + side) * KB
+    acc = tl.zeros([row.shape[0], W], tl.float32)
+    for i in range(parts):
+        acc += tl.load(sums + (place + i * 2 * KB + row)[:, None] * W + column[None, :])
+    to = out[0] + (member.to(tl.int64) * out[1] + to_row)[:, None] * out[2] + column[None, :]
+    tl.store(to, acc.to(out[0].dtype.element_ty), mask=(to_row >= 0)[:, None] & (column < out[2])[None, :])
+
+
+@triton.jit
+def portions_kernel(
+    sums, cut, grad_k, grad_v, order, units, blocks, shared,
+    W: tl.constexpr, KB: tl.constexpr, BN: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Gradients of the keys whose lists were cut, from the sums [places, 2, KB, W] of their portions.
+
+    cut: as `Portions` has it. grad_k, grad_v: (pointer, rows, columns) of [B, units, rows, columns], by token if
+    DIRECT, else by slot. order: tokens by slot. shared: query heads a unit. A program takes BN rows of both.
+    """
+    pid = tl.program_id(0)
+    entry = cut + pid // (KB // BN) * 3
+    number, first, parts = tl.load(entry), tl.load(entry + 1), tl.load(entry + 2)
+    member = number // blocks
+    b, unit = member // units, member % units
+    row = pid % (KB // BN) * BN + tl.arange(0, BN)
+    column = tl.arange(0, W)
+    to_row = number % blocks * KB + row
+    if DIRECT:
+        to_row = tl.load(row_of(order, b, unit * shared) + to_row)
+    _portion(sums, grad_k, member, row, to_row, column, first, parts, 0, KB, W)
+    _portion(sums, grad_v, member, row, to_row, column, first, parts, 1, KB, W)

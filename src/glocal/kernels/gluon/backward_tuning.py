@@ -12,17 +12,19 @@ class Tuning:
     """tile: queries (gradients of keys) or keys (of queries) of one step; stages: steps in flight.
 
     registers: limit a thread at the start, so that two programs fit a multiprocessor; None where one fills it.
+    ahead: logits of a step are made during the one before, which takes the registers that head sizes up to 64 leave.
     """
 
     tile: int
     stages: int
     registers: int | None = None
+    ahead: bool = False
 
 
 # (key block, padded head size)
 _KV = {
     (128, 128): Tuning(64, 3),
-    (128, 64): Tuning(64, 4),
+    (128, 64): Tuning(64, 4, ahead=True),
     (64, 128): Tuning(64, 2, 128),
     (64, 64): Tuning(64, 3, 128),
 }
