@@ -16,18 +16,25 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from glocal.kernels.windows.direct import (
     INF,
     LOG2E,
+    across,
+    ahead,
     along,
+    bits_of,
     clean,
-    column_offsets,
+    fresh,
+    hidden,
     ill_rows,
+    in_pairs,
     load_columns,
     load_pairs,
     load_rows,
     operand,
-    pair_offsets,
+    over_columns,
+    over_pairs,
     paired,
     products,
     row_offsets,
+    settled,
     store_rows,
     table_of,
     tokens,
@@ -41,19 +48,19 @@ def queries_kernel(
     heads, ratio, images, per, count, groups, n,
     D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
     G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
-    QUERIES: gl.constexpr, TABLE: gl.constexpr,
+    QUERIES: gl.constexpr, TABLE: gl.constexpr, WORDS: gl.constexpr, AHEAD: gl.constexpr, SETTLE: gl.constexpr,
 ):  # fmt: skip
     """Arguments as in `backward_tiles.queries_kernel`; the tiles have SPLIT times N keys."""
     taint = _queries_program(
         q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
         heads, ratio, images, per, count, groups, n,
-        D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, False,
+        D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, WORDS, AHEAD, SETTLE, False,
     )  # fmt: skip
     if gl.max(gl.max(gl.where(gl.abs(taint) < INF, 0, 1), 1), 0) > 0:
         _queries_program(
             q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
             heads, ratio, images, per, count, groups, n,
-            D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, True,
+            D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, False, False, False, True,
         )  # fmt: skip
 
 
@@ -63,7 +70,7 @@ def _queries_program(
     heads, ratio, images, per, count, groups, n,
     D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
     G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
-    QUERIES: gl.constexpr, TABLE: gl.constexpr, CAREFUL: gl.constexpr,
+    QUERIES: gl.constexpr, TABLE: gl.constexpr, WORDS: gl.constexpr, AHEAD: gl.constexpr, SETTLE: gl.constexpr, CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """All images of a program; [G, M], not finite for a row that was not in some image."""
     C: gl.constexpr = products(G, M)
@@ -80,20 +87,21 @@ def _queries_program(
     own = mine >= 0
     q_at = row_offsets(q_tokens, group, count, q, G, M, SPLIT, WD, LEFT)
     o_at = row_offsets(q_tokens, group, count, (out, 0, 0, DV, 1), G, M, SPLIT, WDV, LEFT_V)
-    starts, key_at, values_at, rows_at, sums = (), (), (), (), ()
+    PAIRED: gl.constexpr = paired(G, M, WIDTH, WD)
+    starts, columns_at, pairs_at, sums = (), (), (), ()
     for c in gl.static_range(PIECES):
         part = k_tokens + c * WIDTH
         theirs = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(1, C))[0]
         start = table_of(masks + c * (WIDTH // 32), group, count, mine, theirs, h, table, scale, G, M, WIDTH, N, SPLIT)
-        starts = starts + (start,)
-        key_at = key_at + (column_offsets(part, group, count * SPLIT, k, G, WIDTH, N, WD, RIGHT),)
-        if SAME:
-            values_at = values_at + (key_at[c],)
-        else:
-            values_at = values_at + (column_offsets(part, group, count * SPLIT, v, G, WIDTH, N, WDV, RIGHT_V),)
-        rows_at = rows_at + (pair_offsets(part, group, count * SPLIT, k, G, WIDTH, N, WD, paired(G, M, WIDTH, WD)),)
+        starts = starts + (bits_of(start, G, M, WIDTH) if WORDS else start,)
+        columns_at = columns_at + (tokens(part, group, count * SPLIT, G, WIDTH, N, 1, over_columns(RIGHT))[1],)
+        pairs_at = pairs_at + (tokens(part, group, count * SPLIT, G, WIDTH, N, 1, over_pairs(PAIRED))[1],)
         if TABLE:
             sums = sums + (gl.zeros([G, M, WIDTH], gl.float32, layout=C),)
+    if AHEAD:
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [G, M // 16], [1, 0])
+        around = tokens(k_tokens, group, count * SPLIT, G, N, N, 1, FLAT)[1]
+        k_ahead, v_ahead = around * k[3], around * v[3]
     taint = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
     for i in range(gl.minimum(per, images - chunk * per)):
         image = (chunk * per + i).to(gl.int64)
@@ -103,6 +111,11 @@ def _queries_program(
         from_k = k[0] + image * k[1] + (h // ratio).to(gl.int64) * k[2]
         from_v = v[0] + image * v[1] + (h // ratio).to(gl.int64) * v[2]
         g = load_rows(grad + row * DV, o_at, DV, WDV, LEFT_V)
+        if AHEAD and i + 1 < gl.minimum(per, images - chunk * per):
+            ahead(from_k + k[1], k_ahead)
+            ahead(from_v + v[1], v_ahead)
+        if SETTLE:
+            query = settled(query, per >> 30)
         if QUERIES:
             end = gl.load(lse + row + some)
             empty = end == -INF
@@ -116,13 +129,21 @@ def _queries_program(
         else:
             end = gl.load(known + (row + some) * 2)
             share = gl.load(known + (row + some) * 2 + 1)
+        if SETTLE:
+            g = settled(g, per >> 30)
         found = gl.zeros([G, M, WD], gl.float32, layout=C)
         bad = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
         added = ()
         for c in gl.static_range(PIECES):
-            key = load_columns(from_k, key_at[c], D, WD, RIGHT)
-            values = load_columns(from_v, values_at[c], DV, WDV, RIGHT_V)
-            s = mma_v2(query, key, starts[c])
+            key_at = fresh(columns_at[c], i)
+            key = load_columns(from_k, across(key_at, k, WD, RIGHT), D, WD, RIGHT)
+            value_at = gl.convert_layout(key_at, over_columns(RIGHT_V), assert_trivial=True)
+            values = load_columns(from_v, across(value_at, v, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+            if WORDS:
+                s = mma_v2(query, key, gl.zeros([G, M, WIDTH], gl.float32, layout=C))
+                s = hidden(s, starts[c], G, M, WIDTH)
+            else:
+                s = mma_v2(query, key, starts[c])
             p = gl.exp2(s * rate - gl.expand_dims(end, 2))
             lifted = gl.expand_dims(share, 2) + gl.zeros([G, M, WIDTH], gl.float32, layout=C)
             ds = p * mma_v2(g, values, lifted)
@@ -131,7 +152,7 @@ def _queries_program(
             if TABLE:
                 added = added + (sums[c] + ds,)
             if QUERIES:
-                keys = load_pairs(from_k, rows_at[c], D, WD, G, M, WIDTH)
+                keys = load_pairs(from_k, in_pairs(fresh(pairs_at[c], i), k, WD, PAIRED), D, WD, G, M, WIDTH)
                 if CAREFUL:
                     keys = clean(keys)
                 found = mma_v2(gl.convert_layout(ds.to(keys.dtype), operand(0, G, M, 2)), keys, found)
@@ -163,16 +184,17 @@ def keys_kernel(
     heads, ratio, images, per, count, groups, nq, nk,
     D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
     G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
+    WORDS: gl.constexpr, AHEAD: gl.constexpr, SETTLE: gl.constexpr,
 ):  # fmt: skip
     """Arguments as in `backward_tiles.keys_kernel`; the tiles have SPLIT times N queries."""
     taint = _keys_program(
         q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
-        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, False,
+        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, WORDS, AHEAD, SETTLE, False,
     )  # fmt: skip
     if gl.max(gl.max(gl.where(gl.abs(taint) < INF, 0, 1), 1), 0) > 0:
         _keys_program(
             q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
-            heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, True,
+            heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, False, False, False, True,
         )  # fmt: skip
 
 
@@ -181,7 +203,8 @@ def _keys_program(
     q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, nq, nk,
     D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
-    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr, CAREFUL: gl.constexpr,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
+    WORDS: gl.constexpr, AHEAD: gl.constexpr, SETTLE: gl.constexpr, CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """All images of a program; [G, M], not finite for a row that was not in some image."""
     C: gl.constexpr = products(G, M)
@@ -198,27 +221,20 @@ def _keys_program(
     mine = tokens(k_tokens, group, count, G, M, M, SPLIT, gl.SliceLayout(2, C))[0]
     k_at = row_offsets(k_tokens, group, count, k, G, M, SPLIT, WD, LEFT)
     v_at = row_offsets(k_tokens, group, count, v, G, M, SPLIT, WDV, LEFT_V)
-    starts, query_at, rows_at, grad_at, grad_rows_at, ends_at = (), (), (), (), (), ()
+    PAIRED: gl.constexpr = paired(G, M, WIDTH, WD)
+    PAIRED_V: gl.constexpr = paired(G, M, WIDTH, WDV)
+    starts, columns_at, pairs_at = (), (), ()
     for c in gl.static_range(PIECES):
         part = q_tokens + c * WIDTH
         theirs = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(1, C))[0]
         start = table_of(masks + c * (WIDTH // 32), group, count, mine, theirs, h, table, scale, G, M, WIDTH, N, SPLIT)
-        starts = starts + (start,)
-        query_at = query_at + (column_offsets(part, group, count * SPLIT, q, G, WIDTH, N, WD, RIGHT),)
-        rows_at = rows_at + (pair_offsets(part, group, count * SPLIT, q, G, WIDTH, N, WD, paired(G, M, WIDTH, WD)),)
-        if SAME:
-            grad_at = grad_at + (query_at[c],)
-            grad_rows_at = grad_rows_at + (rows_at[c],)
-        else:
-            at = column_offsets(part, group, count * SPLIT, (grad, 0, 0, DV, 1), G, WIDTH, N, WDV, RIGHT_V)
-            grad_at = grad_at + (at,)
-            at = pair_offsets(
-                part, group, count * SPLIT, (grad, 0, 0, DV, 1), G, WIDTH, N, WDV, paired(G, M, WIDTH, WDV)
-            )
-            grad_rows_at = grad_rows_at + (at,)
-        some = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(2, TWOS))[1]
-        side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, TWOS)))
-        ends_at = ends_at + (gl.expand_dims(some, 2) * 2 + gl.expand_dims(gl.expand_dims(side, 0), 0),)
+        starts = starts + (bits_of(start, G, M, WIDTH) if WORDS else start,)
+        columns_at = columns_at + (tokens(part, group, count * SPLIT, G, WIDTH, N, 1, over_columns(RIGHT))[1],)
+        pairs_at = pairs_at + (tokens(part, group, count * SPLIT, G, WIDTH, N, 1, over_pairs(PAIRED))[1],)
+    if AHEAD:
+        FLAT: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [G, M // 16], [1, 0])
+        around = tokens(q_tokens, group, count * SPLIT, G, N, N, 1, FLAT)[1]
+        q_ahead, grad_ahead = around * q[3], around * DV
     taint = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
     for i in range(gl.minimum(per, images - first)):
         image = (first + i).to(gl.int64)
@@ -227,15 +243,31 @@ def _keys_program(
         key = load_rows(k[0] + image * k[1] + (h // ratio).to(gl.int64) * k[2], k_at, D, WD, LEFT)
         values = load_rows(v[0] + image * v[1] + (h // ratio).to(gl.int64) * v[2], v_at, DV, WDV, LEFT_V)
         from_q = q[0] + image * q[1] + h.to(gl.int64) * q[2]
+        if AHEAD and i + 1 < gl.minimum(per, images - first):
+            ahead(from_q + q[1], q_ahead)
+            ahead(grad + row * DV + heads.to(gl.int64) * nq * DV, grad_ahead)
+        if SETTLE:
+            key = settled(key, per >> 30)
+            values = settled(values, per >> 30)
         for_k = gl.zeros([G, M, WD], gl.float32, layout=C)
         for_v = gl.zeros([G, M, WDV], gl.float32, layout=C)
         for c in gl.static_range(PIECES):
-            end, share = gl.split(gl.load(known + row * 2 + ends_at[c]))
+            across_at, pair_at = fresh(columns_at[c], i), fresh(pairs_at[c], i)
+            side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, TWOS)))
+            end_at = gl.expand_dims(gl.convert_layout(pair_at, gl.SliceLayout(2, TWOS), assert_trivial=True), 2) * 2
+            end_at += gl.expand_dims(gl.expand_dims(side, 0), 0)
+            end, share = gl.split(gl.load(known + row * 2 + end_at))
             end = gl.convert_layout(end, gl.SliceLayout(1, C), assert_trivial=True)
             share = gl.convert_layout(share, gl.SliceLayout(1, C), assert_trivial=True)
-            s = mma_v2(key, load_columns(from_q, query_at[c], D, WD, RIGHT), starts[c])
+            query = load_columns(from_q, across(across_at, q, WD, RIGHT), D, WD, RIGHT)
+            if WORDS:
+                s = mma_v2(key, query, gl.zeros([G, M, WIDTH], gl.float32, layout=C))
+                s = hidden(s, starts[c], G, M, WIDTH)
+            else:
+                s = mma_v2(key, query, starts[c])
             p = gl.exp2(s * rate - gl.expand_dims(end, 1))
-            g = load_pairs(grad + row * DV, grad_rows_at[c], DV, WDV, G, M, WIDTH)
+            grad_pair_at = gl.convert_layout(pair_at, over_pairs(PAIRED_V), assert_trivial=True)
+            g = load_pairs(grad + row * DV, in_pairs(grad_pair_at, (grad, 0, 0, DV, 1), WDV, PAIRED_V), DV, WDV, G, M, WIDTH)
             weight = p
             if CAREFUL:
                 p = gl.where(starts[c] == -INF, 0.0, p)
@@ -244,8 +276,11 @@ def _keys_program(
                 g = clean(g)
             for_v = mma_v2(gl.convert_layout(weight.to(g.dtype), operand(0, G, M, 2)), g, for_v)
             lifted = gl.expand_dims(share, 1) + gl.zeros([G, M, WIDTH], gl.float32, layout=C)
-            ds = p * mma_v2(values, load_columns(grad + row * DV, grad_at[c], DV, WDV, RIGHT_V), lifted)
-            query = load_pairs(from_q, rows_at[c], D, WD, G, M, WIDTH)
+            grad_at = across(
+                gl.convert_layout(across_at, over_columns(RIGHT_V), assert_trivial=True), (grad, 0, 0, DV, 1), WDV, RIGHT_V
+            )
+            ds = p * mma_v2(values, load_columns(grad + row * DV, grad_at, DV, WDV, RIGHT_V), lifted)
+            query = load_pairs(from_q, in_pairs(pair_at, q, WD, PAIRED), D, WD, G, M, WIDTH)
             if CAREFUL:
                 ds = gl.where(starts[c] == -INF, 0.0, ds)
                 query = clean(query)

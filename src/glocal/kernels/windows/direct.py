@@ -18,8 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.runtime.jit import constexpr_function
 
-from glocal.kernels.gluon.masks import SELECT
-
 INF = gl.constexpr(float("inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
 
@@ -105,27 +103,33 @@ def row_offsets(
 
 
 @gluon.jit
-def column_offsets(
-    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
-):
-    """The same as columns, [G, WIDE, SIZE]."""
-    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(1, L))[1]
+def across(some, t, WIDE: gl.constexpr, L: gl.constexpr):
+    """Offsets [G, WIDE, SIZE] of columns in the layout L for tokens [G, SIZE]; t as in `row_offsets`."""
     row = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
     return (gl.expand_dims(some, 1) * t[3] + gl.expand_dims(gl.expand_dims(row, 0), 2) * t[4]).to(gl.uint32)
 
 
 @gluon.jit
-def pair_offsets(
-    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
-):
+def in_pairs(some, t, WIDE: gl.constexpr, L: gl.constexpr):
     """The same as `paired`, [G, SIZE, 8, WIDE / 8]."""
     S: gl.constexpr = WIDE // 8
-    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(2, gl.SliceLayout(3, L)))[1]
     eighth = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L))))
     column = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
     eighth = gl.expand_dims(gl.expand_dims(gl.expand_dims(eighth, 0), 0), 3) * (S * t[4])
     column = gl.expand_dims(gl.expand_dims(gl.expand_dims(column, 0), 0), 0) * t[4]
     return (gl.expand_dims(gl.expand_dims(some, 2), 3) * t[3] + (eighth + column)).to(gl.uint32)
+
+
+@constexpr_function
+def over_columns(L):
+    """Of tokens that `across` takes."""
+    return gl.SliceLayout(1, L)
+
+
+@constexpr_function
+def over_pairs(L):
+    """Of tokens that `in_pairs` takes."""
+    return gl.SliceLayout(2, gl.SliceLayout(3, L))
 
 
 @gluon.jit
@@ -201,6 +205,79 @@ def store_rows(
 
 
 @gluon.jit
+def over_parts(x, LARGEST: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr):
+    """x [G, M] with the sum over SPLIT neighbours on the first axis, or the largest, in place of each."""
+    L: gl.constexpr = x.type.layout
+    if SPLIT > 1:
+        parts = gl.reshape(x, [G // SPLIT, SPLIT, M])
+        THREE: gl.constexpr = parts.type.layout
+        whole = gl.max(parts, 1) if LARGEST else gl.sum(parts, 1)
+        whole = gl.expand_dims(whole, 1) + gl.zeros([G // SPLIT, SPLIT, M], gl.float32, layout=THREE)
+        x = gl.convert_layout(gl.reshape(whole, [G, M]), L, assert_trivial=True)
+    return x
+
+
+# Two instructions an entry; left to themselves, compilers make bits of many comparisons and take them apart again.
+SELECT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0fFF800000, p; }"
+)
+
+
+@gluon.jit
+def bits_of(start, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """Which entries of a table [G, M, N] are not -inf, one word for the columns that a lane owns of a row."""
+    seen = gl.reshape(gl.where(start == -INF, 0, 1), [G, M, N // 8, 4, 2])
+    L: gl.constexpr = seen.type.layout
+    return gl.sum(gl.sum(seen * _places(L, N), 4), 2)
+
+
+@gluon.jit
+def _places(L: gl.constexpr, N: gl.constexpr):
+    pair = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
+    side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
+    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 3), 4)
+    side = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2), 3)
+    return gl.full([1, 1, 1, 1, 1], 1, gl.int32, layout=L) << (pair * 2 + side)
+
+
+@gluon.jit
+def hidden(s, bits, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """s [G, M, N] with -inf where `bits` say so."""
+    C: gl.constexpr = s.type.layout
+    five = gl.reshape(s, [G, M, N // 8, 4, 2])
+    L: gl.constexpr = five.type.layout
+    bits = gl.expand_dims(gl.expand_dims(bits, 2), 4)
+    five = gl.inline_asm_elementwise(
+        SELECT, "=f,f,r,r", [five, bits, _places(L, N)], gl.float32, is_pure=True, pack=1
+    )
+    return gl.convert_layout(gl.reshape(five, [G, M, N]), C, assert_trivial=True)
+
+
+@gluon.jit
+def fresh(offset, i):
+    """`offset` as if it depended on the loop variable i: what is made of it takes no registers from round to round."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [offset, i], offset.dtype, is_pure=True, pack=1)
+
+
+@gluon.jit
+def settled(x, zero):
+    """x as it is."""
+    nothing = gl.full(x.shape, 0, gl.int16, layout=x.type.layout) + zero.to(gl.int16)
+    return gl.inline_asm_elementwise(
+        "xor.b32 $0, $1, $2;", "=r,r,r", [x, nothing], x.dtype, is_pure=True, pack=2
+    )
+
+
+@gluon.jit
+def ahead(t, offset, LEVEL: gl.constexpr = 1):
+    """Fetch rows at t + offset into the first-level cache."""
+    gl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;" if LEVEL == 2 else "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [(t + offset).to(gl.int64, bitcast=True)], gl.int32,
+        is_pure=False, pack=1,
+    )
+
+
+@gluon.jit
 def clean(x):
     """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
     return gl.where(gl.abs(x.to(gl.float32)) < INF, x, 0.0).to(x.dtype)
@@ -239,41 +316,3 @@ def table_of(
         inside = seen & (code >= 0) & (code < table[2])
         found += gl.load(table[0] + head.to(gl.int64) * table[1] + code, mask=inside, other=0.0).to(gl.float32)
     return gl.where(seen, found / scale, -INF)
-
-
-@gluon.jit
-def bits_of(start, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
-    """Which entries of a table [G, M, N] are not -inf: a word for the columns, up to 128, that a lane owns of a row."""
-    seen = gl.reshape(gl.where(start == -INF, 0, 1), [G, M, N // 8, 4, 2])
-    L: gl.constexpr = seen.type.layout
-    return gl.sum(gl.sum(seen * _places(L, N), 4), 2)
-
-
-@gluon.jit
-def hidden(s, bits, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
-    """s [G, M, N] with -inf where the words of `bits_of` have no bit."""
-    C: gl.constexpr = s.type.layout
-    five = gl.reshape(s, [G, M, N // 8, 4, 2])
-    L: gl.constexpr = five.type.layout
-    bits = gl.expand_dims(gl.expand_dims(bits, 2), 4)
-    five = gl.inline_asm_elementwise(SELECT, "=f,f,r,r", [five, bits, _places(L, N)], gl.float32, is_pure=True, pack=1)
-    return gl.convert_layout(gl.reshape(five, [G, M, N]), C, assert_trivial=True)
-
-
-@gluon.jit
-def _places(L: gl.constexpr, N: gl.constexpr):
-    """The bit of each column, int32 [1, 1, N / 8, 1, 2]."""
-    pair = gl.arange(0, N // 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(3, gl.SliceLayout(4, L)))))
-    side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L)))))
-    pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 3), 4)
-    side = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2), 3)
-    return gl.full([1, 1, 1, 1, 1], 1, gl.int32, layout=L) << (pair * 2 + side)
-
-
-@gluon.jit
-def ahead(t, offset):
-    """Fetch what lies at t + offset into the first-level cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [(t + offset).to(gl.int64, bitcast=True)], gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip

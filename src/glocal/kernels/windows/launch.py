@@ -21,11 +21,12 @@ from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
 STAGES = 2  # of the loop over images, forward. Of bench/small_windows.py, as are the next ones.
-WARPS = 8  # of a multiprocessor at once: a warp takes all registers that it can
+WARPS = 8  # of a multiprocessor: kernels use all registers
 SETUP = 1.5  # images that a program could do while it makes its tables
 DIRECT_COLUMNS = 128  # of the widest tiles of 16 rows whose operands are read straight into registers
 # Columns of such a tile that one warp takes; with more, warps share the tile.
-WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
+WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 128}
+TRY = {}
 PIECE = 64  # columns that backward takes at once
 TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -68,12 +69,10 @@ class _Work:
     turned: tuple[Any, ...] | None
 
     def serves(self, t: Tiles, part: str) -> bool:
-        """Whether the kernels in Gluon take these tiles; forward has too few registers for a table or wide heads."""
-        rows, columns = t.rows.shape[1], t.columns.shape[1]
-        wide = columns > WARP_COLUMNS["forward"] or max(self.sizes["WD"], self.sizes["WDV"]) > 32
-        if part == "forward" and (wide or self.table is not None):
-            return False
-        return self.direct and rows <= 16 and columns <= DIRECT_COLUMNS
+        """Whether the kernels in Gluon take these tiles."""
+        widest = DIRECT_COLUMNS if self.table is None else min(DIRECT_COLUMNS, 128)
+        small = t.rows.shape[1] <= TRY.get("rows", 16) and t.columns.shape[1] <= widest
+        return self.direct and small and (part != "forward" or self.table is None or bool(TRY.get("bias forward")))
 
     def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
         """Each set of tiles with all that its launch needs."""
@@ -81,7 +80,8 @@ class _Work:
             (count, rows), n = t.rows.shape, t.columns.shape[1]
             direct = self.serves(t, part)
             if direct:
-                split = max(1, n // WARP_COLUMNS[part]) if rows <= 16 else 1
+                columns = 64 if part == "keys" and self.table is not None else WARP_COLUMNS[part]
+                split = max(1, n // columns) if rows <= 16 else 1
                 warps = max(4, split)
                 group = warps // split if rows <= 16 else 1
                 constants = {"G": group * split, "M": rows, "N": n // split, "SPLIT": split, "num_warps": warps}
@@ -91,7 +91,13 @@ class _Work:
                 constants = {"G": group, "M": rows, "N": n, "PRECISION": self.precision, "num_warps": warps}
                 constants["num_stages"] = STAGES if part == "forward" else 1
             groups = -(-count // group)
-            at_once = self.processors * max(1, WARPS // warps)
+            if direct:
+                constants |= {"WORDS": self.table is None, "AHEAD": True, "SETTLE": True}
+                if part == "forward":
+                    constants |= {"CARRY": False, "FRESH": False}
+                if self.table is None:
+                    constants |= TRY.get(part, {})
+            at_once = self.processors * max(1, (12 if "maxnreg" in constants else WARPS) // warps)
             per = images_a_program(self.batch, self.heads * groups, at_once)
             constants |= self.sizes
             yield Launch(t, direct, constants, (self.heads, self.ratio, self.batch, per, count, groups))
@@ -270,32 +276,13 @@ def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
     _kernels(one.direct)[part][(groups * heads * -(-images // per),)](*args, **constants)
 
 
-@lru_cache
-def images_a_program(batch: int, programs: int, at_once: int) -> int:
-    """Images that a program walks over: rounds of `at_once` programs then take the least time. programs: an image."""
-
-    def time(images: int) -> float:
-        return -(-programs * -(-batch // images) // at_once) * (images + SETUP)
-
-    return min(range(1, min(batch, 256) + 1), key=time)
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @cache
 def _kernels(direct: bool) -> dict[str, Any]:
     if not direct:
         return {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
     from glocal.kernels.windows import backward_direct, forward_direct
 
-    return {
-        "forward": forward_direct.forward_kernel,
-        "queries": backward_direct.queries_kernel,
-        "keys": backward_direct.keys_kernel,
-    }
+    return {"forward": forward_direct.forward_kernel, "queries": backward_direct.queries_kernel, "keys": backward_direct.keys_kernel}
 
 
 @cache
@@ -306,6 +293,21 @@ def _direct(device: torch.device) -> bool:
     if device.type != "cuda":
         return True  # compiled for a card that is not there
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@lru_cache
+def images_a_program(batch: int, programs: int, at_once: int) -> int:
+    """Images that a program walks over, so that the rounds of `at_once` programs take the least time in all."""
+
+    def time(images: int) -> float:
+        return -(-programs * -(-batch // images) // at_once) * (images + SETUP)
+
+    return min(range(1, batch + 1), key=time)
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _strided(t: Tensor) -> tuple[Any, ...]:
