@@ -37,7 +37,8 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import Group, by_layer, counted_by, gains, layer_gains, layer_groups, summed
+from glocal.advise.calibrate import Group, by_layer, finalists, layer_gains, layer_groups, summed
+from glocal.advise.ladder import bucket_errors
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
@@ -46,7 +47,16 @@ from glocal.advise.recipe import Fallback, Rule
 from glocal.advise.search import Found, Rung, allocated, base_rules, published
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.timing import MethodTime, Times
-from glocal.advise.weights import Bucket, StepWeight, fit_weights, make_buckets, one_bucket, residual_total
+from glocal.advise.weights import (
+    Bucket,
+    StepWeight,
+    even_weights,
+    fit_weights,
+    make_buckets,
+    one_bucket,
+    residual_total,
+    within,
+)
 from glocal.canvas import Canvas, Layout
 from glocal.measure.stats import drift, log_ratio, paired
 from glocal.models.generation import SampleSpec, VideoDiT, load_demo
@@ -155,6 +165,15 @@ class Batch:
             end = self._draw(self.latents[start][which], start, which)
         return self.errors(end, self.latents[-1][which])
 
+    def begins(self, recipe: Recipe) -> int:
+        """The first step with a rule; before it the run is the dense one."""
+        phases = [rule.phase for rule in recipe.rules]
+        steps = range(len(self.objective.levels) - 1)
+        levels = self.objective.levels
+        return min(
+            (s for s in steps for p in phases if p.coordinate != "sigma" or p.low < levels[s] <= p.high), default=0
+        )
+
     def one_step(self, recipe: Recipe, step: int, which: slice) -> list[float]:
         """Errors behind one step from the dense latent."""
         levels = self.objective.levels
@@ -180,17 +199,21 @@ class Batch:
 class Measured:
     """Of the search, by bucket and method. ends: errors of one-bucket runs of the step-weight samples; firsts: behind
     the first step of each bucket, of the probe samples; layers: the same, of one layer alone, by bucket, layer, method.
+    firsts_of, parts: of first allocations, by what they go by, budget and bucket: errors at the end where that bucket
+    alone runs by them, of all samples, and what the probe says of them there.
     """
 
     ends: dict[tuple[int, str], list[float]]
     firsts: dict[tuple[int, str], list[float]]
     layers: dict[tuple[int, int, str], list[float]]
+    firsts_of: dict[tuple[str, float, int], list[float]]
+    parts: dict[tuple[str, float, int], float]
 
 
 @dataclass(frozen=True)
 class Searched:
-    """found: with gains of layers and methods; rough: without; output: by relative error of the attention output;
-    level: so too, and all step ranges weigh alike.
+    """found: with gains of layers; rough: without, step weights of plain methods; output: by relative error of the
+    attention output; level: so too, and all step ranges weigh alike.
     """
 
     found: Found
@@ -200,8 +223,8 @@ class Searched:
     before: Preflight
 
 
-def search(batch: Batch) -> Searched:
-    """Probe, step weights and gains over the first samples."""
+def search(batch: Batch, budgets: Sequence[float]) -> Searched:
+    """Probe, gains of layers and step weights over the first samples."""
     model, objective = batch.model, batch.objective
     samples = batch.samples[: PROBES + WEIGHTS]
     before = preflight(model, samples[0], objective)
@@ -214,56 +237,78 @@ def search(batch: Batch) -> Searched:
     records: list[ProbeRecord] = [r for p in probes for r in p.records]
     print("probed", flush=True)
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    made = Measured({}, {}, {})
+    even = Found(records, times, even_weights(buckets), methods, rules, fallback)
+    likely = finalists(even, budgets, 2, ())
+    made = Measured({}, {}, {}, {}, {})
     for bucket in buckets:
-        for name, method in methods.items():
-            recipe = one_bucket(bucket, name, method, rules, fallback)
-            made.firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
-            if name not in plain:
+        for name in {*plain, *likely}:
+            recipe = one_bucket(bucket, name, methods[name], rules, fallback)
+            if name in plain:
+                made.firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
+                made.ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            if name not in likely:
                 continue
-            made.ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
             for layer in range(model.config.layers):
                 alone = replace(recipe, rules=tuple(replace(r, layers=((layer, layer),)) for r in recipe.rules))
                 made.layers[bucket.number, layer, name] = batch.one_step(alone, bucket.first, slice(0, PROBES))
-    return searched_from((records, times, methods), buckets, made, before)
+    known = (records, times, methods)
+    for kind, found in starts(known, buckets, made).items():
+        for budget in budgets:
+            first = allocated(found, budget)
+            assert first is not None
+            parts = bucket_errors(found, first)
+            for bucket in buckets:
+                alone = within(first.recipe, bucket)
+                if alone is not None:
+                    made.firsts_of[kind, budget, bucket.number] = batch.of(alone, bucket.first)
+                    made.parts[kind, budget, bucket.number] = parts[bucket.number]
+    return searched_from(known, buckets, made, before)
 
 
-def searched_from(
-    known: tuple[list[ProbeRecord], Times, dict[str, MethodSpec]],
-    buckets: Sequence[Bucket],
-    made: Measured,
-    before: Preflight,
-) -> Searched:
-    """Step weights and gains from what was measured."""
+Known = tuple[list[ProbeRecord], Times, dict[str, MethodSpec]]
+
+
+def starts(known: Known, buckets: Sequence[Bucket], made: Measured) -> dict[str, Found]:
+    """What first allocations go by, all step ranges alike: the residual error counted by layer, the output's error."""
     records, times, methods = known
     rules, fallback = base_rules(records), Fallback(min_tokens=64)
+    own = {"residual": layered(records, buckets, made), "output": [replace(r, residual=r.output) for r in records]}
+    return {k: Found(v, times, even_weights(buckets), methods, rules, fallback) for k, v in own.items()}
+
+
+def layered(records: list[ProbeRecord], buckets: Sequence[Bucket], made: Measured) -> list[ProbeRecord]:
+    """The records counted by the gains of layers."""
     samples = sorted({r.sample for r in records})
-
-    def weighed(own: list[ProbeRecord]) -> Found:
-        runs = []
-        for (number, name), values in made.ends.items():
-            residual = residual_total(own, name, number)
-            runs += [StepWeight(number, name, end, fmean(made.firsts[number, name]), residual) for end in values]
-        return Found(own, times, fit_weights(buckets, runs), methods, rules, fallback)
-
-    def local(own: list[ProbeRecord], name: str, bucket: Bucket) -> float:
-        return fmean(summed(own, name, bucket.first, s) for s in samples)
-
     changed: dict[tuple[Group, int], list[float]] = {}
     errors: dict[tuple[Group, int], list[float]] = {}
     groups = layer_groups(records, 1 + max(r.layer for r in records))
     for (number, layer, name), values in made.layers.items():
-        place = groups[layer], number
-        own = [r for r in records if r.layer == layer]
-        changed.setdefault(place, []).append(fmean(values))
-        errors.setdefault(place, []).append(local(own, name, buckets[number]))
-    found = weighed(by_layer(records, layer_gains(changed, errors, len(buckets))))
-    bucket = buckets[len(buckets) // 2]
-    moved = {name: fmean(made.firsts[bucket.number, name]) for name in methods}
-    gained = gains(moved, {name: local(list(found.records), name, bucket) for name in methods})
-    output = weighed([replace(r, residual=r.output) for r in records])
-    level = replace(output, weights=replace(output.weights, weight=(1.0,) * len(buckets)))
-    return Searched(counted_by(found, gained), weighed(records), output, level, before)
+        own = [r for r in records if r.layer == layer and r.method == name]
+        local = fmean(summed(own, name, buckets[number].first, s) for s in samples)
+        changed.setdefault((groups[layer], number), []).append(fmean(values))
+        errors.setdefault((groups[layer], number), []).append(local)
+    return by_layer(records, layer_gains(changed, errors, len(buckets)))
+
+
+def searched_from(known: Known, buckets: Sequence[Bucket], made: Measured, before: Preflight) -> Searched:
+    """Step weights from what was measured: of first allocations, or of plain methods where nothing has gains."""
+    records, _, _ = known
+    begun = starts(known, buckets, made)
+
+    def weighed(kind: str) -> Found:
+        runs = []
+        for (own, budget, number), values in made.firsts_of.items():
+            if own == kind:
+                part = made.parts[own, budget, number]
+                runs += [StepWeight(number, f"first allocation, {budget:.0%}", v, part, part) for v in values]
+        return replace(begun[kind], weights=fit_weights(buckets, runs))
+
+    runs = []
+    for (number, name), values in made.ends.items():
+        residual = residual_total(records, name, number)
+        runs += [StepWeight(number, name, end, fmean(made.firsts[number, name]), residual) for end in values]
+    rough = replace(begun["residual"], records=records, weights=fit_weights(buckets, runs))
+    return Searched(weighed("residual"), rough, weighed("output"), begun["output"], before)
 
 
 def plain_rungs(found: Found, budget: float) -> list[Rung]:
@@ -305,10 +350,9 @@ def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
     known["output, no step weights"] = searched.level
     made = [(kind, allocated(f, budget)) for kind, f in known.items()]
     out = [(kind, replace(r, name=f"{r.name} ({kind})")) for kind, r in made if r is not None]
-    out += [("plain", r) for r in plain_rungs(found, budget)]
     presets = published(found, before.shape, before.levels)
     out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
-    return out
+    return out + [("plain", r) for r in plain_rungs(found, budget)]
 
 
 def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> None:
@@ -371,7 +415,7 @@ def main() -> None:
     with torch.no_grad():
         began = time.monotonic()
         if options.part == "search":
-            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]))
+            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]), options.budgets)
             write_recipes(searched, options.budgets, options.recipes)
         else:
             batch = Batch(model, objective, [*samples[:PROBES], *samples[PROBES + WEIGHTS :]])
@@ -392,7 +436,8 @@ def judge(batch: Batch, made: dict, rows: list[Row], emit: Callable[[list[Row]],
     for one in made["recipes"]:
         if (str(one["budget"]), one["kind"], one["name"]) in known:
             continue
-        errors = batch.of(Recipe.loads(json.dumps(one["recipe"])))
+        recipe = Recipe.loads(json.dumps(one["recipe"]))
+        errors = batch.of(recipe, batch.begins(recipe))
         head: Row = {n: one[n] for n in ("budget", "kind", "name", "visited")}
         new: list[Row] = []
         for number, (s, value, *anchors) in enumerate(zip(batch.samples, errors, floors, ceilings, strict=True)):

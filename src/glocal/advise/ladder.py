@@ -142,7 +142,7 @@ def refit(found: Found, known: Sequence[Rung], *, stiffness: float = 0.5, rounds
     """Step weights that predict the measured errors of `known` better: w_b f_b with log f_b small (Gauss-Newton on the
     logarithms of the errors). stiffness: how many measurements the wish for f = 1 counts as.
     """
-    parts = torch.tensor([_parts(found, r) for r in known], dtype=torch.float64)  # [rungs, buckets]
+    parts = torch.tensor([bucket_errors(found, r) for r in known], dtype=torch.float64)  # [rungs, buckets]
     wanted = torch.tensor([math.log(r.error or 1.0) for r in known], dtype=torch.float64)
     logs = torch.zeros(parts.shape[1], dtype=torch.float64)
     for _ in range(rounds):
@@ -159,7 +159,7 @@ def refit(found: Found, known: Sequence[Rung], *, stiffness: float = 0.5, rounds
     return replace(found.weights, weight=weight, step=step)
 
 
-def _parts(found: Found, rung: Rung) -> list[float]:
+def bucket_errors(found: Found, rung: Rung) -> list[float]:
     """What each bucket adds to the predicted error of a recipe: w_b times the root of its squared residual errors."""
     squares: dict[tuple[str, str, int, int, int, str], list[float]] = {}
     for r in found.records:

@@ -138,6 +138,25 @@ def one_bucket(bucket: Bucket, name: str, method: MethodSpec, rules: Sequence[Ru
     return Recipe("candidate", {name: method}, mine, fallback=fallback)
 
 
+def within(recipe: Recipe, bucket: Bucket) -> Recipe | None:
+    """The rules of a recipe in one bucket, everything else dense; None where it has none there."""
+    rules = []
+    for rule in recipe.rules:
+        if bucket.coordinate != "sigma" or rule.phase.coordinate != "sigma":
+            rules.append(replace(rule, phase=bucket.phase))
+            continue
+        low, high = max(rule.phase.low, bucket.low), min(rule.phase.high, bucket.high)
+        if low < high:
+            rules.append(replace(rule, phase=phase_of("sigma", low, high)))
+    return replace(recipe, rules=tuple(rules)) if rules else None
+
+
+def even_weights(buckets: Sequence[Bucket]) -> Weights:
+    """All step ranges alike: where a search begins."""
+    one = (1.0,) * len(buckets)
+    return Weights(tuple(buckets), one, one, one, (), ())
+
+
 def fit_weights(buckets: Sequence[Bucket], runs: Sequence[StepWeight]) -> Weights:
     """Weights from one-bucket runs; ValueError where those of a bucket changed nothing."""
     weight, step, gain, left_out = [], [], [], []
