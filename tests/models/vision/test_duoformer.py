@@ -22,6 +22,8 @@ SHAPE: dict[str, Any] = {"trunk": "resnet18", "dim": 16, "depth": 2, "heads": 2}
 
 class TestDuoFormer(BackboneTester):
     unused = ("fc_norm.weight", "fc_norm.bias")
+    # Attention without a norm makes rounding of convolutions larger, more so without AVX-512: 1.3e-4 was seen.
+    tolerance = 5e-4
 
     def make(self, **keywords: Any) -> DuoFormer:
         return DuoFormer(**SHAPE, **keywords)
