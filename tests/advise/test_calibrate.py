@@ -55,8 +55,10 @@ def test_errors_count_by_gains_and_weights_are_fitted_anew() -> None:
 
 
 def record(layer: int, bucket: int, residual: float, kind: str = "self") -> ProbeRecord:
-    numbers = {"mass": 1.0, "output": 0.5, "residual": residual, "high": residual, "kept": 0.5, "visited": 0.5}
-    return ProbeRecord(f"blocks.{layer}", layer, 0, bucket, bucket, "cond", "s", "m", **numbers, kind=kind)
+    return ProbeRecord(
+        f"blocks.{layer}", layer, 0, bucket, bucket, "cond", "s", "m", mass=1.0, output=0.5, residual=residual,
+        high=residual, kept=0.5, visited=0.5, kind=kind,
+    )  # fmt: skip
 
 
 def test_layers_stand_alone_or_in_groups_that_grow() -> None:
