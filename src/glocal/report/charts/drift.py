@@ -18,8 +18,9 @@ def ruler(drift: Estimate, worst: float | None, limit: float, width: float, heig
     x = Scale(low - 0.02 * (high - low), high, 4, width - 4)
     y = 16.0
     parts = [svg.line(x.start, y, x.stop, y, "axis")]
-    for value, words in ((0.0, "0 = kernel change"), (limit, f"limit {fixed(limit)}"), (2 * limit, "2 × limit")):
-        anchor = "start" if value == 0 and low == 0 else "middle"
+    near = x(limit) - x(0) < 60  # long drifts push the marks together: the last name goes, the other moves aside
+    for value, words in ((0.0, "0 = kernel change"), *_limits(x, limit)):
+        anchor = "start" if (value == 0 and low == 0) or (value and near) else "middle"
         parts.append(svg.line(x(value), y - 7, x(value), y + 7, "ref ref-limit" if value else "axis"))
         if value == 0 and x(limit) - x(0) < 130:
             words = "0"
@@ -38,6 +39,13 @@ def ruler(drift: Estimate, worst: float | None, limit: float, width: float, heig
     )
 
 
+def _limits(x: Scale, limit: float) -> list[tuple[float, str]]:
+    """Where the limits of the mean and of the worst stand, and their names; the second has none without room for it."""
+    first, second = f"limit {fixed(limit)}", "2 × limit"
+    room = x(2 * limit) - x(limit) > (svg.text_width(first) + svg.text_width(second)) / 2 + 6
+    return [(limit, first), (2 * limit, second if room else "")]
+
+
 def pairs(rows: Sequence[Pair], limit: float, width: float, height: float) -> str:
     """One row a pair, largest drift on top, with the limit of the mean and of the worst."""
     ranked = sorted(rows, key=lambda pair: -pair.drift)
@@ -47,7 +55,7 @@ def pairs(rows: Sequence[Pair], limit: float, width: float, height: float) -> st
     x = Scale(low, max(2.1 * limit, 1.05 * ranked[0].drift), left, right)
     pitch = (bottom - top) / len(ranked)
     parts = []
-    for value, words in ((limit, f"limit {fixed(limit)}"), (2 * limit, "2 × limit")):
+    for value, words in _limits(x, limit):
         parts.append(svg.line(x(value), top - 2, x(value), bottom, "ref ref-limit"))
         parts.append(svg.text(x(value), top - 7, words, "tick", "middle"))
     for value in x.ticks(4):
