@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.plan.blockplan import BlockLists
 
@@ -40,13 +41,12 @@ def halved(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
 def _once(
     plan: PlanTensors, kv_block: int, make: Callable[[PlanTensors, int], PlanTensors | None]
 ) -> PlanTensors | None:
-    fields = vars(plan).values()
-    mark = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in fields]
+    tensors = tuple(vars(plan).values())
     known = _KNOWN.get(plan.full_index)
-    if known is None or known[0] != mark:
+    if known is None or not known[0].still(tensors):
         if plan.owner.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        known = _KNOWN[plan.full_index] = (mark, make(plan, kv_block))
+        known = _KNOWN[plan.full_index] = (Seen.of(tensors), make(plan, kv_block))
     return known[1]
 
 

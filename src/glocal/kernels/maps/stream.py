@@ -44,10 +44,8 @@ def stream_kernel(
             found *= tl.load(weight + column, mask=real, other=0.0).to(tl.float32)
             found += tl.load(bias + column, mask=real, other=0.0).to(tl.float32)
         if factor is not None:
-            found *= 1.0 + tl.load(factor[0] + b * factor[1] + n * factor[2] + column, mask=real, other=0.0).to(
-                tl.float32
-            )
-            found += tl.load(shift[0] + b * shift[1] + n * shift[2] + column, mask=real, other=0.0).to(tl.float32)
+            found *= 1.0 + _of_row(factor, b, n, column, real)
+            found += _of_row(shift, b, n, column, real)
         tl.store(out + at, found.to(out.dtype.element_ty), mask=real)
 
 
