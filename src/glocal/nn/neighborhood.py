@@ -115,8 +115,7 @@ class _NeighborhoodAttention(nn.Module):
             backend = "windows"
         out = attention(q, k, v, self.pattern, canvas=canvas, score=score, backend=backend)
         out = out.transpose(1, 2).reshape(x.shape)  # [B, *map, dim]
-        for axis, length in enumerate(size):
-            out = out.narrow(axis + 1, 0, length)
+        out = out[(slice(None), *map(slice, size))]
         return self.proj_drop(self.proj(out))
 
     def macs(self, x: Tensor) -> int:

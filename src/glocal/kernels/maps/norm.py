@@ -17,10 +17,10 @@ _ENTRIES = 4096  # of the rows of a program
 
 @triton.jit
 def forward_kernel(
-    x, out, weight, bias, mean, rate, rows, eps,
+    x, out, weight, bias, kept, rows, eps,
     C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """x, out: [rows, C]; weight, bias: [C]; mean, rate: float32 [rows], written if KEEP."""
+    """x, out: [rows, C]; weight, bias: [C]; kept: float32 [2, rows], means and rates, written if KEEP."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDE)
     real = column < C
@@ -35,16 +35,19 @@ def forward_kernel(
     found = away * factor[:, None] * w[None, :] + b[None, :]
     tl.store(out + at, found.to(out.dtype.element_ty), mask=inside)
     if KEEP:
-        tl.store(mean + row, centre, mask=row < rows)
-        tl.store(rate + row, factor, mask=row < rows)
+        tl.store(kept + row, centre, mask=row < rows)
+        tl.store(kept + rows + row, factor, mask=row < rows)
 
 
 @triton.jit
 def backward_kernel(
-    grad, x, weight, mean, rate, grad_x, grad_w, grad_b, rows, tiles,
+    grad, x, weight, kept, grad_x, sums, rows, tiles,
     C: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """grad, x, grad_x: [rows, C]; grad_w, grad_b: float32 [programs, C], the sum over the tiles of each program."""
+    """grad, x, grad_x: [rows, C]; sums: float32 [2, programs, C], gradients of weight and bias over the tiles of each.
+
+    kept: as in `forward_kernel`.
+    """
     pid = tl.program_id(0)
     column = tl.arange(0, WIDE)
     real = column < C
@@ -57,8 +60,8 @@ def backward_kernel(
         at = row[:, None] * C + column[None, :]
         g = tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
         value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-        centre = tl.load(mean + row, mask=live, other=0.0)
-        factor = tl.load(rate + row, mask=live, other=0.0)
+        centre = tl.load(kept + row, mask=live, other=0.0)
+        factor = tl.load(kept + rows + row, mask=live, other=0.0)
         normal = tl.where(real[None, :], (value - centre[:, None]) * factor[:, None], 0.0)
         weighted = g * w[None, :]
         along, level = tl.sum(weighted * normal, 1) / C, tl.sum(weighted, 1) / C
@@ -67,8 +70,8 @@ def backward_kernel(
         sum_w += tl.sum(g * normal, 0)
         sum_b += tl.sum(g, 0)
     place = pid.to(tl.int64) * C + column
-    tl.store(grad_w + place, sum_w, mask=real)
-    tl.store(grad_b + place, sum_b, mask=real)
+    tl.store(sums + place, sum_w, mask=real)
+    tl.store(sums + tl.num_programs(0).to(tl.int64) * C + place, sum_b, mask=real)
 
 
 def _sizes(channels: int) -> dict[str, int]:
@@ -85,7 +88,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool = Fa
     kept = x.new_empty(2, rows if keep else 1, dtype=torch.float32)
     with torch.cuda.device_of(x):
         grid = (-(-rows // sizes["ROWS"]),)
-        start(forward_kernel, grid, x, out, weight, bias, kept[0], kept[1], rows, eps, KEEP=keep, **sizes)
+        start(forward_kernel, grid, x, out, weight, bias, kept, rows, eps, KEEP=keep, **sizes)
     return out, kept
 
 
@@ -113,20 +116,6 @@ class LayerNorm(torch.autograd.Function):
         grad_x = torch.empty_like(x)
         sums = x.new_empty(2, programs, channels, dtype=torch.float32)
         with torch.cuda.device_of(x):
-            start(
-                backward_kernel,
-                (programs,),
-                grad,
-                x,
-                weight,
-                kept[0],
-                kept[1],
-                grad_x,
-                sums[0],
-                sums[1],
-                rows,
-                tiles,
-                **sizes,
-            )
-        both = sums.sum(1).to(weight.dtype)
-        return grad_x, both[0], both[1], None
+            start(backward_kernel, (programs,), grad, x, weight, kept, grad_x, sums, rows, tiles, **sizes)
+        grad_weight, grad_bias = sums.sum(1).to(weight.dtype).unbind()
+        return grad_x, grad_weight, grad_bias, None

@@ -6,7 +6,6 @@ bottom and the right, as published code does; convolutions that reach over their
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from glocal.nn.blocks.layout import conv, pad_multiple, to_nhwc
@@ -75,8 +74,8 @@ class PatchMerge(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [B, H, W, dim] -> [B, ceil(H / 2), ceil(W / 2), out]."""
         x = pad_multiple(x, 2)
-        quads = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
-        quad = torch.cat(quads, -1)
+        quad = x.unflatten(2, (-1, 2)).unflatten(1, (-1, 2))  # [B, h, 2, w, 2, dim]
+        quad = quad.permute(0, 1, 3, 4, 2, 5).flatten(3)  # one copy, and one in backward
         return self.norm(self.reduction(quad)) if self.norm_last else self.reduction(self.norm(quad))
 
 
