@@ -41,9 +41,9 @@ from glocal.data.objects import COLOURS, Layouts
 from glocal.data.pictures import at_side, draw_pictures, paint
 from glocal.measure import WantedObject, agreement, find_objects
 from glocal.measure.stats import paired
+from glocal.models.built_in import WEIGHTS
 from glocal.models.generation import PictureModel, draw_picture_noise, load_picture_model, to_pictures
 from glocal.models.generation.picture_model import SIDE
-from glocal.models.generation.picture_weights import FOLDER
 from glocal.report.pictures import png_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -188,8 +188,8 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", help="these methods alone, beside naive")
     parser.add_argument("--backend", default="auto", help="of sparse attention; reference needs no compiler")
     parser.add_argument("--wait", action="store_true", help="for the files of the models to be written")
-    parser.add_argument("--weights", type=Path, default=FOLDER, help="folder of image_unet and image_dit")
-    parser.add_argument("--parts", type=Path, default=FOLDER, help="folder of trained parts")
+    parser.add_argument("--weights", type=Path, default=WEIGHTS, help="folder of image_unet and image_dit")
+    parser.add_argument("--parts", type=Path, default=WEIGHTS, help="folder of trained parts")
     parser.add_argument("--carry", type=Path, nargs="*", default=[], help="tables whose rows stay where none is new")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "highres.csv")
     parser.add_argument("--pictures", type=Path, default=ROOT / "results" / "highres")

@@ -24,12 +24,14 @@ class BackboneTester:
     """Base of backbone tests; subclasses give `make`, and `bad` if something is to be refused.
 
     sizes: image sizes (height, width), an odd and non-square one first. compiles: in one graph, and exports.
-    unused: endings of parameters without a gradient, each known and stated by the model. tolerance: of float32.
+    unused: endings of parameters without a gradient, each known and stated by the model. dtype, tolerance: of models
+    and images where one result is computed in two ways.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((45, 70), (64, 64))
     compiles = True
     unused: tuple[str, ...] = ()
+    dtype = torch.float32
     tolerance = 1e-4
 
     def make(self, **keywords: Any) -> VisionBackbone:
@@ -39,6 +41,10 @@ class BackboneTester:
     def bad(self) -> Sequence[Bad]:
         """Calls that must raise a ValueError, each with words of its message."""
         return []
+
+    def pair(self) -> tuple[VisionBackbone, Tensor]:
+        """A model and images of `dtype`."""
+        return self.model().to(self.dtype), self.image(self.sizes[0]).to(self.dtype)
 
     def model(self, **keywords: Any) -> VisionBackbone:
         """A model in evaluation mode with the same parameters every time."""
@@ -77,13 +83,12 @@ class BackboneTester:
         assert self.model(in_chans=1)(image).shape == (1, 5)
 
     def test_batches_of_none_and_one(self) -> None:
-        model = self.model()
-        images = self.image(self.sizes[0])
+        model, images = self.pair()
         assert model(images[:0]).shape == (0, 5)
         close(model(images[1:]), model(images)[1:], self.tolerance, "the second sample alone")
 
     def test_memory_format_does_not_matter(self) -> None:
-        model, images = self.model(), self.image(self.sizes[0])
+        model, images = self.pair()
         close(model(images.to(memory_format=torch.channels_last)), model(images), self.tolerance, "channels_last")
 
     def test_every_parameter_learns(self) -> None:
@@ -103,9 +108,9 @@ class BackboneTester:
     def test_checkpointing_changes_nothing(self) -> None:
         grads = []
         for on in (False, True):
-            model = self._without_chance()
+            model = self._without_chance().to(self.dtype)
             model.set_checkpointing(on)
-            model(self.image(self.sizes[0])).square().sum().backward()
+            model(self.image(self.sizes[0]).to(self.dtype)).square().sum().backward()
             grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
         close(grads[1], grads[0], self.tolerance, "gradients with checkpointing")
 
@@ -119,7 +124,7 @@ class BackboneTester:
         if not self.compiles:
             return
         torch._dynamo.reset()
-        model, images = self.model(), self.image(self.sizes[0])
+        model, images = self.pair()
         close(
             torch.compile(model, fullgraph=True, backend="aot_eager")(images), model(images), self.tolerance, "compiled"
         )
@@ -127,7 +132,7 @@ class BackboneTester:
     def test_exports(self) -> None:
         if not self.compiles:
             return
-        model, images = self.model(), self.image(self.sizes[0])
+        model, images = self.pair()
         close(torch.export.export(model, (images,)).module()(images), model(images), self.tolerance, "exported")
 
     def test_state_saves_and_loads(self) -> None:

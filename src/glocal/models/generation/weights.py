@@ -1,28 +1,24 @@
-"""Reads and writes the weights of the built-in video model: float16 safetensors, sizes in the file's metadata."""
+"""Reads and writes the weights of the built-in video model."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save
 
-from glocal._files import write_atomic
+from glocal.models import built_in
 from glocal.models.generation.video_dit import VideoDiT, VideoDiTConfig
 
-SHIPPED = Path(__file__).parent.parent / "weights" / "video_dit.safetensors"
+SHIPPED = built_in.WEIGHTS / "video_dit.safetensors"
 FORMAT = "glocal.video_dit/1"
 
 
 def save_weights(model: VideoDiT, path: Path, notes: dict[str, str] | None = None) -> None:
     """Write all parameters as float16, with the model's sizes and `notes`; a reader never meets half a file."""
     metadata = {"format": FORMAT, "config": json.dumps(asdict(model.config))}
-    metadata.update({} if notes is None else notes)
-    tensors = {name: value.detach().to("cpu", torch.float16).contiguous() for name, value in model.state_dict().items()}
-    write_atomic(path, save(tensors, metadata=metadata))
+    built_in.write(model, path, metadata | ({} if notes is None else notes))
 
 
 def load_weights(path: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoDiT:
@@ -30,22 +26,13 @@ def load_weights(path: Path, device: torch.device | str = "cpu", dtype: torch.dt
 
     Raises FileNotFoundError for a missing file, ValueError for a file of another format or with foreign sizes.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"weights {str(path)!r} do not exist; train them with bench/train_demo.py")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        found = None if metadata is None else metadata.get("format")
-        if metadata is None or found != FORMAT:
-            raise ValueError(f"weights {str(path)!r} have format {found!r}: need {FORMAT!r}")
-        state = {name: file.get_tensor(name).to(dtype) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    sizes = json.loads(metadata["config"])
-    known = {f.name for f in fields(VideoDiTConfig)}
-    if set(sizes) != known:
-        raise ValueError(f"weights {str(path)!r} have sizes {sorted(sizes)}: need {sorted(known)}")
-    sizes["fields"] = tuple((name, tuple(values)) for name, values in sizes["fields"])
-    model = VideoDiT(VideoDiTConfig(**sizes)).to(dtype)
-    model.load_state_dict(state, strict=True)
-    return model.to(device).eval()
+
+    def build(metadata: dict[str, str]) -> VideoDiT:
+        sizes = built_in.sizes(metadata, VideoDiTConfig, path)
+        sizes["fields"] = tuple((name, tuple(values)) for name, values in sizes["fields"])
+        return VideoDiT(VideoDiTConfig(**sizes))
+
+    return built_in.read(path, (FORMAT, "bench/train_demo.py"), build, device, dtype)
 
 
 def load_demo(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> VideoDiT:

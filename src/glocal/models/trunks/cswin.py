@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks._blocks import through
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone, doubled, per_stage
 from glocal.nn.blocks import DropPath, LayerNorm, Mlp, conv, drop_rates, init_linears, pad_multiple, to_nhwc
 from glocal.nn.stripe_attention import StripeBranch
 
@@ -65,8 +65,7 @@ class CSWinShape(VisionBackbone):
 
     def build(self, dim: int, depths: tuple[int, ...], ratios: tuple[float, ...], drop_path: float) -> None:
         """Add embedding, stages, norm and head. ratios: hidden over outer channels, one a stage."""
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.pyramid(doubled(dim, len(depths)))
         self.stage1_conv_embed = nn.ModuleDict({"0": nn.Conv2d(self.in_chans, dim, 7, 4, 2), "2": LayerNorm(dim)})
         for i, rates in enumerate(drop_rates(drop_path, depths)):
             width = self.channels[i]
@@ -74,11 +73,7 @@ class CSWinShape(VisionBackbone):
             self.add_module(f"stage{i + 1}", nn.ModuleList(blocks))
             if i + 1 < len(depths):
                 self.add_module(f"merge{i + 1}", ConvMerge(width, 2 * width))
-        if self.features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
+        self.add_end()
         init_linears(self)
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -39,7 +39,7 @@ class PVTShape(VisionBackbone):
         """Add embeddings, positions, blocks and head. ratios: hidden over outer channels, one a stage. token: a class
         token in the last stage.
         """
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims)
         self.sides = tuple(img_size // stride for stride in self.strides)
         self.cls_token: nn.Parameter | None = None
         if token:

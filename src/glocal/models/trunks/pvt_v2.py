@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks._blocks import through
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone
 from glocal.nn.blocks import ConvMlp, DropPath, LayerNorm, PatchEmbed, drop_rates, init_linears, to_nchw
 from glocal.nn.mixer import mixer
 from glocal.nn.spatial_reduction import SpatialReductionAttention
@@ -64,10 +64,7 @@ class PVTv2(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        named = {"depths": depths, "heads": heads, "reductions": spec.reductions, "ratios": spec.ratios}
-        for name, values in named.items():
-            per_stage(name, values, len(dims), "PVTv2")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, depths=depths, heads=heads, reductions=spec.reductions, ratios=spec.ratios)
         widths = pairwise((in_chans, *dims))
         for i, (rates, (before, dim)) in enumerate(zip(drop_rates(drop_path, depths), widths, strict=True)):
             attns = [_attention(dim, heads[i], spec, i, j) for j in range(depths[i])]

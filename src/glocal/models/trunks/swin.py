@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks._blocks import Block, Level, NormLastBlock, through
-from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage, renamed
-from glocal.nn.blocks import LayerNorm, PatchEmbed, PatchMerge, drop_rates, init_linears
+from glocal.models.vision.base import TableLayout, VisionBackbone, doubled, per_stage, renamed
+from glocal.nn.blocks import PatchEmbed, PatchMerge, drop_rates, init_linears
 from glocal.nn.window_attention import WindowAttention
 
 
@@ -29,8 +29,7 @@ class SwinShape(VisionBackbone):
 
     def build(self, dim: int, depths: tuple[int, ...], ratios: tuple[float, ...], drop_path: float) -> None:
         """Add embedding, levels, norms and head. ratios: hidden over outer channels, one a level."""
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.pyramid(doubled(dim, len(depths)))
         self.patch_embed = PatchEmbed(self.in_chans, dim)
         self.layers = nn.ModuleList()
         for i, rates in enumerate(drop_rates(drop_path, depths)):
@@ -39,11 +38,7 @@ class SwinShape(VisionBackbone):
             blocks = [kind(width, self.attention(i, j), ratios[i], rate) for j, rate in enumerate(rates)]
             merge = PatchMerge(width, 2 * width, self.norm_last) if i + 1 < len(depths) else None
             self.layers.append(Level(blocks, merge))
-        if self.features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
+        self.add_end()
         init_linears(self)
 
     def maps(self, image: Tensor) -> list[Tensor]:

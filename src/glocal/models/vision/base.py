@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from glocal.nn.blocks import (
-    LayerNorm,
-    to_nchw,
-)
+from glocal.nn.blocks import LayerNorm, to_nchw
 from glocal.nn.blocks.relative import Resize
 
 TableLayout = Literal["heads_first", "flat"]  # [heads, 2h-1, 2w-1], or Swin's [(2h-1)(2w-1), heads]
@@ -43,6 +40,7 @@ class VisionBackbone(nn.Module, ABC):
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     head: nn.Module
+    norm: nn.Module
 
     def __init__(self, num_classes: int, in_chans: int, features_only: bool) -> None:
         super().__init__()
@@ -101,10 +99,22 @@ class VisionBackbone(nn.Module, ABC):
         """Rename the keys of another published layout (timm, transformers) to the authors'; others pass unchanged."""
         return dict(state)
 
-    def add_level_norms(self) -> None:
-        """LayerNorms `norm0`, `norm1`, ... of published dense-prediction classes."""
-        for i, channels in enumerate(self.channels):
-            self.add_module(f"norm{i}", LayerNorm(channels))
+    def pyramid(self, dims: Sequence[int], **per_level: tuple[Any, ...]) -> None:
+        """Set `channels` to `dims` and `strides` to 4, 8, 16, ...; values of `per_level` need one entry a level."""
+        for name, values in per_level.items():
+            per_stage(name, values, len(dims), type(self).__name__)
+        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+
+    def add_end(self, norm: str = "norm") -> None:
+        """LayerNorm `norm` and the classifier; with `features_only` LayerNorms `norm0`, `norm1`, ... of the levels, as
+        in published dense-prediction classes.
+        """
+        if self.features_only:
+            for i, channels in enumerate(self.channels):
+                self.add_module(f"norm{i}", LayerNorm(channels))
+        else:
+            self.add_module(norm, LayerNorm(self.channels[-1]))
+            self.head = self.make_head(self.channels[-1])
 
     def make_head(self, dim: int) -> nn.Module:
         """The linear classifier, or the identity for 0 classes."""
@@ -136,6 +146,11 @@ def renamed(state: Mapping[str, Tensor], rules: Rules) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         out[name] = value
     return out
+
+
+def doubled(dim: int, levels: int) -> tuple[int, ...]:
+    """Channels of so many levels, `dim` in the first and twice as many in every next one."""
+    return tuple(dim * 2**i for i in range(levels))
 
 
 def per_stage(name: str, values: tuple[Any, ...], stages: int, model: str) -> tuple[Any, ...]:

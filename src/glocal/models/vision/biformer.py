@@ -128,9 +128,7 @@ class _Routed(VisionBackbone):
     ) -> list[list[Block]]:
         """Check the settings, set strides and the head, and make the blocks of every stage."""
         name = type(self).__name__
-        per_stage("depths", depths, len(dims), name)
-        per_stage("tops", tops, len(dims), name)
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, depths=depths, tops=tops)
         ratios = spec.mlp_ratio if isinstance(spec.mlp_ratio, tuple) else (spec.mlp_ratio,) * len(dims)
         per_stage("mlp_ratio", ratios, len(dims), name)
         routing = spec.routing if isinstance(spec.routing, tuple) else (spec.routing,) * len(dims)

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage, renamed
+from glocal.models.vision.base import VisionBackbone, renamed
 from glocal.nn.blocks import (
     ConvPosition,
     DropPath,
@@ -85,6 +85,8 @@ class DaViT(VisionBackbone):
     channel attention. overlapped: mergings by 3 x 3 convolutions instead of 2 x 2. drop_path: rate of the last block.
     """
 
+    norms: nn.Module
+
     def __init__(
         self,
         dims: tuple[int, ...] = (96, 192, 384, 768),
@@ -99,9 +101,7 @@ class DaViT(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        per_stage("depths", depths, len(dims), "DaViT")
-        per_stage("heads", heads, len(dims), "DaViT")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, depths=depths, heads=heads)
         merges = [NormConvMerge(a, b, overlapped) for a, b in pairwise(dims)]
         self.patch_embeds = nn.ModuleList([PatchEmbed(in_chans, dims[0], patch=4, kernel=7), *merges])
         self.main_blocks = nn.ModuleList()
@@ -111,11 +111,7 @@ class DaViT(VisionBackbone):
             blocks = [Block(dim, _attention(dim, n, spec, j), spec, rate) for j, rate in enumerate(rates)]
             rounds = [nn.ModuleList(blocks[j : j + len(spec.types)]) for j in range(0, len(blocks), len(spec.types))]
             self.main_blocks.append(nn.ModuleList(rounds))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norms = LayerNorm(dims[-1])
-            self.head = self.make_head(dims[-1])
+        self.add_end("norms")
         init_linears(self)
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
+from glocal.models.vision.base import TableLayout, VisionBackbone, doubled, per_stage
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
@@ -122,11 +122,7 @@ class _Neighborhood(VisionBackbone):
             blocks = [Block(dim, heads[i], spec, j, dilations[i][j], rate) for j, rate in enumerate(rates)]
             levels.append(Level(blocks, merge(dim, 2 * dim) if i < last else None))
         self.add_module(self.parts, nn.ModuleList(levels))
-        if self.features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
+        self.add_end()
         init_linears(self)
 
     def maps_of(self, x: Tensor) -> list[Tensor]:
@@ -172,8 +168,7 @@ class NAT(_Neighborhood):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.pyramid(doubled(dim, len(depths)))
         self.patch_embed = StridedConvEmbed(in_chans, dim)
         self.pos_drop = nn.Dropout(spec.drop)
         self.build(depths, heads, dilations, drop_path, spec, StridedConvMerge)
@@ -202,8 +197,7 @@ class DiNATs(_Neighborhood):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        self.channels = tuple(dim * 2**i for i in range(len(depths)))
-        self.strides = tuple(4 * 2**i for i in range(len(depths)))
+        self.pyramid(doubled(dim, len(depths)))
         self.patch_embed = PatchEmbed(in_chans, dim)
         self.pos_drop = nn.Dropout(spec.drop)
         self.build(depths, heads, dilations, drop_path, spec, PatchMerge)

@@ -15,7 +15,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import Rules, TableLayout, VisionBackbone, per_stage, renamed
+from glocal.models.vision.base import Rules, TableLayout, VisionBackbone, doubled, per_stage, renamed
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
@@ -139,7 +139,7 @@ class GCViT(VisionBackbone):
         count = len(depths)
         heads, windows = (per_stage(n, v, count, "GCViT") for n, v in (("heads", heads), ("windows", windows)))
         pools = per_stage("pools", _pools(windows) if spec.pools is None else spec.pools, count, "GCViT")
-        self.channels, self.strides = tuple(dim * 2**i for i in range(count)), tuple(4 * 2**i for i in range(count))
+        self.pyramid(doubled(dim, count))
         self.patch_embed = Stem(in_chans, dim)
         self.pos_drop = nn.Dropout(spec.drop)
         self.levels = nn.ModuleList()
@@ -149,11 +149,7 @@ class GCViT(VisionBackbone):
             blocks = [Block(width, attn, spec, rate) for attn, rate in zip(attns, rates, strict=True)]
             queries = None if spec.mixer is not None else GlobalQueries(width, heads[i], windows[i], pools[i])
             self.levels.append(Level(blocks, queries, Downsample(width, 2 * width) if i < count - 1 else None))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(self.channels[-1])
-            self.head = self.make_head(self.channels[-1])
+        self.add_end()
         init_linears(self)
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ from math import sqrt
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone, doubled, per_stage
 from glocal.nn.blocks import (
     ConvMlp,
     DepthwiseConv,
@@ -95,7 +95,7 @@ class LITv2(VisionBackbone):
         super().__init__(num_classes, in_chans, features_only)
         count = len(depths)
         heads, windows = (per_stage(n, v, count, "LITv2") for n, v in (("heads", heads), ("windows", spec.windows)))
-        self.channels, self.strides = tuple(dim * 2**i for i in range(count)), tuple(4 * 2**i for i in range(count))
+        self.pyramid(doubled(dim, count))
         self.patch_embed = PatchEmbed(in_chans, dim)
         self.pos_drop = nn.Dropout(spec.drop)
         levels = []

@@ -13,7 +13,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone
 from glocal.nn.blocks import (
     ConvPosition,
     DropPath,
@@ -140,20 +140,14 @@ class L2ViT(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        per_stage("depths", depths, len(dims), "L2ViT")
-        per_stage("heads", heads, len(dims), "L2ViT")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, depths=depths, heads=heads)
         merges = [NormConvMerge(a, b) for a, b in pairwise(dims)]
         self.downsample_layers = nn.ModuleList([Stem(in_chans, dims[0]), *merges])
         self.stages = nn.ModuleList()
         for dim, n, rates in zip(dims, heads, drop_rates(drop_path, depths), strict=True):
             blocks = [_block(dim, n, j, spec, rate) for j, rate in enumerate(rates)]
             self.stages.append(nn.Sequential(*blocks))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(dims[-1])
-            self.head = self.make_head(dims[-1])
+        self.add_end()
         self.apply(_start)
 
     def maps(self, image: Tensor) -> list[Tensor]:

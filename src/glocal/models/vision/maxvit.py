@@ -13,7 +13,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import TableLayout, VisionBackbone, per_stage
+from glocal.models.vision.base import TableLayout, VisionBackbone
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
@@ -135,8 +135,7 @@ class MaxViT(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        per_stage("depths", depths, len(dims), "MaxViT")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, depths=depths)
         self.stem = Stem(in_chans, stem)
         total = sum(depths)
         width, stages = stem[1], []

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone
 from glocal.nn.blocks import (
     ConvPosition,
     DropPath,
@@ -68,11 +68,10 @@ class PlainBackbone(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        per_stage("depths", depths, len(dims), "PlainBackbone")
+        self.pyramid(dims, depths=depths)
         odd = [dim for dim in dims if dim % head_dim]
         if odd:
             raise ValueError(f"PlainBackbone: head_dim={head_dim} must divide dims={tuple(dims)}; it misses {odd}.")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
         self.embed = StridedConvEmbed(in_chans, dims[0])
         self.merges = nn.ModuleList([StridedConvMerge(a, b) for a, b in pairwise(dims)])
         self.stages = nn.ModuleList()
@@ -83,11 +82,7 @@ class PlainBackbone(VisionBackbone):
                 for j, rate in enumerate(rates)
             ]
             self.stages.append(nn.ModuleList(blocks))
-        if features_only:
-            self.add_level_norms()
-        else:
-            self.norm = LayerNorm(dims[-1])
-            self.head = self.make_head(dims[-1])
+        self.add_end()
         init_linears(self)
 
     def maps(self, image: Tensor) -> list[Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, laid_out, per_stage
+from glocal.models.vision.base import VisionBackbone, laid_out
 from glocal.nn.blocks import (
     ConvMlp,
     DropPath,
@@ -131,15 +131,13 @@ class SGFormer(VisionBackbone):
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        for name, values in (("depths", depths), ("heads", heads), ("reductions", reductions)):
-            per_stage(name, values, len(dims), "SGFormer")
+        self.pyramid(dims, depths=depths, heads=heads, reductions=reductions)
         odd = [i for i, (depth, r) in enumerate(zip(depths, reductions, strict=True)) if r > 1 and depth % 2]
         if odd and spec.mixer is None:
             raise ValueError(
                 f"SGFormer: depths={tuple(depths)} must be even where a reduction is above 1, blocks work in pairs; "
                 f"stage {odd[0]} could have {depths[odd[0]] + 1}."
             )
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
         side = ceil(size / 4)
         self.pos_embed = nn.Parameter(torch.empty(1, side**2, dims[0]))
         with torch.no_grad():

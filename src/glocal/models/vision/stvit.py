@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.models.registry import Variant, register_model
-from glocal.models.vision.base import VisionBackbone, per_stage
+from glocal.models.vision.base import VisionBackbone
 from glocal.nn.blocks import (
     DropPath,
     LayerNorm,
@@ -145,9 +145,7 @@ class STViT(VisionBackbone):
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
         settings = {"depths": depths, "heads": heads, "cells": cells, "iterations": iterations}
-        for name, values in {**settings, "layer_scales": layer_scales}.items():
-            per_stage(name, values, len(dims), "STViT")
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(len(dims)))
+        self.pyramid(dims, **settings, layer_scales=layer_scales)
         widths = (in_chans, dims[0] // 2, dims[0] // 2, dims[0], dims[0])
         steps = [
             (nn.Conv2d(a, b, 3, 2 - i % 2, 1), nn.GELU(), nn.BatchNorm2d(b))
