@@ -1,6 +1,9 @@
-"""Errors whose message is written for the person at the keyboard."""
+"""Errors whose message is written for the person at the keyboard, and the words that several of them share."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class GlocalError(Exception):
@@ -9,3 +12,15 @@ class GlocalError(Exception):
 
 class CheckFailed(GlocalError):
     """Everything ran, and the answer is no: a parity case missed its tolerance, a limit was not kept."""
+
+
+def nearest(word: str, legal: Iterable[str]) -> str:
+    """The one of `legal` (at least one) that is spelt most like `word`."""
+    return get_close_matches(word, list(legal), n=1, cutoff=0.0)[0]
+
+
+def check_choice(name: str, value: str, legal: Iterable[str]) -> None:
+    """Raise ValueError, with the nearest, unless `value` is one of `legal`."""
+    words = list(legal)
+    if value not in words:
+        raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(words)}; nearest: {nearest(value, words)}")

@@ -80,6 +80,20 @@ def test_refusals() -> None:
         made("radail", {})
     with pytest.raises(ValueError, match="radial: decai is unknown; legal: decay, .*; nearest: decay"):
         made("radial", {"decai": 1})
+    for system, wrong, legal in (
+        ("gna", {"window": 3}, "gna: window=3; legal: a list of whole numbers"),
+        ("gna", {"window": "abc"}, "gna: window='abc'; legal: a list of whole numbers"),
+        (
+            "gna",
+            {"window": (1, 3, 3), "stride": 0.5},
+            "gna: stride=0.5; legal: a list of whole numbers or a whole number",
+        ),
+        ("radial", {"decay": "fast"}, "radial: decay='fast'; legal: a number"),
+        ("radial", {"sink": 1}, "radial: sink=1; legal: true or false"),
+        ("rectified_spaattn", {"curve": "hilbert"}, "rectified_spaattn: curve='hilbert'; legal: gilbert, raster"),
+    ):
+        with pytest.raises(ValueError, match=legal):
+            made(system, wrong)
     with pytest.raises(ValueError, match="tile_windows: window must be given; settings: tile, window"):
         made("tile_windows", {"tile": [2, 2]})
     with pytest.raises(ValueError, match="tile_windows: preset='wan' is unknown; legal: none is published"):

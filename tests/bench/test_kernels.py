@@ -54,9 +54,9 @@ def test_a_wrong_contender_gets_no_time(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_names_are_checked() -> None:
-    with pytest.raises(ValueError, match="suite 'kernel' is unknown; legal: kernels, .*; nearest: kernels"):
+    with pytest.raises(ValueError, match="suite='kernel' is unknown; legal: kernels, .*; nearest: kernels"):
         suites.suite("kernel")
-    with pytest.raises(ValueError, match="case 'windw' is unknown; legal: window; nearest: window"):
+    with pytest.raises(ValueError, match="case='windw' is unknown; legal: window; nearest: window"):
         kernels.run(Options("cpu", ("windw",)))
     with pytest.raises(ValueError, match="planning is timed on CUDA"):
         suites.suite("planning").run(Options("cpu"))

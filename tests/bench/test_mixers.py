@@ -112,9 +112,9 @@ def test_the_suite(mine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_bad_settings_are_refused_in_words() -> None:
-    with pytest.raises(ValueError, match="task='depth'; legal: classification, segmentation"):
+    with pytest.raises(ValueError, match="task='depth' is unknown; legal: classification, segmentation"):
         task_of("depth")
-    with pytest.raises(ValueError, match="match='cost'; legal: none, params, flops, latency"):
+    with pytest.raises(ValueError, match="match='cost' is unknown; legal: none, params, flops, latency"):
         spec(match="cost")
     with pytest.raises(ValueError, match="steps=None needs a budget"):
         spec(steps=None)

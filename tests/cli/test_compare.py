@@ -94,7 +94,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--canvas", "4xx8"), "--canvas '4xx8': expected positive integers joined by x"),
         ((*SMALL, "--patterns", "window"), "pattern 'window' is none of those for a canvas of 3 axes"),
         ((*SMALL, "--keep", "1.5"), "keep=1.5; legal: above 0 and at most 1"),
-        ((*SMALL, "--dtype", "int8"), "dtype='int8'; legal: float32, float16, bfloat16; nearest: float32"),
+        ((*SMALL, "--dtype", "int8"), "dtype='int8' is unknown; legal: float32, float16, bfloat16; nearest: float"),
         ((*SMALL, "--device", "tpu"), "--device 'tpu' is not here; legal: cpu"),
         ((*SMALL, "--rounds", "1"), "rounds=1; legal: at least 2"),
         ((*SMALL, "--heads", "0"), "heads=0; legal: at least 1"),

@@ -153,7 +153,10 @@ def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("demo", "--recipe", "none.json"), "recipe 'none.json' does not exist"),
-        (("demos",), "MODEL 'demos'; legal: demo, demo-image, demo-image-unet, demo-language, package.module:factory"),
+        (
+            ("demos",),
+            "MODEL 'demos' is unknown; legal: demo, demo-image, demo-image-unet, demo-language, package",
+        ),
         (("nowhere:make",), "MODEL 'nowhere:make': No module named 'nowhere'"),
         (("toys:nothing",), "MODEL 'toys:nothing': "),
         (("toys:number",), "MODEL 'toys:number' is a int; legal: a function"),
@@ -161,9 +164,9 @@ def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
         (("demo", "-c", "shape"), "--condition 'shape': expected K=V"),
         (
             ("demo", "-c", "shape=disk"),
-            "--condition shape=disk: unknown value 'disk'; legal: disc, square; nearest: disc",
+            "--condition shape=disk: value='disk' is unknown; legal: disc, square; nearest: disc",
         ),
-        (("demo", "-c", "shap=disc"), "--condition shap=disc: unknown field 'shap'; legal: shape; nearest: shape"),
+        (("demo", "-c", "shap=disc"), "--condition shap=disc: field='shap' is unknown; legal: shape; nearest: shape"),
         (("demo", "--device", "tpu"), "--device 'tpu' is not here"),
     ],
 )
@@ -207,6 +210,8 @@ def test_a_method_in_place_of_a_recipe(tmp_path: Path) -> None:
         (("--recipe", "x.json", "--set", "a=1"), "--set a=1: goes with --method"),
         (("--method", "gna", "--set", "window"), "expected K=V, such as decay=0.2"),
         (("--method", "gma", "--set", "window=[1,2,2]"), "nearest: gna"),
+        (("--method", "radial", "--set", "decay"), "--set 'decay': expected K=V, such as decay=0.2 or window=3,3,3"),
+        (("--method", "gna", "--set", "window=3,3"), "gna: window=(3, 3) has 2 entries"),
         (("--method", "radial", "--set", "decai=1"), "radial: decai is unknown"),
     ],
 )
@@ -221,7 +226,7 @@ def test_a_picture_from_a_caption(tmp_path: Path) -> None:
     code, _, _ = run(*words, "-o", str(tmp_path / "out"))
     assert code == 0 and (tmp_path / "out" / "frames.png").read_bytes().startswith(b"\x89PNG")
     code, _, err = run(*words, "-c", "captoin=a ring")
-    assert code == 2 and "unknown field 'captoin'; legal: caption, size; nearest: caption" in err
+    assert code == 2 and "field='captoin' is unknown; legal: caption, size; nearest: caption" in err
     code, _, err = run(*words, "-c", "caption=a red dics")
     assert code == 2 and "word 'dics' is unknown" in err and "nearest: 'disc'" in err
 

@@ -110,7 +110,7 @@ def test_list_filters() -> None:
 def test_list_refuses_a_kind_that_is_none() -> None:
     code, out, err = run("list", "--global", "mean")
     assert (code, out) == (2, "")
-    assert err.startswith("error: --global 'mean' is no global; legal: dense, dilated, ")
+    assert err.startswith("error: --global='mean' is unknown; legal: dense, dilated, ")
 
 
 def test_show() -> None:

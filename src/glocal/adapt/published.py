@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
-from difflib import get_close_matches
 from importlib import import_module
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from glocal._errors import nearest
 from glocal.adapt.attach import Method
 from glocal.adapt.presets import Preset
 
@@ -62,7 +63,7 @@ def kinds() -> tuple[str, ...]:
 def kind(system: str) -> Kind:
     """One system; ValueError names the nearest."""
     if system not in _KINDS:
-        near = get_close_matches(system, _KINDS, n=1, cutoff=0.0)[0]
+        near = nearest(system, _KINDS)
         raise ValueError(f"system={system!r} is no method of settings; legal: {', '.join(_KINDS)}; nearest: {near}.")
     module = import_module(f"glocal.adapt.{system}")
     settings, method = (getattr(module, name) for name in _KINDS[system])
@@ -88,19 +89,21 @@ def made(system: str, settings: Mapping[str, Any]) -> Method:
 
     ``made("tile_windows", {"tile": [4, 8, 8], "window": [3, 3, 3]})``; for `gna` window, stride and dilation stand
     beside the other settings. ``preset`` names published settings, of which the others given change single ones;
-    `hidiffusion` needs one. Raises ValueError for an unknown or a missing setting.
+    `hidiffusion` needs one. Raises ValueError for an unknown or a missing setting, and for a value of another kind.
     """
     one = kind(system)
-    values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+    values = dict(settings)
     preset = values.pop("preset", None)
     if system == "gna" and "window" in values:
         window = import_module("glocal.adapt.gna").Window
-        values["window"] = window(**{n: values.pop(n) for n in ("window", "stride", "dilation") if n in values})
+        parts = {n: values.pop(n) for n in ("window", "stride", "dilation") if n in values}
+        values["window"] = window(**_typed(system, parts, window))
     legal = [*one.plain, *(["preset"] if one.presets else [])]
     unknown = [name for name in values if name not in one.plain]
     if unknown:
-        near = get_close_matches(unknown[0], legal, n=1, cutoff=0.0)[0]
+        near = nearest(unknown[0], legal)
         raise ValueError(f"{system}: {unknown[0]} is unknown; legal: {', '.join(legal)}; nearest: {near}.")
+    values = _typed(system, values, one.settings)
     if preset is not None:
         if preset not in one.presets:
             names = ", ".join(one.presets) if one.presets else "none is published"
@@ -113,3 +116,39 @@ def made(system: str, settings: Mapping[str, Any]) -> Method:
         words = ", ".join(name for name in missing if name in one.plain) if set(missing) & set(one.plain) else "preset"
         raise ValueError(f"{system}: {words} must be given; settings: {', '.join(legal)}{hint}.")
     return one.method(one.settings(**values))
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a word", type(None): "none"}
+
+
+def _typed(system: str, values: Mapping[str, Any], record: type) -> dict[str, Any]:
+    """Plain values as the fields of `record` want them; ValueError for a value of another kind."""
+    hints = get_type_hints(record)
+    found = {}
+    for name, value in values.items():
+        options = get_args(hints[name]) if get_origin(hints[name]) in (Union, UnionType) else (hints[name],)
+        fit = [kind for kind in options if _fits(value, kind)]
+        if not fit:
+            raise ValueError(f"{system}: {name}={value!r}; legal: {' or '.join(map(_words, options))}.")
+        make = get_origin(fit[0])
+        found[name] = make(value) if make in (tuple, frozenset) else value
+    return found
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = get_origin(kind)
+    if origin is Literal:
+        return value in get_args(kind)
+    if origin in (tuple, frozenset):
+        return isinstance(value, (list, tuple, frozenset)) and all(type(entry) is int for entry in value)
+    if kind in _WORDS:  # True is no number here, 1 is one
+        return type(value) is kind or (kind is float and type(value) is int)
+    return isinstance(value, kind if origin is None else origin)
+
+
+def _words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return ", ".join(map(str, get_args(kind)))
+    if get_origin(kind) in (tuple, frozenset):
+        return "a list of whole numbers"
+    return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from glocal._errors import CheckFailed
+from glocal._errors import CheckFailed, check_choice
 from glocal._progress import NoProgress, Progress
 from glocal.bench.calibrate import TOLERANCE
 from glocal.bench.contenders import Contender, contenders
@@ -52,8 +52,7 @@ class CompareSpec:
         for name, least in (("heads", 1), ("head_dim", 1), ("rounds", 2), ("check_rows", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r}; legal: at least {least}; nearest: {least}.")
-        if self.dtype not in TOLERANCE:
-            raise ValueError(f"dtype={self.dtype!r}; legal: {', '.join(TOLERANCE)}; nearest: float32.")
+        check_choice("dtype", self.dtype, TOLERANCE)
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import product
 from math import log, prod
 
+from glocal._errors import nearest
 from glocal.patterns import (
     Axial,
     Causal,
@@ -50,10 +50,9 @@ def contenders(
         return list(found.values())
     for name in names:
         if name not in found:
-            near = get_close_matches(name, found, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"pattern {name!r} is none of those for a canvas of {len(shape)} axes: {', '.join(found)}; "
-                f"nearest: {near}."
+                f"pattern {name!r} is none of those for a canvas of {len(shape)} axes: {'; '.join(found)}; "
+                f"nearest: {nearest(name, found)}."
             )
     return [found[name] for name in dict.fromkeys(names)]
 

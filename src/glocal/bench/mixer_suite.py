@@ -16,6 +16,7 @@ import torch
 
 from glocal.bench.mixers import ENTRIES, Entry, Frame, MixerSpec, Task, compared, mixers, task_of
 from glocal.bench.suites import Options
+from glocal.nn.mixer import builder_of
 from glocal.report.charts.scatter import Dot, scatter
 
 WORDS = "mixers: token mixers in one backbone, equal parameters, data and updates"
@@ -33,8 +34,11 @@ def run(options: Options) -> list[tuple[Any, ...]]:
     """Train every mixer of `options.cases` (None: the eleven) with every seed; rows of COLUMNS."""
     device = options.device
     spec = replace(SPEC, device=device, precision="no" if device == "cpu" else "bf16")
+    names = ENTRIES if options.cases is None else options.cases
+    for name in names:
+        builder_of(name)  # a misspelt one is told before the scenes are made
     task = task_of("classification", size=SIZE, device=device, counts=COUNTS)
-    found = mixers(ENTRIES if options.cases is None else options.cases, task, spec, FOLDER, options.progress)
+    found = mixers(names, task, spec, FOLDER, options.progress)
     rows = table(found, task, spec)
     options.emit(rows)
     return rows

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from glocal._errors import check_choice
 from glocal._files import write_atomic
 from glocal._progress import NoProgress, Progress
 from glocal.data.labelled import ImageFolder, Labelled, Stored, scene_masks, scene_relations
@@ -67,8 +68,7 @@ class MixerSpec:
     frame: Frame = Frame()
 
     def __post_init__(self) -> None:
-        if self.match not in ("none", "params", "flops", "latency"):
-            raise ValueError(f"match={self.match!r}; legal: none, params, flops, latency.")
+        check_choice("match", self.match, ("none", "params", "flops", "latency"))
         if self.steps is None and self.budget is None:
             raise ValueError("steps=None needs a budget in seconds.")
         if self.seeds < 1:
@@ -130,8 +130,7 @@ def task_of(
 
     counts: scenes to train and to test on.
     """
-    if kind not in ("classification", "segmentation"):
-        raise ValueError(f"task={kind!r}; legal: classification, segmentation.")
+    check_choice("task", kind, ("classification", "segmentation"))
     dense = kind == "segmentation"
     side = size if size is not None else 512 if dense else 112
     if data is not None:

@@ -6,11 +6,11 @@ import csv
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from glocal._errors import check_choice
 from glocal._progress import NoProgress, Progress
 
 SUITES: dict[str, str] = {
@@ -38,9 +38,7 @@ class Options:
 
 def suite(name: str) -> ModuleType:
     """The module of a suite; ValueError with the nearest name."""
-    if name not in SUITES:
-        near = get_close_matches(name, SUITES, n=1, cutoff=0.0)
-        raise ValueError(f"suite {name!r} is unknown; legal: {', '.join(SUITES)}; nearest: {near[0]}")
+    check_choice("suite", name, SUITES)
     return import_module(SUITES[name])
 
 
@@ -49,9 +47,7 @@ def chosen(names: Sequence[str], wanted: tuple[str, ...] | None) -> list[str]:
     if wanted is None:
         return list(names)
     for name in wanted:
-        if name not in names:
-            near = get_close_matches(name, names, n=1, cutoff=0.0)
-            raise ValueError(f"case {name!r} is unknown; legal: {', '.join(names)}; nearest: {near[0]}")
+        check_choice("case", name, names)
     return [name for name in names if name in wanted]
 
 

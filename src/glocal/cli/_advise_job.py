@@ -12,8 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from glocal._errors import check_choice
 from glocal._files import atomic_dir
-from glocal.cli._common import extents, plain, print_fields, print_json, print_table, progress
+from glocal.cli._common import check_folder, extents, plain, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts
 from glocal.cli._models import STEPS, load_subject
 
@@ -110,8 +111,7 @@ def options_of(job: Job, objective: Any, *, state: bool = True) -> AdviseOptions
     """The options of an advice."""
     from glocal.advise import AdviseOptions
 
-    if job.sensitivity not in ("forward", "gradient"):
-        raise ValueError(f"--sensitivity {job.sensitivity!r}; legal: forward, gradient")
+    check_choice("--sensitivity", job.sensitivity, ("forward", "gradient"))
     return AdviseOptions(
         methods=job.methods,
         keep_dense=job.keep_dense,
@@ -165,8 +165,7 @@ def run_job(job: Job, *, as_json: bool, quiet: bool) -> bool:
         return run_operator(job, as_json=as_json, quiet=quiet)
     from glocal.advise import Target, advise
 
-    if job.out.exists() and not job.out.is_dir():
-        raise ValueError(f"-o {str(job.out)!r} is a file; give a folder")
+    check_folder(job.out)
     if job.resume:  # a run that was killed while it wrote its outputs left them beside their place
         for stale in job.out.parent.glob(f".{job.out.name}.*"):
             shutil.rmtree(stale, ignore_errors=True)

@@ -28,6 +28,12 @@ def extents(text: str, option: str, axes: int | None = None) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def check_folder(out: Path | None) -> None:
+    """Raise ValueError where `--out` names a file: the verb would find out after its work."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
+
+
 def plain(value: Any) -> Any:
     """What JSON can hold: dataclasses and mappings become objects, sequences lists, NaN and infinities null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -5,16 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json as _json
-import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from glocal._files import write_atomic
-from glocal.cli._common import plain, print_fields, print_json, print_table, progress
+from glocal.cli._common import check_folder, plain, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts
 
 if TYPE_CHECKING:
+    from glocal.advise.forecast import parse_duration
     from glocal.bench.mixers import Entry
 
 COLUMNS = (
@@ -22,23 +22,17 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def seconds_of(text: str) -> float:
-    """A budget such as 90s, 30m or 10h in seconds."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh])", text.strip())
-    if found is None:
-        raise ValueError(f"--budget {text!r}: expected a number and s, m or h, such as 90s, 30m, 10h")
-    return float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]]
-
-
 def run(options: dict[str, Any]) -> None:
     """The verb, with its options by name."""
     from glocal.bench.mixers import ENTRIES, MixerSpec, compared, mixers, task_of
+    from glocal.nn.mixer import builder_of
 
     out: Path | None = options["out"]
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
+    check_folder(out)
     names = ENTRIES if options["mixers"] is None else tuple(n.strip() for n in options["mixers"].split(","))
-    budget = None if options["budget"] is None else seconds_of(options["budget"])
+    for name in names:
+        builder_of(name)  # a misspelt one is told before the scenes are made
+    budget = None if options["budget"] is None else parse_duration(options["budget"], "--budget")
     steps = options["steps"] if options["steps"] is not None or budget is not None else 500
     spec = MixerSpec(
         steps, budget, options["match"], options["seeds"], options["batch"], device=options["device"],

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LEGAL = (
-    "demo, demo-image, demo-image-unet, demo-language, package.module:factory, or a folder or hub id of diffusers or "
-    "transformers"
-)
+from glocal._errors import nearest
+
+BUILT_IN = ("demo", "demo-image", "demo-image-unet", "demo-language")
+LEGAL = f"{', '.join(BUILT_IN)}, package.module:factory, or a folder or hub id of diffusers or transformers"
 STEPS = 6  # of a run of the built-in models, unless told otherwise
 
 
@@ -50,7 +50,11 @@ def load_model(name: str, device: str = "cpu") -> Any:
         return _transformers(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not folder.exists():
         return _from_hub(name)
-    raise ValueError(f"MODEL {name!r}; legal: {LEGAL}")
+    if folder.is_dir():
+        raise ValueError(
+            f"MODEL {name!r} is a folder without model_index.json (diffusers) and config.json (transformers)"
+        )
+    raise ValueError(f"MODEL {name!r} is unknown; legal: {LEGAL}; nearest: {nearest(name, BUILT_IN)}")
 
 
 def load_subject(name: str, device: str = "cpu", *, steps: int = STEPS) -> Subject:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from glocal._errors import nearest
 from glocal.cli._common import extents
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def pattern_name(text: str) -> str:
     """The name of PATTERNS that `text` spells. Raises ValueError with the closest."""
     name = ALIASES.get(text.lower(), text.lower())
     if name not in PATTERNS:
-        close = difflib.get_close_matches(name, [*PATTERNS, *ALIASES], n=1, cutoff=0.0)[0]
+        close = nearest(name, [*PATTERNS, *ALIASES])
         raise ValueError(f"pattern {text!r} is unknown; legal: {', '.join(PATTERNS)}; nearest: {close}")
     return name
 

@@ -30,15 +30,18 @@ def command(
     ] = None,
     target_speedup: Annotated[float | None, typer.Option(help="End-to-end speed-up that is asked for.")] = None,
     max_: Annotated[
-        list[str] | None, typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1.")
+        list[str] | None,
+        typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1; repeat for several."),
     ] = None,
     methods: Annotated[str | None, typer.Option(help="Systems to consider, joined by commas.")] = None,
-    keep_dense: Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch.")] = None,
+    keep_dense: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Sites never to touch; repeat for several.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = STEPS,
     canvas: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="FxHxW", help="Size of the samples, several times to prove several; of captured tensors in tokens."
+            metavar="FxHxW", help="Size of the samples; repeat to prove several; of captured tensors in tokens."
         ),
     ] = None,
     sensitivity: Annotated[

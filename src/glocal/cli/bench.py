@@ -11,13 +11,20 @@ from glocal.cli._common import Json, Quiet, print_json, print_table, progress
 
 
 def command(
-    name: Annotated[str, typer.Argument(help="the suite: kernels, ...")],
-    device: Annotated[str, typer.Option(help="torch device")] = "cuda",
-    case: Annotated[list[str] | None, typer.Option(help="only this case; repeat for several")] = None,
-    rounds: Annotated[int, typer.Option(help="timed rounds of each contender")] = 7,
-    without: Annotated[list[str] | None, typer.Option(help="leave this contender out; repeat for several")] = None,
-    workers: Annotated[int, typer.Option(help="processes that compile ahead of timing")] = 0,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV (default: results/NAME-DEVICE.csv)")] = None,
+    name: Annotated[str, typer.Argument(help="kernels, planning or mixers.")],
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    case: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Only this case; of mixers, a name or my.py:Mine; repeat for several."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Timed rounds of each contender.")] = 7,
+    without: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Leave this contender out; repeat for several.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile ahead of timing.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="CSV file (default: results/NAME-DEVICE.csv).")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glocal.cli._common import Json, Quiet, extents, print_fields, print_json, print_table, progress
+from glocal.cli._common import Json, Quiet, check_folder, extents, print_fields, print_json, print_table, progress
 from glocal.cli._machine import facts, torch_device
 
 if TYPE_CHECKING:
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 
 def command(
-    canvas: Annotated[str | None, typer.Option(help="tokens per axis, such as 16x16x16")] = None,
-    heads: Annotated[int, typer.Option(help="attention heads")] = 4,
-    head_dim: Annotated[int, typer.Option(help="size of a head")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
-    patterns: Annotated[str | None, typer.Option(help="names joined by semicolons; default all")] = None,
-    keep: Annotated[float, typer.Option(help="share of pairs that windows are made for")] = 0.25,
-    rounds: Annotated[int, typer.Option(help="timed rounds, every pattern once in each")] = 9,
-    seed: Annotated[int, typer.Option(help="of the inputs")] = 0,
-    backend: Annotated[str, typer.Option(help="of the patterns: auto, or a name from `glocal env`")] = "auto",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for page, CSV and JSON")] = None,
-    train: Annotated[bool, typer.Option("--train", help="train token mixers instead of timing patterns")] = False,
-    task: Annotated[str, typer.Option(help="of --train: classification or segmentation")] = "classification",
-    mixers: Annotated[str | None, typer.Option(help="of --train: names, or my.py:Mine, joined by commas")] = None,
-    match: Annotated[str, typer.Option(help="of --train: none, params, flops or latency")] = "params",
-    budget: Annotated[str | None, typer.Option(help="of --train: time for all runs, such as 30m or 10h")] = None,
-    steps: Annotated[int | None, typer.Option(help="of --train: updates a run, instead of a budget")] = None,
-    seeds: Annotated[int, typer.Option(help="of --train: runs of every mixer")] = 3,
-    size: Annotated[int | None, typer.Option(help="of --train: px a side")] = None,
-    data: Annotated[Path | None, typer.Option(help="of --train: folder with train/CLASS and test/CLASS")] = None,
-    batch: Annotated[int, typer.Option(help="of --train: images an update")] = 64,
-    samples: Annotated[int, typer.Option(help="of --train: scenes to learn from, without --data")] = 20_000,
+    canvas: Annotated[str | None, typer.Option(help="Tokens per axis, such as 16x16x16.")] = None,
+    heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    patterns: Annotated[str | None, typer.Option(help="Names joined by semicolons (default: all).")] = None,
+    keep: Annotated[float, typer.Option(help="Share of pairs that windows are made for.")] = 0.25,
+    rounds: Annotated[int, typer.Option(help="Timed rounds, every pattern once in each.")] = 9,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs.")] = 0,
+    backend: Annotated[str, typer.Option(help="Backend of the patterns: auto, or a name from `glocal env`.")] = "auto",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for page, CSV and JSON.")] = None,
+    train: Annotated[bool, typer.Option("--train", help="Train token mixers instead of timing patterns.")] = False,
+    task: Annotated[str, typer.Option(help="Of --train: classification or segmentation.")] = "classification",
+    mixers: Annotated[str | None, typer.Option(help="Of --train: names, or my.py:Mine, joined by commas.")] = None,
+    match: Annotated[str, typer.Option(help="Of --train: none, params, flops or latency.")] = "params",
+    budget: Annotated[str | None, typer.Option(help="Of --train: time for all runs, such as 30m or 10h.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of --train: updates a run, instead of a budget.")] = None,
+    seeds: Annotated[int, typer.Option(help="Of --train: runs of every mixer.")] = 3,
+    size: Annotated[int | None, typer.Option(help="Of --train: px a side.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Of --train: folder with train/CLASS and test/CLASS.")] = None,
+    batch: Annotated[int, typer.Option(help="Of --train: images an update.")] = 64,
+    samples: Annotated[int, typer.Option(help="Of --train: scenes to learn from, without --data.")] = 20_000,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
@@ -65,8 +65,7 @@ def command(
         seed=seed,
         backend=backend,
     )
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
+    check_folder(out)
     names = None if patterns is None else [name.strip() for name in patterns.split(";")]
     bar = progress(quiet or json)
     try:

@@ -88,10 +88,11 @@ def environment() -> Environment:
 
 
 def command(
-    measure: Annotated[bool, typer.Option("--measure", help="time the backends into a device table")] = False,
-    device: Annotated[str | None, typer.Option(help="for --measure: cpu, or cuda")] = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Time the backends into a device table.")] = False,
+    device: Annotated[str | None, typer.Option(help="Of --measure: cpu or cuda (default: cpu).")] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="for --measure: the file (default: where --device NAME finds it)")
+        Path | None,
+        typer.Option("-o", "--out", help="Of --measure: the file (default: where `simulate --device NAME` finds it)."),
     ] = None,
     quiet: Quiet = False,
     json: Json = False,

@@ -19,14 +19,14 @@ def command(
     """Write a recipe for another library. What the target cannot say is printed; a rule it cannot say at all is named
     and nothing is written (exit code 2).
     """
+    from glocal._errors import check_choice
     from glocal._files import write_atomic
     from glocal.advise import Recipe
     from glocal.advise.export import to_modelopt, to_vllm_omni
     from glocal.cli._common import print_fields, print_json
 
     writers = {"vllm-omni": to_vllm_omni, "modelopt": to_modelopt}
-    if to not in writers:
-        raise ValueError(f"--to {to!r}; legal: {', '.join(writers)}")
+    check_choice("--to", to, writers)
     made = writers[to](Recipe.load(recipe))
     write_atomic(out, dumps(made.content))
     if json:

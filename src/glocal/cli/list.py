@@ -8,23 +8,29 @@ from typing import Annotated
 import typer
 
 from glocal import systems as table
+from glocal._errors import check_choice
 from glocal.cli._common import Json, print_json, print_table
 
 
 def command(
-    kind: Annotated[str | None, typer.Option(help="operator, backbone, generation, ...")] = None,
-    local: Annotated[str | None, typer.Option(help="neighborhood, window, routed, ...")] = None,
-    global_: Annotated[str | None, typer.Option("--global", help="dilated, pooled, channel, ...")] = None,
-    merge: Annotated[str | None, typer.Option(help="lse, heads, sum, sequence, ...")] = None,
-    status: Annotated[str | None, typer.Option(help="planned, partial, built, failing, parity")] = None,
+    kind: Annotated[str | None, typer.Option(help="Only this kind: operator, backbone, generation, ...")] = None,
+    local: Annotated[
+        str | None, typer.Option(help="Only with this local part: neighborhood, window, routed, ...")
+    ] = None,
+    global_: Annotated[
+        str | None, typer.Option("--global", help="Only with this global part: dilated, pooled, channel, ...")
+    ] = None,
+    merge: Annotated[str | None, typer.Option(help="Only with this merge: lse, heads, sum, sequence, ...")] = None,
+    status: Annotated[
+        str | None, typer.Option(help="Only with this status: planned, partial, built, failing or parity.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """List the systems, by kind, local and global part, merge, host; evidence."""
     wanted = {"kind": kind, "local": local, "global": global_, "merge": merge, "status": status}
     for option, value in wanted.items():
-        legal = table.kinds()[option]
-        if value is not None and value not in legal:
-            raise ValueError(f"--{option} {value!r} is no {option}; legal: {', '.join(legal)}")
+        if value is not None:
+            check_choice(f"--{option}", value, table.kinds()[option])
 
     cases = table.evidence()
     rows = [(row, table.status(row.slug, cases)) for row in table.systems()]

@@ -14,11 +14,13 @@ from glocal.cli._common import Json, Quiet, print_json, print_table, progress
 
 def command(
     files: Annotated[
-        list[Path], typer.Argument(help="golden cases (.safetensors, .json), each in its system's folder")
+        list[Path], typer.Argument(help="Golden cases (.safetensors, .json), each in its system's folder.")
     ],
-    device: Annotated[str, typer.Option(help="torch device: cpu, cuda, ...")] = "cpu",
-    backend: Annotated[list[str] | None, typer.Option(help="attention backend, or all; repeat for several")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="write the results as CSV")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Attention backend, or all; repeat for several.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="CSV file for the results.")] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glocal.cli._common import Json, Quiet, print_fields, print_json, print_table, progress
+from glocal._errors import check_choice
+from glocal.cli._common import Json, Quiet, check_folder, print_fields, print_json, print_table, progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,39 +24,39 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, typer.Argument(help="demo, demo-image, demo-image-unet, or package.module:factory")],
-    recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`")] = None,
+    model: Annotated[str, typer.Argument(help="demo, demo-image, demo-image-unet, or package.module:factory.")],
+    recipe: Annotated[Path | None, typer.Option(help="recipe.json of `glocal advise`.")] = None,
     method: Annotated[
         str | None,
         typer.Option(
-            help="a system instead: gna, radial, rectified_spaattn, tile_windows, paro; freeswim, hidiffusion where "
-            "they fit the model"
+            help="A published system instead: gna, radial, rectified_spaattn, tile_windows, paro; freeswim and "
+            "hidiffusion where they fit the model."
         ),
     ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="K=V", help="a setting of the method, or preset=NAME, several times"),
+        typer.Option("--set", metavar="K=V", help="A setting of the method, or preset=NAME; repeat for several."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of the first noise", min=0)] = 0,
-    steps: Annotated[int, typer.Option(help="steps of the run", min=1)] = 8,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale: two calls a step")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first noise.", min=0)] = 0,
+    steps: Annotated[int, typer.Option(help="Steps of the run.", min=1)] = 8,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale: two calls a step.")] = None,
     condition: Annotated[
-        list[str] | None, typer.Option("--condition", "-c", metavar="K=V", help="what to ask for, several times")
+        list[str] | None, typer.Option("--condition", "-c", metavar="K=V", help="What to ask for; repeat for several.")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="run dense too, from the same noise")] = False,
-    device: Annotated[str, typer.Option(help="cpu, or cuda")] = "cpu",
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="folder for clip, contact sheet and record")] = None,
+    compare: Annotated[bool, typer.Option("--compare", help="Run dense too, from the same noise.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for the built-in models.")] = "cpu",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for clip, contact sheet and record.")] = None,
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
     """Generate with a recipe or a method; counts what ran at every site."""
     from glocal.cli._machine import torch_device
 
-    if out is not None and out.exists() and not out.is_dir():
-        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
-    wanted = _conditions([] if condition is None else condition)
+    check_folder(out)
+    device = torch_device(device)
+    wanted = _named_values("--condition", [] if condition is None else condition, "shape=disc")
     used = _used(recipe, method, [] if settings is None else settings)
-    generator = _generator(model, torch_device(device), _Settings(seed, steps, guidance, wanted))
+    generator = _generator(model, device, _Settings(seed, steps, guidance, wanted))
     bar = progress(quiet or json)
     try:
         found = _run(generator, used, compare, bar)
@@ -103,12 +104,7 @@ class _Demo:
         fields = dict(model.config.fields)
         for name, value in settings.condition.items():
             for word, given, legal in (("field", name, list(fields)), ("value", value, list(fields.get(name, ())))):
-                if given not in legal:
-                    near = get_close_matches(given, legal, n=1, cutoff=0.0)
-                    hint = f"; nearest: {near[0]}" if near else ""
-                    raise ValueError(
-                        f"--condition {name}={value}: unknown {word} {given!r}; legal: {', '.join(legal)}{hint}"
-                    )
+                check_choice(f"--condition {name}={value}: {word}", given, legal)
 
     def generate(self) -> Tensor:
         """The clip [T, C, H, W] in [0, 1]."""
@@ -152,12 +148,7 @@ def _generator(name: str, device: str, settings: _Settings) -> _Demo | _Foreign:
         return _Demo(made, settings)
     if isinstance(made, Painter):
         for given in settings.condition:
-            if given not in PAINTED:
-                near = get_close_matches(given, PAINTED, n=1, cutoff=0.0)[0]
-                raise ValueError(
-                    f"--condition {given}={settings.condition[given]}: unknown field {given!r}; legal: "
-                    f"{', '.join(PAINTED)}; nearest: {near}"
-                )
+            check_choice(f"--condition {given}={settings.condition[given]}: field", given, PAINTED)
     if not callable(getattr(made, "generate", None)):
         raise ValueError(
             f"MODEL {name!r} is a {type(made).__name__} without generate(); legal: an object with "
@@ -197,18 +188,14 @@ def _used(recipe: Path | None, name: str | None, words: list[str]) -> _Used:
 
 
 def _values(words: list[str]) -> dict[str, Any]:
-    """Settings of --set, read as JSON where they are JSON: 0.2, true, [4,8,8]; else as words."""
+    """Settings of --set, read as JSON where they are JSON: 0.2, true, [4,8,8] or 4,8,8; else as words."""
     import json
 
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not key or not equals or not value:
-            raise ValueError(f"--set {word!r}: expected K=V, such as decay=0.2 or window=[3,3,3]")
-        try:
-            found[key] = json.loads(value)
-        except ValueError:
-            found[key] = value
+    found: dict[str, Any] = dict(_named_values("--set", words, "decay=0.2 or window=3,3,3"))
+    for key, value in found.items():
+        with suppress(ValueError):
+            entries = json.loads(f"[{value}]")  # some shells read brackets as file names, so a list may go without
+            found[key] = entries[0] if len(entries) == 1 else entries
     return found
 
 
@@ -242,12 +229,12 @@ def _run(generator: _Demo | _Foreign, used: _Used, compare: bool, bar: Any) -> _
     return _Run(sparse, seconds, used.stats(), dense, time.perf_counter() - begin)
 
 
-def _conditions(words: list[str]) -> dict[str, str]:
+def _named_values(option: str, words: list[str], example: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for word in words:
         name, equals, value = word.partition("=")
         if not name or not equals or not value:
-            raise ValueError(f"--condition {word!r}: expected K=V, such as shape=disc")
+            raise ValueError(f"{option} {word!r}: expected K=V, such as {example}")
         found[name] = value
     return found
 

@@ -12,7 +12,7 @@ from glocal.cli._common import Json, print_fields, print_json, print_table
 
 
 def command(
-    system: Annotated[str, typer.Argument(help="a name from `glocal list`")],
+    system: Annotated[str, typer.Argument(help="A name from `glocal list`.")],
     json: Json = False,
 ) -> None:
     """Show one system: paper, parts, code, parity cases."""

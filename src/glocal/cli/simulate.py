@@ -15,31 +15,35 @@ if TYPE_CHECKING:
 
 
 def command(
-    pattern: Annotated[str, typer.Argument(help="; ".join(f"{name}: {text}" for name, text in PATTERNS.items()))],
-    canvas: Annotated[str, typer.Option(help="tokens per axis, such as 30x48x80")],
-    window: Annotated[str | None, typer.Option(help="keys per axis; 'full' is a whole axis: fullx24x24")] = None,
-    stride: Annotated[str | None, typer.Option(help="queries per axis that share a window")] = None,
-    dilation: Annotated[str | None, typer.Option(help="step between seen keys per axis")] = None,
-    causal: Annotated[str | None, typer.Option(help="axes without later keys: 'all' or numbers, such as 0,2")] = None,
-    q_tile: Annotated[str | None, typer.Option(help="tokens of a query tile per axis")] = None,
-    kv_tile: Annotated[str | None, typer.Option(help="tokens of a key tile per axis (default: the query tile)")] = None,
-    tiling: Annotated[str, typer.Option(help="key tiles on the canvas grid (static) or from the window (dynamic)")] = (
+    pattern: Annotated[str, typer.Argument(help="; ".join(f"{name}: {text}" for name, text in PATTERNS.items()) + ".")],
+    canvas: Annotated[str, typer.Option(help="Tokens per axis, such as 30x48x80.")],
+    window: Annotated[str | None, typer.Option(help="Keys per axis; 'full' is a whole axis: fullx24x24.")] = None,
+    stride: Annotated[str | None, typer.Option(help="Queries per axis that share a window.")] = None,
+    dilation: Annotated[str | None, typer.Option(help="Step between seen keys per axis.")] = None,
+    causal: Annotated[str | None, typer.Option(help="Axes without later keys: 'all' or numbers, such as 0,2.")] = None,
+    q_tile: Annotated[str | None, typer.Option(help="Tokens of a query tile per axis.")] = None,
+    kv_tile: Annotated[
+        str | None, typer.Option(help="Tokens of a key tile per axis (default: the query tile).")
+    ] = None,
+    tiling: Annotated[str, typer.Option(help="Key tiles on the canvas grid (static) or from the window (dynamic).")] = (
         "static"
     ),
-    schedule: Annotated[str, typer.Option(help="which tile sets the pace: worst or mean")] = "worst",
-    share: Annotated[float | None, typer.Option(help="share of self-attention in the whole time, 0 to 1")] = None,
-    raster: Annotated[bool, typer.Option("--raster", help="also count blocks of consecutive raster tokens")] = False,
-    search: Annotated[str | None, typer.Option(help="strides, or tiles: list the ones worth using")] = None,
-    tokens: Annotated[str, typer.Option(help="tokens of the tiles to search")] = "64,128,256",
-    device: Annotated[str | None, typer.Option(help="forecast the time there: h200, or a table file")] = None,
-    heads: Annotated[int | None, typer.Option(help="heads times batch, for --device")] = None,
-    head_dim: Annotated[int | None, typer.Option(help="size of a head, for --device")] = None,
-    dtype: Annotated[str, typer.Option(help="for --device")] = "bfloat16",
-    direction: Annotated[str, typer.Option(help="forward or backward, for --device")] = "forward",
+    schedule: Annotated[str, typer.Option(help="Which tile sets the pace: worst or mean.")] = "worst",
+    share: Annotated[float | None, typer.Option(help="Share of self-attention in the whole time, 0 to 1.")] = None,
+    raster: Annotated[bool, typer.Option("--raster", help="Also count blocks of consecutive raster tokens.")] = False,
+    search: Annotated[str | None, typer.Option(help="strides or tiles: list the ones worth using.")] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of the tiles to search.")] = "64,128,256",
+    device: Annotated[
+        str | None, typer.Option(help="Forecast the time there: h100, h200, or a table file of `glocal env --measure`.")
+    ] = None,
+    heads: Annotated[int | None, typer.Option(help="Of --device: heads times batch.")] = None,
+    head_dim: Annotated[int | None, typer.Option(help="Of --device: size of a head.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of --device: float32, bfloat16 or float16.")] = "bfloat16",
+    direction: Annotated[str, typer.Option(help="Of --device: forward or backward.")] = "forward",
     json: Json = False,
 ) -> None:
     """Forecast the kept work, tile waste and speed-up bound of a pattern; no GPU needed."""
-    from glocal.plan.checks import check_choice
+    from glocal._errors import check_choice
     from glocal.plan.simulate import simulate
     from glocal.plan.tiles import search_tiles
 

@@ -20,12 +20,13 @@ def command(
     workload: Annotated[
         Path | None, typer.Option(help="JSON lines, one sample each: id, seed, call arguments. Built in for demo.")
     ] = None,
-    pairs: Annotated[int | None, typer.Option(help="Samples to run, dense and sparse. Default 8.", min=2)] = None,
+    pairs: Annotated[int | None, typer.Option(help="Samples to run, dense and sparse (default: 8).", min=2)] = None,
     target_speedup: Annotated[float | None, typer.Option(help="End-to-end speed-up that is asked for.")] = None,
     max_: Annotated[
-        list[str] | None, typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1.")
+        list[str] | None,
+        typer.Option("--max", metavar="METRIC=V", help="Limit on a measure, such as drift=0.1; repeat for several."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Steps of a run.", min=2)] = STEPS,
+    steps: Annotated[int, typer.Option(help="Steps of a run of the built-in model.", min=2)] = STEPS,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

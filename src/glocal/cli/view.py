@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glocal.cli._common import Json, extents, print_json, print_table
+from glocal.cli._common import Json, check_folder, extents, print_json, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,20 +28,19 @@ class Drawn:
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="recipe.json, a .safetensors of masks, or a pattern's name")],
+    what: Annotated[str, typer.Argument(help="recipe.json, a .safetensors of masks, or a pattern's name.")],
     canvas: Annotated[
-        str | None, typer.Option(help="tokens per axis; for patterns, and for recipes without one")
+        str | None, typer.Option(help="Tokens per axis; for patterns, and for recipes without one.")
     ] = None,
     query: Annotated[
-        str | None, typer.Option(help="the query of a pattern, such as 8x8x8 (default: the middle)")
+        str | None, typer.Option(help="The query of a pattern, such as 8x8x8 (default: the middle).")
     ] = None,
-    keep: Annotated[float, typer.Option(help="share of pairs that a pattern's windows are made for")] = 0.25,
-    out: Annotated[Path, typer.Option("-o", "--out", help="folder for the pictures")] = Path("out/view"),
+    keep: Annotated[float, typer.Option(help="Share of pairs that a pattern's windows are made for.")] = 0.25,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the pictures.")] = Path("out/view"),
     json: Json = False,
 ) -> None:
     """Draw patterns, recipes, masks and plans as PNG files."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"-o {str(out)!r} is a file; give a folder")
+    check_folder(out)
     path = Path(what)
     shape = None if canvas is None else extents(canvas, "--canvas")
     if path.suffix == ".json":

@@ -71,7 +71,7 @@ def mixer(name_or_path: str, dim: int, heads: int, *, block: int = 0, **spec: An
     Raises ValueError for an unknown name (with the closest ones), and for a `spec` that the mixer does not take;
     FileNotFoundError for a missing file.
     """
-    builder = _from_file(name_or_path) if ".py" in name_or_path else _from_name(name_or_path)
+    builder = builder_of(name_or_path)
     takes = inspect.signature(builder).parameters
     if "block" in takes:
         spec["block"] = block
@@ -82,6 +82,11 @@ def mixer(name_or_path: str, dim: int, heads: int, *, block: int = 0, **spec: An
             f"mixer: {name_or_path!r} does not take {', '.join(map(repr, strange))}; it takes {', '.join(legal)}."
         )
     return builder(dim, heads, **spec)
+
+
+def builder_of(name_or_path: str) -> Builder:
+    """What `mixer` calls for a name or a "file.py:Class"; raises as it does, before anything is built."""
+    return _from_file(name_or_path) if ".py" in name_or_path else _from_name(name_or_path)
 
 
 def begin(mixers: Iterable[nn.Module], x: Tensor) -> Any:

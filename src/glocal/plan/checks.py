@@ -13,12 +13,6 @@ def size_text(numbers: Sequence[int]) -> str:
     return "x".join(str(n) for n in numbers)
 
 
-def check_choice(name: str, value: str, legal: Sequence[str]) -> None:
-    """Raise ValueError unless `value` is one of `legal`."""
-    if value not in legal:
-        raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(legal)}")
-
-
 def check_axes(canvas_shape: Sequence[int], axes: Sequence[AxisWindow]) -> None:
     """Raise ValueError unless every axis can hold its window; the message names the nearest legal value."""
     if not canvas_shape or min(canvas_shape) < 1:

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from glocal._errors import check_choice
 from glocal.patterns.axis import AxisWindow
 from glocal.plan.axis_visits import AxisVisits, Tiling, visit_axis
-from glocal.plan.checks import check_axes, check_choice, check_tile
+from glocal.plan.checks import check_axes, check_tile
 
 Schedule = Literal["worst", "mean"]
 _TILINGS: tuple[Tiling, ...] = ("static", "dynamic")

@@ -77,7 +77,10 @@ def check(path: str | Path, device: str = "cpu", backend: str = "auto") -> CaseR
     """
     _usable(device, backend)
     case = load(path)
-    found = adapter(case.system)
+    try:
+        found = adapter(case.system)
+    except ValueError as error:
+        raise ValueError(f"{path}: a golden case lies in a folder named after its system; {error}") from error
     if found is None:
         reason = f"no adapter: {case.system} is not built yet"
         return CaseResult(case.system, case.name, "", device, passed=False, skipped=reason)

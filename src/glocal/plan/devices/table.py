@@ -6,7 +6,6 @@ measurement. Floating-point operations: 4 Nq Nk D a head forward, 10 Nq Nk D bac
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
@@ -17,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from glocal._errors import nearest
 from glocal.patterns.axis import AxisWindow
 from glocal.plan.simulate import simulate
 
@@ -219,10 +219,9 @@ def device_table(name: str) -> DeviceTable:
         return load_table(measured)
     known = device_names()
     if name.lower() not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)
         raise ValueError(
             f"device={name!r} has no table; legal: {', '.join(known)}, or a .json file from `glocal env --measure`; "
-            f"nearest: {close[0]}"
+            f"nearest: {nearest(name.lower(), known)}"
         )
     return _shipped(name.lower())
 
