@@ -6,6 +6,8 @@ import csv
 import re
 from pathlib import Path
 
+from tables import measured
+
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"<!-- figures: (\w+) -->")
 MODELS = {"hilo": "litv2", "sg_former": "sgformer"}  # how names of models start, where not as their system's
@@ -28,9 +30,8 @@ def figures(system: str) -> str:
          f"{r['ratio_low']} to {r['ratio_high']}", r["device"])
         for r in rows
     ]  # fmt: skip
-    parts.append(
-        table(head, cells) if cells else f"No throughput was measured yet; {RUN.format('vision_throughput', 'cuda')}."
-    )
+    missing = f"No throughput was measured yet; {RUN.format('vision_throughput', 'cuda')}."
+    parts.append(measured(head, cells) if cells else missing)
     rows = [row for row in read("vision_claims") if row["claim"] == system]
     head = ("claim", "against", "size", "ours", "theirs", "unit", "ratio", "paper", "device")
     cells = [
@@ -38,7 +39,7 @@ def figures(system: str) -> str:
         for r in rows
     ]
     if cells:
-        parts.append(table(head, cells))
+        parts.append(measured(head, cells))
     rows = [row for row in read("mixers") if row["mixer"] == system and not row["reason"]]
     head = ("task", "score", "mean of seeds", "spread", "parameters", "M MACs", "updates", "seeds", "device")
     cells = [
@@ -48,7 +49,7 @@ def figures(system: str) -> str:
     ]  # fmt: skip
     if cells:
         parts.append("As a token mixer in the equal small backbone of [`glocal compare --train`](../compare.md):")
-        parts.append(table(head, cells))
+        parts.append(measured(head, cells))
     return "\n\n".join(parts)
 
 
@@ -56,9 +57,3 @@ def read(name: str) -> list[dict[str, str]]:
     """Rows of results/name.csv, none where the file is not there."""
     path = ROOT / "results" / f"{name}.csv"
     return list(csv.DictReader(path.open(encoding="utf-8"))) if path.is_file() else []
-
-
-def table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """As markdown."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

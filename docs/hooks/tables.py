@@ -14,6 +14,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
 
 from glocal import systems as table
 
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ROOT / "docs" / "systems"
+NUMBER = re.compile(r"(-?[0-9.,]+(e[-+]?[0-9]+)?)?")
+
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Called by mkdocs for each page."""
@@ -29,12 +33,12 @@ def results_table(files: str, columns: str, conditions: str | None) -> str:
     names = [c.strip() for c in columns.split(",")]
     wanted = [c.strip() for c in conditions.split(",")] if conditions and conditions.strip() else []
     found: list[tuple[str, ...]] = []
-    for path in sorted((Path(__file__).resolve().parents[2] / "results").glob(files.strip())):
+    for path in sorted((ROOT / "results").glob(files.strip())):
         with path.open(newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
                 if all(_holds(row, condition) for condition in wanted):
                     found.append(tuple(row.get(name, "") for name in names))
-    return _markdown(tuple(names), found) if found else f"No rows are present in results/{files.strip()}."
+    return measured(tuple(names), found) if found else f"No rows are present in results/{files.strip()}."
 
 
 def _holds(row: dict[str, str], condition: str) -> bool:
@@ -47,10 +51,11 @@ def _holds(row: dict[str, str], condition: str) -> bool:
 def systems_table() -> str:
     """One row a system, its status computed."""
     cases = table.evidence()
-    head = ("system", "status", "kind", "local", "global", "merge", "host")
+    head = ("system", "paper", "status", "kind", "local", "global", "merge", "host")
     rows = [
         (
-            f"[{row.slug}]({row.url} '{row.title}')",
+            f"[{row.slug}](systems/{row.slug}.md)" if (PAGES / f"{row.slug}.md").is_file() else row.slug,
+            f"[{row.arxiv}]({row.url} '{row.title}')",
             table.status(row.slug, cases).state,
             row.kind,
             *(", ".join(part) for part in (row.local, row.global_, row.merge, row.host)),
@@ -75,6 +80,17 @@ def _numbers(case: table.Evidence) -> tuple[str, str, str]:
     return f"{case.max_error:.2e}", f"{case.tolerance:.0e}", "passed" if case.passed else "FAILED"
 
 
+def measured(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A table of results. What all rows share, such as the device, stands once below it."""
+    shared = [i for i in range(len(head)) if len(rows) > 1 and len({row[i] for row in rows}) == 1]
+    kept = [i for i in range(len(head)) if i not in shared]
+    below = ", ".join(f"{head[i]} {rows[0][i]}" for i in shared if rows[0][i])
+    names = tuple(head[i].replace("_", "_<wbr>") for i in kept)  # long names may be broken there
+    body = _markdown(names, [tuple(row[i] for i in kept) for row in rows])
+    return f"{body}\n\nAll rows: {below}." if below else body
+
+
 def _markdown(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    lines = [head, ("---",) * len(head), *rows]
+    right = [all(NUMBER.fullmatch(row[i]) for row in rows) for i in range(len(head))]
+    lines = [head, tuple("--:" if number else "---" for number in right), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
