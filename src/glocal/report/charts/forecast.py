@@ -27,9 +27,13 @@ def _square(
     ticks = x.ticks(3)
     if len(ticks) > 4:
         ticks = ticks[:: (len(ticks) + 3) // 4]
+    free = left - side  # where the last number below the square ends
     for value in ticks:
-        parts.append(svg.text(x(value), top + side + 14, tick(value), "tick", "middle"))
         parts.append(svg.text(left - 5, y(value) + 4, tick(value), "tick", "end"))
+        half = svg.text_width(tick(value)) / 2
+        if x(value) - half > free + 4:
+            parts.append(svg.text(x(value), top + side + 14, tick(value), "tick", "middle"))
+            free = x(value) + half
     for point in points:
         words = svg.title(f"{point.label}: forecast {number(point.predicted)}, measured {number(point.measured)}")
         parts.append(svg.tag("circle", words, cx=x(point.predicted), cy=y(point.measured), r=3.6, klass="dot"))

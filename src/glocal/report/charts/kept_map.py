@@ -45,7 +45,7 @@ def draw(kept: KeptMap, width: float, height: float) -> str:
     for column in range(0, len(kept.layers), every):
         parts.append(svg.text(left + (column + 0.5) * across, bottom + 15, kept.layers[column], "tick", "middle"))
     parts.append(svg.text(right, height - 3, "layer", "axis-name", "end"))
-    parts.append(svg.text(left, height - 3, "step buckets by noise level, first step on top", "axis-name"))
+    parts.append(svg.text(left, height - 3, "noise level, first step on top", "axis-name"))
     dense = sum(share is None for row in kept.values for share in row)
     label = f"Kept fraction of {len(kept.layers)} layers x {len(kept.buckets)} step buckets, {dense} cells left dense"
     return svg.document(width, height, parts, label, "chart")
