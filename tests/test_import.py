@@ -6,6 +6,10 @@ import json
 import subprocess
 import sys
 
+import pytest
+
+import glocal
+
 HEAVY = {"triton", "diffusers", "transformers", "matplotlib", "rich", "typer", "jinja2"}
 
 
@@ -35,6 +39,11 @@ def test_import_takes_under_a_fifth_of_a_second_beyond_torch() -> None:
 def test_import_prints_nothing() -> None:
     done = subprocess.run([sys.executable, "-W", "error", "-c", "import glocal"], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_misspelt_name_is_told_the_nearest() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Neighbourhood'; nearest: Neighborhood"):
+        glocal.Neighbourhood
 
 
 def test_help_needs_no_torch() -> None:

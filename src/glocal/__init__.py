@@ -73,7 +73,9 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"glocal.{_HOMES[name]}"), name)
     if name in _ROOMS:
         return import_module(f"glocal.{name}")
-    raise AttributeError(f"module 'glocal' has no attribute {name!r}; it offers {', '.join(__all__)}.")
+    from glocal._errors import nearest
+
+    raise AttributeError(f"module 'glocal' has no attribute {name!r}; nearest: {nearest(name, __all__)}.")
 
 
 def __dir__() -> list[str]:

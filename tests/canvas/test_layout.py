@@ -57,6 +57,8 @@ def test_errors():
     canvas = Canvas((3,), after=2)
     with pytest.raises(ValueError, match=r"policy\[\('grid', 'after'\)\]='some'; legal: 'all', 'none', 'causal'"):
         Layout(canvas, canvas, {("grid", "after"): "some"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"canvas=\(8, 8\) is a tuple; legal: a Canvas"):
+        Layout.of((8, 8))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="has no part 'text'"):
         Layout(canvas, canvas, {("text", "*"): "none"})
     with pytest.raises(ValueError, match="q_start=4 with q_tokens=2 leaves"):

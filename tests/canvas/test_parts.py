@@ -40,6 +40,8 @@ def test_value_semantics():
 def test_errors():
     with pytest.raises(ValueError, match=r"part names \['a', 'a'\] repeat"):
         Canvas([Part("a", 2), Part("a", 3)])
+    with pytest.raises(TypeError, match="parts=8 must be axis lengths"):
+        Canvas(8)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="before= and after= go with one grid shape"):
         Canvas([Part("a", 2)], before=1)
     with pytest.raises(ValueError, match="needs at least one axis, none negative"):

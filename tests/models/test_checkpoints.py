@@ -89,6 +89,10 @@ def test_tables_of_another_window_are_resized_when_asked(small: torch.nn.Module,
 def test_files_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no such checkpoint"):
         read_state(tmp_path / "absent.pth")
+    for name in ("broken.pth", "broken.safetensors"):
+        (tmp_path / name).write_bytes(b"hello")
+        with pytest.raises(CheckpointError, match=f"{name}: neither .safetensors nor a file of torch.save"):
+            read_state(tmp_path / name)
     torch.save({"epoch": 3}, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match="no state dict found; top-level names: epoch"):
         read_state(tmp_path / "odd.pth")

@@ -213,3 +213,11 @@ def test_bad_input_is_named(change: Any, message: str, generator: torch.Generato
     q, k, v = change(*qkv(generator))
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, PATTERN, canvas=CANVAS)
+
+
+def test_arguments_of_another_kind_are_named(generator: torch.Generator) -> None:
+    q, k, v = qkv(generator)
+    with pytest.raises(TypeError, match="pattern is a Tensor; legal: Pattern, Selection, BlockPlan, PlanSlots, None"):
+        attention(q, k, v, torch.ones(15, 15, dtype=torch.bool), canvas=CANVAS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Score: bias is a Tensor; legal: a tuple of terms"):
+        Score(bias=torch.zeros(15, 15))  # type: ignore[arg-type]

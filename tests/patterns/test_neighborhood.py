@@ -99,6 +99,8 @@ def test_errors():
         ValueError, match="stride=4 on axis 0 must lie between 1 and the window 3; nearest legal stride: 3"
     ):
         Neighborhood(3, stride=4)
+    with pytest.raises(TypeError, match=r"window=\(3.5, 3\) must be whole numbers"):
+        Neighborhood((3.5, 3))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="border='wrap'; legal: 'shift', 'clip'"):
         Neighborhood(3, border="wrap")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"different lengths \[2, 3\]"):

@@ -61,8 +61,12 @@ class Layout:
 
     @staticmethod
     def of(canvas: Canvas | Layout) -> Layout:
-        """A layout with `canvas` on both sides; a Layout is returned as it is."""
-        return canvas if isinstance(canvas, Layout) else Layout(canvas, canvas)
+        """A layout with `canvas` on both sides; a Layout is returned as it is. TypeError for anything else."""
+        if isinstance(canvas, Layout):
+            return canvas
+        if not isinstance(canvas, Canvas):
+            raise TypeError(f"canvas={canvas!r} is a {type(canvas).__name__}; legal: a Canvas, such as Canvas((8, 8)).")
+        return Layout(canvas, canvas)
 
     @property
     def nq(self) -> int:

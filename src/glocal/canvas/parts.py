@@ -82,6 +82,8 @@ class Canvas:
     def __init__(
         self, parts: Sequence[int] | Sequence[Part], *, before: int = 0, after: int = 0, arrives: str = "raster"
     ) -> None:
+        if isinstance(parts, (int, str, Part)):
+            raise TypeError(f"Canvas: parts={parts!r} must be axis lengths such as (30, 48, 80) or a list of Part.")
         parts = tuple(parts)  # type: ignore[assignment]
         if parts and all(isinstance(p, int) for p in parts):
             grid = Part("grid", parts)  # type: ignore[arg-type]

@@ -62,12 +62,23 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(2, "no such checkpoint", str(path))
+    try:
+        content = _content(path)
+    except Exception as error:  # torch.load raises what it met: KeyError, EOFError, UnpicklingError, ...
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path}: neither .safetensors nor a file of torch.save that is safe to read: {why}"
+        ) from error
+    return unwrap(content, str(path))
+
+
+def _content(path: Path) -> Any:
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
-        return unwrap(load_file(path), str(path))
+        return load_file(path)
     with torch.serialization.safe_globals(_safe_types()):
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True), str(path))
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def unwrap(content: Any, where: str) -> dict[str, Tensor]:

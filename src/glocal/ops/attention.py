@@ -114,6 +114,11 @@ def _run(
     _check(q, k, v)
     if isinstance(pattern, PlanSlots):
         pattern = pattern.plan
+    elif pattern is not None and not isinstance(pattern, (Pattern, BlockPlan, Selection)):
+        raise TypeError(
+            f"attention: pattern is a {type(pattern).__name__}; legal: Pattern, Selection, BlockPlan, PlanSlots, None "
+            "(a mask of blocks becomes one by glocal.patterns.Blocks, or per sample by glocal.routing.from_mask)."
+        )
     score = Score() if score is None else score
     lead, (q4, k4, v4) = _flat(q, k, v)
     segments, bias = None, ()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TypeVar
 
 import torch
@@ -50,6 +51,10 @@ class Neighborhood(Pattern):
             for word in per_axis(getattr(self, name), rank):
                 if word not in words:
                     raise ValueError(f"Neighborhood: {name}={word!r}; legal: {', '.join(map(repr, words))}.")
+        for name in ("window", "stride", "dilation"):
+            for size in per_axis(getattr(self, name), rank):
+                if not isinstance(size, Integral):
+                    raise TypeError(f"Neighborhood: {name}={getattr(self, name)!r} must be whole numbers, one an axis.")
         axes = zip(*(per_axis(v, rank) for v in (self.window, self.stride, self.dilation)), strict=True)
         for axis, (window, stride, dilation) in enumerate(axes):
             if window < 1 or dilation < 1:
