@@ -27,7 +27,7 @@ class TestMap(LayerTester):
         return [
             (
                 lambda: NeighborhoodAttention2d(8, 3, 3),
-                "heads=3 must divide dim=8; nearest that does: 2",
+                "heads=3 must divide dim=8; nearest number of heads that does: 2",
             ),
             (
                 lambda: NeighborhoodAttention2d(8, 2, (3, 3, 3)),

@@ -1,4 +1,4 @@
-"""Joint projections cut into parts and heads, so that their gradients come back in one pass."""
+"""Heads: joint projections cut into parts and heads, gradients coming back in one pass; the check of their number."""
 
 from __future__ import annotations
 
@@ -43,3 +43,11 @@ class _Split(torch.autograd.Function):
             else:
                 place.copy_(grad)
         return whole, None, None
+
+
+def check_heads(layer: str, dim: int, heads: int) -> None:
+    """Raise ValueError unless `heads` divides `dim`."""
+    if heads < 1 or dim % heads:
+        legal = [h for h in range(1, dim + 1) if dim % h == 0]
+        nearest = min(legal, key=lambda h: abs(h - heads))
+        raise ValueError(f"{layer}: heads={heads} must divide dim={dim}; nearest number of heads that does: {nearest}.")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import check_heads
 from glocal.nn.bilevel_routing import BiLevelRoutingAttention
 from glocal.nn.blocks.layout import conv
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import check_heads
 
 
 @register_mixer("biformer")

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from glocal.canvas import Canvas, Layout
 from glocal.nn._groups import attend_groups
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
-from glocal.nn.window_attention import check_heads
 from glocal.ops import Score, attend, merge
 from glocal.routing import BlockMean, Keep, Partition, RouteSpec, Selection, route
 from glocal.routing.scorers import high

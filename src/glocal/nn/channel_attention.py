@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from glocal.nn.window_attention import check_heads
+from glocal.nn._heads import check_heads
 from glocal.ops.channel import gram
 
 ChannelForm = Literal["v1", "v2"]

@@ -10,10 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.nn.blocks.layout import conv, to_nchw, to_nhwc
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import WindowAttention, WindowSpec, check_heads
+from glocal.nn.window_attention import WindowAttention, WindowSpec
 
 _PLAIN = WindowSpec()
 

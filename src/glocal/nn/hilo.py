@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import check_heads
 
 
 @register_mixer("hilo")

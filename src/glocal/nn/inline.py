@@ -13,10 +13,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import conv, pad_multiple
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import check_heads
 from glocal.ops.dynamic_conv import dynamic_conv
 from glocal.ops.linear import FEATURES, Normaliser, Ratio, Subtract, features, linear_attention
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.nn.blocks.layout import conv
-from glocal.nn.window_attention import check_heads
 from glocal.ops.linear import Ratio, linear_attention
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Neighborhood
 from glocal.patterns.neighborhood import per_axis
@@ -65,12 +65,7 @@ class _NeighborhoodAttention(nn.Module):
         spec: NeighborhoodSpec = NeighborhoodSpec(),
     ) -> None:
         super().__init__()
-        if heads < 1 or dim % heads:
-            legal = [h for h in range(1, dim + 1) if dim % h == 0]
-            nearest = min(legal, key=lambda h: abs(h - heads))
-            raise ValueError(
-                f"{type(self).__name__}: heads={heads} must divide dim={dim}; nearest that does: {nearest}."
-            )
+        check_heads(type(self).__name__, dim, heads)
         self.pattern = Neighborhood(window, stride, dilation, causal)
         self.window = self._axes("window", self.pattern.window)
         self.dilation = self._axes("dilation", self.pattern.dilation)

@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to
 from glocal.nn.blocks.norm import LayerNorm
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import check_heads
 
 Significance = dict[int, Tensor]  # block -> map [B, H, W], float32, made by that block
 Parts = tuple[tuple[int, int], ...]

@@ -7,10 +7,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import conv, pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.norm import LayerNorm
 from glocal.nn.mixer import register_mixer
-from glocal.nn.window_attention import check_heads
 
 
 @register_mixer("pvt")

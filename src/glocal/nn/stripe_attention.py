@@ -7,6 +7,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from glocal.nn._groups import attend_groups
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 
@@ -26,8 +27,7 @@ class StripeBranch(nn.Module):
         super().__init__()
         if stripe not in ("columns", "rows", "whole"):
             raise ValueError(f"StripeBranch: stripe={stripe!r}; legal: 'columns', 'rows', 'whole'.")
-        if heads < 1 or dim % heads:
-            raise ValueError(f"StripeBranch: heads={heads} must divide dim={dim}.")
+        check_heads("StripeBranch", dim, heads)
         self.heads, self.stripe, self.width = heads, stripe, width
         self.get_v = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal.nn._heads import check_heads
 from glocal.nn.blocks.layout import conv, pad_multiple
 from glocal.nn.blocks.windows import from_windows, to_windows
-from glocal.nn.window_attention import check_heads
 from glocal.ops import cells
 
 Refine = Literal["attention", "convolution", "none"]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
@@ -185,14 +185,6 @@ def hide(q: Tensor, seen: Tensor, bias: Tensor | None) -> Tensor:
     hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)[:, None]
     both = hidden if bias is None else hidden + bias
     return both[None].expand(q.shape[0] // both.shape[0], *both.shape).flatten(0, 1)
-
-
-def check_heads(layer: str, dim: int, heads: int) -> None:
-    """Raise ValueError unless `heads` divides `dim`."""
-    if heads < 1 or dim % heads:
-        legal = [h for h in range(1, dim + 1) if dim % h == 0]
-        nearest = min(legal, key=lambda h: abs(h - heads))
-        raise ValueError(f"{layer}: heads={heads} must divide dim={dim}; nearest number of heads that does: {nearest}.")
 
 
 @register_mixer("swin")

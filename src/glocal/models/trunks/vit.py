@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from glocal.models.registry import Variant, register_model
 from glocal.models.trunks._blocks import Block
 from glocal.models.vision.base import VisionBackbone, laid_out
-from glocal.nn._heads import split_heads
+from glocal.nn._heads import check_heads, split_heads
 from glocal.nn.blocks import LayerNorm, PatchEmbed, drop_rates, init_linears
-from glocal.nn.window_attention import check_heads
 
 
 class ViTShape(VisionBackbone):
