@@ -149,8 +149,11 @@ class ImageFolder:
         return len(self.files)
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """As in `Labelled`."""
-        from PIL import Image
+        """As in `Labelled`. Raises ModuleNotFoundError without Pillow."""
+        try:
+            from PIL import Image
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("reading images needs Pillow: pip install 'glocal[train]'", name="PIL") from error
 
         images = []
         for i in index.tolist():
