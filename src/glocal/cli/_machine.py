@@ -11,7 +11,7 @@ def torch_device(text: str) -> str:
     if torch.cuda.is_available():
         legal += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if text not in legal:
-        raise ValueError(f"--device {text!r} is not here; legal: {', '.join(legal)}; nearest: {legal[-1]}")
+        raise ValueError(f"--device {text!r} is not here; legal: {', '.join(legal)}")
     return text
 
 

@@ -58,8 +58,9 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take a model, find where sparse attention pays, hand back a recipe with evidence, or say "stay dense" and why.
+    """Find where sparse attention pays in a model; hand back a recipe.
 
+    The recipe comes with its evidence on one page; where nothing pays, the page says "stay dense" and why.
     Exit code 0 if a recipe met every limit, 1 if none did (the page says why first), 2 for bad usage.
     """
     from glocal.advise.forecast import parse_duration

@@ -28,9 +28,9 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a suite: correctness first, then times interleaved in one process. A wrong contender gets no time.
+    """Run a suite of benchmarks, correctness first.
 
-    Exit code 1 if one of ours is wrong.
+    Times are interleaved in one process; a wrong contender gets none. Exit code 1 if one of ours is wrong.
     """
     from glocal._errors import CheckFailed
     from glocal._files import write_atomic

@@ -97,7 +97,7 @@ def command(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Show what this machine can run: versions, devices, backends; --measure times them."""
+    """Show what this machine can run; --measure times it."""
     if measure:
         _measure("cpu" if device is None else device, out, quiet, json)
         return

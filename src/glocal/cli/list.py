@@ -26,7 +26,7 @@ def command(
     ] = None,
     json: Json = False,
 ) -> None:
-    """List the systems, by kind, local and global part, merge, host; evidence."""
+    """List the systems by their parts, with their evidence."""
     wanted = {"kind": kind, "local": local, "global": global_, "merge": merge, "status": status}
     for option, value in wanted.items():
         if value is not None:

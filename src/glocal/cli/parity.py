@@ -24,9 +24,10 @@ def command(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run golden cases through our code: largest error, passed or failed.
+    """Run golden cases of the authors through our code.
 
-    Exit code 1 if one fails. A skipped case, and every published tensor that is not compared, names its reason.
+    Prints the largest error of each; exit code 1 if one fails. A skipped case, and every published tensor that is not
+    compared, names its reason.
     """
     from glocal.testing.parity import check_all, table
 

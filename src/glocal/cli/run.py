@@ -49,7 +49,7 @@ def command(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Generate with a recipe or a method; counts what ran at every site."""
+    """Generate with a recipe or a method, counting what ran."""
     from glocal.cli._machine import torch_device
 
     check_folder(out)

@@ -42,7 +42,10 @@ def command(
     direction: Annotated[str, typer.Option(help="Of --device: forward or backward.")] = "forward",
     json: Json = False,
 ) -> None:
-    """Forecast the kept work, tile waste and speed-up bound of a pattern; no GPU needed."""
+    """Forecast what a pattern can save; no GPU needed.
+
+    Kept work, tile waste, the bound on the speed-up, and with --device a time.
+    """
     from glocal._errors import check_choice
     from glocal.plan.simulate import simulate
     from glocal.plan.tiles import search_tiles
