@@ -11,7 +11,9 @@ def torch_device(text: str) -> str:
     if torch.cuda.is_available():
         legal += ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if text not in legal:
-        raise ValueError(f"--device {text!r} is not here; legal: {', '.join(legal)}")
+        cuda = text.startswith("cuda") and torch.version.cuda is None
+        hint = "; this build of torch has no CUDA, see https://pytorch.org" if cuda else ""
+        raise ValueError(f"--device {text!r} is not here; legal: {', '.join(legal)}{hint}")
     return text
 
 
