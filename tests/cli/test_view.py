@@ -81,6 +81,13 @@ def test_a_recipe_without_canvas_asks_for_one(tmp_path: Path) -> None:
     assert len(view(tmp_path, str(path), "--canvas", "64")) == 1
 
 
+def test_a_dense_recipe_has_no_picture(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.json"
+    Recipe("dense", {}).save(path)
+    code, _, err = run(str(path))
+    assert code == 2 and "has status 'dense' and no method: nothing to draw" in err
+
+
 def test_masks_of_heads_and_large_ones(tmp_path: Path, generator: torch.Generator) -> None:
     path = tmp_path / "masks.safetensors"
     tensors = {

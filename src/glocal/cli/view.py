@@ -110,6 +110,8 @@ def _recipe(path: Path, shape: tuple[int, ...] | None) -> Iterator[Drawn]:
     from glocal.canvas import Canvas, Layout
 
     recipe = Recipe.load(path)
+    if not recipe.methods:
+        raise ValueError(f"{str(path)!r} has status {recipe.status!r} and no method: nothing to draw")
     canvases = recipe.workload.get("canvases")
     if shape is None:
         if not canvases:
