@@ -135,7 +135,12 @@ def _curve(advice: Advice) -> Curve | None:
         limit=floor + limit * (ceiling - floor),
         band=band if len(band) > 1 else (),
         error_name=_error_name(advice.preflight.measures),
+        ceiling_name=CEILINGS.get(advice.recipe.objective.get("name", ""), "another seed"),
     )
+
+
+CEILINGS = {"next_token": "first and last tokens alone", "segmentation": "attention that knows no place"}
+"""What the ceiling of an objective is, where it is no other seed."""
 
 
 def _error_name(measures: Sequence[str]) -> str:

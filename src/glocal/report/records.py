@@ -100,7 +100,7 @@ class BandPoint:
 class Curve:
     """Error against time.
 
-    floor: error of another exact kernel; ceiling: of another seed; limit: the largest error allowed.
+    floor: error of another exact kernel; ceiling: of what `ceiling_name` says; limit: the largest error allowed.
     error_name: what is on the axis, with its unit in brackets where it has one.
     """
 
@@ -110,6 +110,7 @@ class Curve:
     limit: float | None = None
     band: tuple[BandPoint, ...] = ()
     error_name: str = "relative error of the output"
+    ceiling_name: str = "another seed"
 
     def __post_init__(self) -> None:
         if not self.points:

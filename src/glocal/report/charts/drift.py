@@ -67,5 +67,5 @@ def pairs(rows: Sequence[Pair], limit: float, width: float, height: float) -> st
         parts.append(svg.line(x(min(max(0.0, low), pair.drift)), y, x(pair.drift), y, "stem"))
         parts.append(svg.tag("circle", cx=x(pair.drift), cy=y, r=4.0, klass="dot"))
         parts.append(svg.text(x(pair.drift) + 9, y + 4, fixed(pair.drift), "label"))
-    parts.append(svg.text(right, height - 3, "drift: 0 = kernel change, 1 = another seed", "axis-name", "end"))
+    parts.append(svg.text(right, height - 3, "drift: 0 = kernel change, 1 = the ceiling", "axis-name", "end"))
     return svg.document(width, height, parts, f"Drift of {len(ranked)} pairs, worst {fixed(ranked[0].drift)}", "chart")

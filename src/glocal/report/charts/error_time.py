@@ -81,7 +81,7 @@ def _point(point: CurvePoint, x: Scale, y: Scale) -> list[str]:
 def _reference_lines(curve: Curve, x: Scale, y: Scale, labels: Labeller) -> list[str]:
     parts = []
     for name, value, klass in (
-        ("ceiling: another seed", curve.ceiling, "ceiling"),
+        (f"ceiling: {curve.ceiling_name}", curve.ceiling, "ceiling"),
         ("limit", curve.limit, "limit"),
         ("floor: another exact kernel", curve.floor, "floor"),
     ):
