@@ -215,7 +215,7 @@ def make_page(layers: int = 8, buckets: int = 5, heads: int = 6, status: str = "
         valid_for=(
             ("canvases", "16 x 16 x 16"),
             ("steps", "20 to 50, flow matching"),
-            ("adapters", "none"),
+            ("weights", "220e2e46f5e0"),
             ("device", "NVIDIA H200"),
         ),
         refuted_by=(

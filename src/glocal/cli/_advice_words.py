@@ -67,10 +67,11 @@ def valid_for(advice: Advice, facts: Mapping[str, str]) -> tuple[tuple[str, str]
     levels = advice.weights.buckets if advice.weights else ()
     shapes = [c["shape"] for c in advice.recipe.workload.get("canvases", [])] or [list(advice.preflight.shape)]
     words = ", ".join("x".join(map(str, shape)) for shape in shapes)
+    hashes = [c["weights_sha256"][:12] for c in advice.recipe.host.get("components", []) if "weights_sha256" in c]
     out = [
         ("canvas" if len(shapes) == 1 else "canvases", f"{words} ({advice.preflight.tokens:,} tokens probed)"),
         ("steps", str(sum(b.steps for b in levels)) if levels else "-"),
-        ("adapters", "none"),
+        ("weights", ", ".join(hashes) if hashes else "-"),
         ("device", facts.get("device", "-")),
     ]
     return tuple(out)

@@ -152,6 +152,13 @@ def known_pads(q_part: Partition, kv_part: Partition) -> PadTable | None:
     """Pads of groups that follow from a canvas and that all heads share, looked at once; None: no pads, or others."""
     if not (q_part.fixed and kv_part.fixed and q_part.shared and kv_part.shared):
         return None
+    return _looked_at(q_part, kv_part)
+
+
+def _looked_at(q_part: Partition, kv_part: Partition) -> PadTable | None:
+    """`_pads`, once for groups that follow from a canvas."""
+    if not (q_part.fixed and kv_part.fixed):
+        return _pads(q_part, kv_part)
     known = _KNOWN_PADS.setdefault(q_part, WeakKeyDictionary())
     if kv_part not in known:
         known[kv_part] = _pads(q_part, kv_part)
@@ -164,13 +171,7 @@ def padded(selection: Selection) -> _Settled:
     q_part, kv_part = selection.q_part, selection.kv_part
     if index.is_cuda and not kv_part.fixed:  # a look would wait: the order says where pads are, and kernels read it
         return _Settled(index, count, None, None, _empty_masks(selection))
-    if q_part.fixed and kv_part.fixed:
-        known = _KNOWN_PADS.setdefault(q_part, WeakKeyDictionary())
-        if kv_part not in known:
-            known[kv_part] = _pads(q_part, kv_part)
-        pads = known[kv_part]
-    else:
-        pads = _pads(q_part, kv_part)
+    pads = _looked_at(q_part, kv_part)
     if pads is None:
         return _Settled(index, count, None, None, _empty_masks(selection))
     b, h = _sizes(index, pads.which_q, pads.which_k)

@@ -226,8 +226,8 @@ class Partition:
         """Tokens by label; inside a group they keep their order.
 
         labels: int [N], [batch|1, N] or [batch|1, heads|1, N] in 0..groups-1; -1 belongs to no group.
-        most: tokens of the largest group; None looks (a wait for the device). Tokens beyond it would be lost, so a
-        `most` that is too small raises an error.
+        most: slots of a group; None is the largest group. That is looked up in any case (a wait for the device): tokens
+        beyond `most` would be lost, so one that is too small raises ValueError.
         """
         labels = (labels[None] if labels.dim() == 1 else labels).long()
         labels = labels[:, None] if labels.dim() == 2 else labels  # [B, H, N]
