@@ -219,5 +219,7 @@ def test_arguments_of_another_kind_are_named(generator: torch.Generator) -> None
     q, k, v = qkv(generator)
     with pytest.raises(TypeError, match="pattern is a Tensor; legal: Pattern, Selection, BlockPlan, PlanSlots, None"):
         attention(q, k, v, torch.ones(15, 15, dtype=torch.bool), canvas=CANVAS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Score: quant='int8'; legal: None or a Quant"):
+        Score(quant="int8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Score: bias is a Tensor; legal: a tuple of terms"):
         Score(bias=torch.zeros(15, 15))  # type: ignore[arg-type]

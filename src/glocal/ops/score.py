@@ -189,6 +189,10 @@ class Score:
     def __post_init__(self) -> None:
         if not isinstance(self.bias, (tuple, list)):
             raise TypeError(f"Score: bias is a {type(self.bias).__name__}; legal: a tuple of terms, as in (Dense(t),).")
+        if self.quant is not None and not isinstance(self.quant, Quant):
+            raise TypeError(
+                f"Score: quant={self.quant!r}; legal: None or a Quant, such as Quant('int8', 'none', (32, 64))."
+            )
         if self.softcap is not None and self.softcap <= 0:
             raise ValueError(f"Score: softcap={self.softcap} must be positive; None means no cap.")
         if not 0 <= self.dropout < 1:

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from glocal._errors import check_choice
 from glocal.models import built_in
 from glocal.models.generation.image_dit import ImageDiT, ImageDiTConfig
 from glocal.models.generation.image_unet import ImageUNet, ImageUNetConfig
@@ -19,7 +20,8 @@ FORMAT = "glocal.picture/1"
 
 
 def shipped(kind: Kind) -> Path:
-    """Where the trained weights of a kind lie."""
+    """Where the trained weights of a kind lie; ValueError for no kind."""
+    check_choice("kind", kind, ("unet", "dit"))
     return built_in.WEIGHTS / f"image_{kind}.safetensors"
 
 
@@ -28,9 +30,8 @@ def build_picture_model(kind: str, sizes: dict[str, object], vocabulary: tuple[s
     values: dict[str, object] = {name: tuple(v) if isinstance(v, list) else v for name, v in sizes.items()}
     if kind == "unet":
         return PictureModel(ImageUNet(ImageUNetConfig(**values)), vocabulary, length)  # type: ignore[arg-type]
-    if kind == "dit":
-        return PictureModel(ImageDiT(ImageDiTConfig(**values)), vocabulary, length)  # type: ignore[arg-type]
-    raise ValueError(f"kind={kind!r}; legal: unet, dit")
+    check_choice("kind", kind, ("unet", "dit"))
+    return PictureModel(ImageDiT(ImageDiTConfig(**values)), vocabulary, length)  # type: ignore[arg-type]
 
 
 def save_picture_model(model: PictureModel, path: Path, notes: dict[str, str] | None = None) -> None:
