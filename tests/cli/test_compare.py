@@ -98,6 +98,7 @@ def test_a_wrong_kernel_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
         ((*SMALL, "--device", "tpu"), "--device 'tpu' is not here; legal: cpu"),
         ((*SMALL, "--rounds", "1"), "rounds=1; legal: at least 2"),
         ((*SMALL, "--heads", "0"), "heads=0; legal: at least 1"),
+        (("--train", "--mixers", "dinat", "--budget", "soon"), "--budget 'soon'"),
     ],
 )
 def test_bad_input(words: tuple[str, ...], message: str) -> None:

@@ -14,7 +14,6 @@ from glocal.cli._common import check_folder, plain, print_fields, print_json, pr
 from glocal.cli._machine import facts
 
 if TYPE_CHECKING:
-    from glocal.advise.forecast import parse_duration
     from glocal.bench.mixers import Entry
 
 COLUMNS = (
@@ -24,6 +23,7 @@ COLUMNS = (
 
 def run(options: dict[str, Any]) -> None:
     """The verb, with its options by name."""
+    from glocal.advise.forecast import parse_duration
     from glocal.bench.mixers import ENTRIES, MixerSpec, compared, mixers, task_of
     from glocal.nn.mixer import builder_of
 
