@@ -105,8 +105,7 @@ def listed(plan: BlockPlan) -> Tensor:
     """Which key blocks each query block reads, in full or in part, bool [B|1, H|1, query blocks, key blocks]."""
     seen = torch.zeros(plan.full.count.shape[0], plan.q_blocks, plan.kv_blocks, device=plan.device)
     for lists in (plan.full, plan.partial):
-        live = torch.arange(lists.index.shape[-1], device=plan.device) < lists.count[..., None]
-        seen.scatter_add_(-1, lists.index.long(), live.float())
+        seen.scatter_add_(-1, lists.index.long(), lists.live.float())
     return (seen > 0)[plan.owner.long()]
 
 

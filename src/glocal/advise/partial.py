@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.records import SiteCall
-from glocal.plan.blockplan import BlockLists, BlockPlan, unpack
+from glocal.plan.blockplan import BlockPlan, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,10 +182,10 @@ class Lists:
         self.plan = plan
         device = plan.device
         pick, chosen = distinct.to(device)[:, None], torch.tensor(list(numbers), device=device)[None]
-        index, live = _listed(plan.full, pick, chosen)
+        index, live = plan.full.index[pick, chosen].long(), plan.full.live[pick, chosen]  # [U, chosen, most]
         self.fulls = torch.zeros(*live.shape[:2], plan.kv_blocks, device=device).scatter_add_(-1, index, live.float())
         assert plan.partial.mask is not None
-        index, live = _listed(plan.partial, pick, chosen)
+        index, live = plan.partial.index[pick, chosen].long(), plan.partial.live[pick, chosen]
         masks = plan.partial.mask[pick, chosen].long()
         whole = live & self._whole(index, masks, chosen)
         self.fulls.scatter_add_(-1, index, whole.float())
@@ -248,12 +248,6 @@ class Lists:
             if not self.several:  # wanted again by the next heads, and by the next call
                 self.bits[unique, at[0]] = seen
         return seen if len(at[1].kept) == seen.shape[-1] else seen[..., at[1].kept]
-
-
-def _listed(lists: BlockLists, pick: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Key blocks [U, chosen, most] that some lists name for some query blocks, and which entries are real."""
-    index, count = lists.index[pick, chosen].long(), lists.count[pick, chosen]
-    return index, torch.arange(index.shape[-1], device=index.device) < count[..., None]
 
 
 @contextmanager

@@ -60,10 +60,14 @@ class BlockLists:
             lists.append(table.reshape(*shape, most))
         return BlockLists(count.reshape(shape).int(), *lists)
 
+    @property
+    def live(self) -> Tensor:
+        """Which entries are real, bool [U, blocks, most]."""
+        return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All entries as flat int64 tensors: list, query block, key block, mask row."""
-        live = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
-        u, row, place = live.nonzero(as_tuple=True)
+        u, row, place = self.live.nonzero(as_tuple=True)
         mask = None if self.mask is None else self.mask[u, row, place].long()
         return u, row, self.index[u, row, place].long(), mask
 
