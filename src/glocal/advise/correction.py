@@ -6,6 +6,7 @@ come back as mean values. Blocks may be boxes, runs along a curve or along anoth
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,8 +79,26 @@ def groups_of(canvas: Canvas, order: Order, device: str) -> Groups:
     return Groups(whole.to(device), part, number.to(device), words.to(device))
 
 
+# What was looked at last, while its q lives: a rectified method looks once for its plan and once for its factors, and
+# the probe for every such method of a call.
+_last: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[object, ...], Looked]] = []
+
+
 def looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float | None) -> Looked:
     """Block means of a call: q, k [B, H, N, D]; ValueError for fewer key heads than query heads."""
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if graph or q.is_inference() or k.is_inference() or torch.compiler.is_compiling():  # not told when they change
+        return _looked_at(q, k, layout, groups, scale)
+    key = (q._version, k._version, layout, groups, scale)
+    for one, other, known, looked in _last:
+        if one() is q and other() is k and known == key:
+            return looked
+    looked = _looked_at(q, k, layout, groups, scale)
+    _last[:] = [(weakref.ref(q, lambda _: _last.clear()), weakref.ref(k), key, looked)]
+    return looked
+
+
+def _looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float | None) -> Looked:
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"rectification: {q.shape[1]} query heads and {k.shape[1]} key heads; legal: as many of both.")
     mine, theirs = pooled(q, groups.part), pooled(k, groups.part)

@@ -151,19 +151,22 @@ def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
 
 def candidates_at(
     part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], keys: Keys, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block, and the dense output
+    [H, R, D].
 
     at: its place among the chosen blocks, and itself. Whole blocks of all plans are one product of [plans, key blocks]
     with the partial sums; partial blocks are added.
     """
-    picked = torch.stack([plan.full(at[0], heads) for plan in plans], 1)  # [H, C, blocks]
-    mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C, H, R]
-    value = picked @ part.value.flatten(2)  # [H, C, R * D]
-    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
+    every = torch.ones_like(part.mass[..., 0])  # dense: all blocks
+    picked = torch.stack([*(plan.full(at[0], heads) for plan in plans), every], 1)  # [H, C + 1, blocks]
+    mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C + 1, H, R]
+    value = picked @ part.value.flatten(2)  # [H, C + 1, R * D]
+    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C + 1, H, R, D]
     for number, plan in enumerate(plans):
         plan.add_partial(mass[number], value[number], (part, keys), at, heads)
-    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(1).clamp(min=1e-30)
+    outs = value / torch.where(mass > 0, mass, 1)[..., None]
+    return outs[:-1], mass[:-1] / mass[-1].clamp(min=1e-30), outs[-1]
 
 
 class Lists:

@@ -19,7 +19,7 @@ from glocal.advise.rules import allocation_rules, layer_ranges, published_defaul
 from glocal.advise.structure import Structure, simplify
 from glocal.advise.timing import Times
 from glocal.advise.validation import timed
-from glocal.advise.weights import Bucket, Weights, phase_of, residual_total
+from glocal.advise.weights import Bucket, Weights, even_weights, phase_of, residual_total
 from glocal.advise.workload import Sample
 from glocal.canvas import Canvas, Layout
 
@@ -120,6 +120,19 @@ def allocated(found: Found, budget: float, measure: Measure = "residual") -> Run
     by = "" if measure == "residual" else " by relative error"
     name = f"allocation{by}, {budget:.0%} of the attention time"
     return Rung(name, "allocation", found.recipe(used, rules), budget, seconds / items.dense_time, made.error)
+
+
+def of_range(found: Found, bucket: Bucket, budget: float) -> Recipe:
+    """The allocation of one step range by itself at `budget` of its attention time (more, where even the fastest
+    methods take longer), everything else dense.
+    """
+    own = [replace(r, bucket=0) for r in found.records if r.bucket == bucket.number]
+    alone = replace(found, records=own, weights=even_weights([replace(bucket, number=0)]))
+    items = alone.items()
+    least = float(items.time.amin(1).sum()) / items.dense_time
+    rung = allocated(alone, max(budget, least * (1 + 1e-9)))
+    assert rung is not None
+    return replace(rung.recipe, rules=tuple(replace(r, phase=bucket.phase) for r in rung.recipe.rules))
 
 
 def within(items: Items, weights: Tensor, limit: float) -> Structure:

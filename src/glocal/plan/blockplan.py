@@ -192,12 +192,12 @@ class BlockPlan:
             (order.reshape(-1, block) >= 0).sum(-1).double()
             for order, block in ((self.q_order, self.q_block), (self.kv_order, self.kv_block))
         ]
-        total = torch.zeros(self.full.count.shape[0], dtype=torch.double, device=self.device)
-        u, row, column, _ = self.full.entries()
-        total.index_add_(0, u, valid[0][row] * valid[1][column])
-        u, row, column, mask = self.partial.entries()
-        assert mask is not None
-        total.index_add_(0, u, unpack(self.masks, self.kv_block).sum((-1, -2)).double()[mask])
+        keys = torch.where(self.full.live, valid[1][self.full.index.long()], 0).sum(-1)  # [U, query blocks]
+        total = (keys * valid[0]).sum(-1)
+        if self.masks.shape[0]:
+            assert self.partial.mask is not None
+            seen = unpack(self.masks, self.kv_block).sum((-1, -2)).double()
+            total = total + torch.where(self.partial.live, seen[self.partial.mask.long()], 0).sum((-1, -2))
         return float(total[self.owner.long()].mean())
 
     @cached_property
