@@ -104,7 +104,7 @@ def test_advise_calibrates_masks_where_asked(
     model: VideoDiT, objective: Frames, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
-    with pytest.raises(ValueError, match="'paro' alone gives no step weights"):
+    with pytest.raises(ValueError, match="'paro' alone gives no gains of layers"):
         advise(model, workload, objective=objective, options=AdviseOptions(methods=("paro",), min_tokens=64))
     effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1, finalists=3)
     options = AdviseOptions(methods=("paro", "tile_windows"), min_tokens=64, state=tmp_path / "state")

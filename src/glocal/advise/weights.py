@@ -1,6 +1,6 @@
 """Step weights: how much an error made at a noise level is worth at the end of the run.
 
-One bucket of steps is made sparse with a plain method, everything else stays dense, and the run goes on from the latent
+One bucket of steps runs by an allocation of its own, everything else stays dense, and the run goes on from the latent
 that the dense run had there. The end-to-end error over the one-step error is the bucket's weight.
 """
 
