@@ -146,6 +146,7 @@ def _advise(run: Run, split: Split) -> Advice:
     records = [r for p in probed for r in kept(run, p.records) if r.method in methods]
     if not records:
         raise ValueError(f"keep_dense={list(options.keep_dense)!r} leaves no site to advise on.")
+    base = replace(base, records=tuple(records), shrunk=tuple(s for p in probed for s in p.shrunk))
 
     known = (probe_sample_, probed[0])
     own = [r for r in records if r.sample == probe_sample_.id]
@@ -155,6 +156,10 @@ def _advise(run: Run, split: Split) -> Advice:
     found = Found(counted, times, even_weights(buckets), methods, base_rules(records), fallback)
     gain = measured_gains(run, found, known, before, list(plain))
     found = counted_by(found, gain)
+    refusal = _refusal(run, before, replace(times, methods={n: times.methods[n] for n in found.methods}))
+    if refusal is not None:  # what was faster than dense was dropped
+        run.stage(None)
+        return replace(base, reason=refusal)
 
     def both(some: Sequence[ProbeRecord]) -> list[ProbeRecord]:
         return by_method(by_layer(some, layers), gain)
