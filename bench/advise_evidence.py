@@ -1,7 +1,8 @@
-"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and step weights that
-are measured on allocations of one step range ("residual", what `glocal advise` does); with gains of methods on top;
-with step weights of plain methods; without gains; by relative error of the attention output (with step weights measured
-in its own units, and without any); and plain recipes: at three budgets of attention work, paired over unseen seeds.
+"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and methods and with
+step weights that are measured on allocations of one step range ("residual", what `glocal advise` does); without gains
+of methods, or without any; with step weights of plain methods; by relative error of the attention output, with step
+weights measured either way in its own units, or none; and plain recipes: at three budgets of attention work, paired
+over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -38,7 +39,7 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import Group, LayerGains, by_layer, gains, layer_gains, layer_groups, summed
+from glocal.advise.calibrate import Group, LayerGains, by_layer, by_method, gains, layer_gains, layer_groups, summed
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
@@ -67,8 +68,8 @@ COLUMNS += ["low", "high", "pairs", "device", "torch", "python"]
 Row = dict[str, object]
 PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
 BUDGETS = (0.75, 0.6, 0.45)
-KINDS = ("residual", "residual, gains of methods", "residual, plain step weights", "output", "no gains")
-KINDS += ("residual, gains of methods, plain step weights",)
+KINDS = ("residual", "no gains of methods", "plain step weights", "no gains, plain step weights")
+KINDS += ("output", "output, plain step weights")
 
 
 class Masked(MediaMethod):
@@ -244,10 +245,10 @@ def search(
     def counted(own: list[ProbeRecord], kind: str) -> list[ProbeRecord]:
         if kind.startswith("output"):
             return [replace(r, residual=r.output) for r in own]
-        if kind == "no gains":
+        if kind.startswith("no gains,"):
             return own
         own = by_layer(own, layers)
-        return [replace(r, residual=r.residual * gain[r.method]) for r in own] if "methods" in kind else own
+        return own if kind == "no gains of methods" else by_method(own, gain)
 
     kinds = {}
     for kind in KINDS:
