@@ -242,10 +242,10 @@ def measure(name: str, case: Case, options: argparse.Namespace, emit: Emit) -> N
     tail = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
     row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), "model": name, "tokens": grid, **tail}
     row |= {"heads": case.model.config.num_attention_heads, "blocks_run": case.run, "blocks_model": case.of}
-    if options.only != "forecast":
-        probe_rows(case, forward, options, row, emit)
     if options.only != "probe":
         forecast_rows(case, forward, options, row, emit)
+    if options.only != "forecast":
+        probe_rows(case, forward, options, row, emit)
 
 
 def probe_rows(
