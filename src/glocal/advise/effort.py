@@ -47,7 +47,7 @@ class Effort:
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 3, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.85,), 3, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),
