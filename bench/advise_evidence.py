@@ -1,6 +1,8 @@
-"""Is the allocation worth it? On the built-in video model: by residual error with gains and measured step weights,
-without gains, by relative error of the attention output (with step weights measured in its own units, and without
-any), and plain recipes, at three budgets of attention work, paired over unseen seeds.
+"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and methods and with
+step weights that are measured on allocations of one step range ("residual", what `glocal advise` does); without gains
+of methods, or without any; with step weights of plain methods; by relative error of the attention output, with step
+weights measured either way in its own units, or none; and plain recipes: at three budgets of attention work, paired
+over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -24,7 +26,7 @@ import io
 import json
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -37,16 +39,24 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import Group, by_layer, counted_by, gains, layer_gains, layer_groups, summed
+from glocal.advise.calibrate import Group, LayerGains, by_layer, by_method, gains, layer_gains, layer_groups, summed
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
 from glocal.advise.probe import MediaMethod, ProbeRecord
 from glocal.advise.recipe import Fallback, Rule
-from glocal.advise.search import Found, Rung, allocated, base_rules, published
+from glocal.advise.search import Found, Rung, allocated, base_rules, of_range, published
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.timing import MethodTime, Times
-from glocal.advise.weights import Bucket, StepWeight, fit_weights, make_buckets, one_bucket, residual_total
+from glocal.advise.weights import (
+    Bucket,
+    StepWeight,
+    even_weights,
+    fit_weights,
+    make_buckets,
+    one_bucket,
+    residual_under,
+)
 from glocal.canvas import Canvas, Layout
 from glocal.measure.stats import drift, log_ratio, paired
 from glocal.models.generation import SampleSpec, VideoDiT, load_demo
@@ -57,6 +67,9 @@ COLUMNS = ["row", "budget", "kind", "name", "visited", "seed", "error", "drift",
 COLUMNS += ["low", "high", "pairs", "device", "torch", "python"]
 Row = dict[str, object]
 PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
+BUDGETS = (0.75, 0.6, 0.45)
+KINDS = ("residual", "no gains of methods", "plain step weights", "no gains, plain step weights")
+KINDS += ("output", "output, plain step weights")
 
 
 class Masked(MediaMethod):
@@ -164,6 +177,12 @@ class Batch:
             end = self._draw(self.latents[start][which], start, which)
         return self.errors(end, self.latents[-1][which])
 
+    def begins(self, recipe: Recipe) -> int:
+        """The first step with a rule; before it the run is the dense one."""
+        phases, levels = [rule.phase for rule in recipe.rules], self.objective.levels[:-1]
+        touched = (s for s, x in enumerate(levels) if any(p.holds(sigma=x, progress=None, tokens=None) for p in phases))
+        return next(touched, 0)
+
     def one_step(self, recipe: Recipe, step: int, which: slice) -> list[float]:
         """Errors behind one step from the dense latent."""
         levels = self.objective.levels
@@ -186,31 +205,25 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """Of the search, by bucket and method. ends: errors of one-bucket runs of the step-weight samples; firsts: behind
-    the first step of each bucket, of the probe samples; layers: the same, of one layer alone, by bucket, layer, method.
-    """
-
-    ends: dict[tuple[int, str], list[float]]
-    firsts: dict[tuple[int, str], list[float]]
-    layers: dict[tuple[int, int, str], list[float]]
-
-
-@dataclass(frozen=True)
 class Searched:
-    """found: with gains of layers and methods; rough: without; output: by relative error of the attention output;
-    level: so too, and all step ranges weigh alike.
-    """
+    """kinds: what allocations go by, "residual" first. found: that one."""
 
-    found: Found
-    rough: Found
-    output: Found
-    level: Found
+    kinds: dict[str, Found]
     before: Preflight
 
+    @property
+    def found(self) -> Found:
+        """As `glocal advise` searches."""
+        return self.kinds["residual"]
 
-def search(batch: Batch, more: Sequence[MethodSpec] = (), looks: tuple[int, int] = (2, 16)) -> Searched:
-    """Probe, step weights and gains over the first samples. more: candidates beside the built-in ones. looks: steps
+
+def search(
+    batch: Batch,
+    more: Sequence[MethodSpec] = (),
+    looks: tuple[int, int] = (2, 16),
+    budgets: Sequence[float] = BUDGETS,
+) -> Searched:
+    """Probe, gains and step weights over the first samples. more: candidates beside the built-in ones. looks: steps
     probed of each of four step ranges, query blocks probed a call.
     """
     model, objective = batch.model, batch.objective
@@ -222,61 +235,78 @@ def search(batch: Batch, more: Sequence[MethodSpec] = (), looks: tuple[int, int]
     patterns = sorted(positions, key=lambda n: times.methods[n].visited)
     middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
     plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
-    probes = [probe_sample(model, objective, s, methods, Looks(buckets, *looks)) for s in samples[:PROBES]]
-    records: list[ProbeRecord] = [r for p in probes for r in p.records]
+    probed = [probe_sample(model, objective, s, methods, Looks(buckets, *looks)) for s in samples]
+    records, others = ([r for p in some for r in p.records] for some in (probed[:PROBES], probed[PROBES:]))
     print(f"probed {len(methods)} methods", flush=True)
-    rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    made = Measured({}, {}, {})
-    for bucket in buckets:
-        for name, method in methods.items():
-            recipe = one_bucket(bucket, name, method, rules, fallback)
-            if name in plain or bucket is buckets[len(buckets) // 2]:  # the one that gains are read from
-                made.firsts[bucket.number, name] = batch.one_step(recipe, bucket.first, slice(0, PROBES))
-            if name not in plain:
-                continue
-            made.ends[bucket.number, name] = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
-            for layer in range(model.config.layers):
-                alone = replace(recipe, rules=tuple(replace(r, layers=((layer, layer),)) for r in recipe.rules))
-                made.layers[bucket.number, layer, name] = batch.one_step(alone, bucket.first, slice(0, PROBES))
-    return searched_from((records, times, methods), buckets, made, before)
+    base = Found(records, times, even_weights(buckets), methods, base_rules(records), Fallback(min_tokens=64))
+    layers = measured_layers(batch, base, plain)
+    gain = measured_gains(batch, replace(base, records=by_layer(records, layers)))
+
+    def counted(own: list[ProbeRecord], kind: str) -> list[ProbeRecord]:
+        if kind.startswith("output"):
+            return [replace(r, residual=r.output) for r in own]
+        if kind.startswith("no gains,"):
+            return own
+        own = by_layer(own, layers)
+        return own if kind == "no gains of methods" else by_method(own, gain)
+
+    kinds = {}
+    for kind in KINDS:
+        found, theirs = replace(base, records=counted(records, kind)), counted(others, kind)
+        recipes = {
+            bucket: [one_bucket(bucket, n, m, base.base, base.fallback) for n, m in plain.items()]
+            if "plain" in kind
+            else [of_range(found, bucket, budget) for budget in budgets]
+            for bucket in buckets
+        }
+        kinds[kind] = replace(found, weights=fit_weights(buckets, ranges_alone(batch, theirs, recipes)))
+        print(kind, [f"{w:.3g}" for w in kinds[kind].weights.weight], flush=True)
+    kinds["output, no step weights"] = replace(kinds["output"], weights=even_weights(buckets))
+    return Searched(kinds, before)
 
 
-def searched_from(
-    known: tuple[list[ProbeRecord], Times, dict[str, MethodSpec]],
-    buckets: Sequence[Bucket],
-    made: Measured,
-    before: Preflight,
-) -> Searched:
-    """Step weights and gains from what was measured."""
-    records, times, methods = known
-    rules, fallback = base_rules(records), Fallback(min_tokens=64)
-    samples = sorted({r.sample for r in records})
+def ranges_alone(
+    batch: Batch, records: Sequence[ProbeRecord], recipes: Mapping[Bucket, Sequence[Recipe]]
+) -> list[StepWeight]:
+    """Every step-weight sample with one step range sparse at a time, from the dense latent in front of it on."""
+    runs = []
+    for bucket, some in recipes.items():
+        for number, recipe in enumerate(some):
+            ends = batch.of(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            ones = batch.one_step(recipe, bucket.first, slice(PROBES, PROBES + WEIGHTS))
+            for sample, end, one in zip(batch.samples[PROBES:], ends, ones, strict=False):
+                own = [r for r in records if r.sample == sample.id]
+                runs.append(StepWeight(bucket.number, str(number), end, one, residual_under(own, recipe, bucket)))
+    return runs
 
-    def weighed(own: list[ProbeRecord]) -> Found:
-        runs = []
-        for (number, name), values in made.ends.items():
-            residual = residual_total(own, name, number)
-            runs += [StepWeight(number, name, end, fmean(made.firsts[number, name]), residual) for end in values]
-        return Found(own, times, fit_weights(buckets, runs), methods, rules, fallback)
 
-    def local(own: list[ProbeRecord], name: str, bucket: Bucket) -> float:
-        return fmean(summed(own, name, bucket.first, s) for s in samples)
-
+def measured_layers(batch: Batch, base: Found, plain: Mapping[str, MethodSpec]) -> LayerGains:
+    """Gains of layers, each by the first step of every step range."""
     changed: dict[tuple[Group, int], list[float]] = {}
     errors: dict[tuple[Group, int], list[float]] = {}
-    groups = layer_groups(records, 1 + max(r.layer for r in records))
-    for (number, layer, name), values in made.layers.items():
-        place = groups[layer], number
-        own = [r for r in records if r.layer == layer]
-        changed.setdefault(place, []).append(fmean(values))
-        errors.setdefault(place, []).append(local(own, name, buckets[number]))
-    found = weighed(by_layer(records, layer_gains(changed, errors, len(buckets))))
-    bucket = buckets[len(buckets) // 2]
-    moved = {name: fmean(made.firsts[bucket.number, name]) for name in methods}
-    gained = gains(moved, {name: local(list(found.records), name, bucket) for name in methods})
-    output = weighed([replace(r, residual=r.output) for r in records])
-    level = replace(output, weights=replace(output.weights, weight=(1.0,) * len(buckets)))
-    return Searched(counted_by(found, gained), weighed(records), output, level, before)
+    for group in layer_groups(base.records, 1 + max(r.layer for r in base.records)):
+        own = [r for r in base.records if group.holds(r)]
+        for bucket in base.buckets:
+            for name, method in plain.items():
+                rules = tuple(group.rules(base.base, name, bucket.phase))
+                recipe = Recipe("candidate", {name: method}, rules, fallback=base.fallback)
+                place = group, bucket.number
+                changed.setdefault(place, []).append(fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES))))
+                errors.setdefault(place, []).append(_local(batch, own, name, bucket))
+    return layer_gains(changed, errors, len(base.buckets))
+
+
+def measured_gains(batch: Batch, found: Found) -> dict[str, float]:
+    """Gains of methods, by one step in the middle of the run."""
+    bucket = found.buckets[len(found.buckets) // 2]
+    recipes = {n: one_bucket(bucket, n, m, found.base, found.fallback) for n, m in found.methods.items()}
+    moved = {n: fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES))) for n, recipe in recipes.items()}
+    return gains(moved, {n: _local(batch, found.records, n, bucket) for n in recipes})
+
+
+def _local(batch: Batch, records: Sequence[ProbeRecord], name: str, bucket: Bucket) -> float:
+    """What the probe summed at the first step of a bucket."""
+    return fmean(summed(records, name, bucket.first, s.id) for s in batch.samples[:PROBES])
 
 
 def plain_rungs(found: Found, budget: float) -> list[Rung]:
@@ -314,19 +344,19 @@ def visited(recipe: Recipe, name: str, found: Found, before: Preflight) -> float
 def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
     """(kind, rung): allocations first, then what competes with them, the most promising by prediction first."""
     found, before = searched.found, searched.before
-    known = {"residual": found, "output": searched.output, "no gains": searched.rough}
-    known["output, no step weights"] = searched.level
-    made = [(kind, allocated(f, budget)) for kind, f in known.items()]
+    made = [(kind, allocated(f, budget)) for kind, f in searched.kinds.items()]
     out = [(kind, replace(r, name=f"{r.name} ({kind})")) for kind, r in made if r is not None]
-    out += [("plain", r) for r in plain_rungs(found, budget)]
     presets = published(found, before.shape, before.levels)
     out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
-    return out
+    return out + [("plain", r) for r in plain_rungs(found, budget)]
 
 
 def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> None:
     """All recipes with what was predicted of them, in the order they are to be judged."""
     listed = {budget: rungs(searched, budget) for budget in budgets}
+    dear = published(searched.found, searched.before.shape, searched.before.levels)
+    dear = [r for r in dear if spent(r, searched.found, searched.before) > max(budgets)]
+    listed[max(budgets)] += [("published, above the budget", r) for r in dear]
     out: list[dict[str, object]] = []
     for place in range(max(map(len, listed.values()))):
         for budget, own in listed.items():
@@ -334,9 +364,9 @@ def write_recipes(searched: Searched, budgets: Sequence[float], path: Path) -> N
                 kind, rung = own[place]
                 one: dict[str, object] = {"budget": budget, "kind": kind, "name": rung.name}
                 one["visited"] = round(spent(rung, searched.found, searched.before), 4)
-                one["predicted"] = None if kind == "output, no step weights" else rung.predicted
+                one["predicted"] = rung.predicted if kind in ("residual", "plain") else None
                 out.append({**one, "recipe": json.loads(rung.recipe.dumps())})
-    bands = {"with gains": searched.found.weights.band, "without": searched.rough.weights.band}
+    bands = {kind: found.weights.band for kind, found in searched.kinds.items() if found.weights.runs}
     write_atomic(path, json.dumps({"bands": bands, "recipes": out}, indent=0, sort_keys=True) + "\n")
 
 
@@ -347,7 +377,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--budgets", type=float, nargs="+", default=[0.75, 0.6, 0.45])
+    parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--recipes", type=Path, default=ROOT / "results" / "advise_recipes.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
@@ -384,7 +414,7 @@ def main() -> None:
     with torch.no_grad():
         began = time.monotonic()
         if options.part == "search":
-            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]))
+            searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]), budgets=options.budgets)
             write_recipes(searched, options.budgets, options.recipes)
         else:
             batch = Batch(model, objective, [*samples[:PROBES], *samples[PROBES + WEIGHTS :]])
@@ -405,7 +435,8 @@ def judge(batch: Batch, made: dict, rows: list[Row], emit: Callable[[list[Row]],
     for one in made["recipes"]:
         if (str(one["budget"]), one["kind"], one["name"]) in known:
             continue
-        errors = batch.of(Recipe.loads(json.dumps(one["recipe"])))
+        recipe = Recipe.loads(json.dumps(one["recipe"]))
+        errors = batch.of(recipe, batch.begins(recipe))
         head: Row = {n: one[n] for n in ("budget", "kind", "name", "visited")}
         new: list[Row] = []
         for number, (s, value, *anchors) in enumerate(zip(batch.samples, errors, floors, ceilings, strict=True)):
@@ -435,9 +466,7 @@ def compare(rows: Sequence[Row], emit: Callable[[list[Row]], None]) -> None:
         row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
         out.append({**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": mean.n})
         for words, chosen in (("the allocation", ours), ("what is advised", advised)):
-            for kind in ("output", "output, no step weights", "no gains", "plain"):
-                if kind not in known:
-                    continue
+            for kind in [kind for kind in known if kind != "residual"]:
                 rival = min(known[kind].items(), key=lambda one: fmean(one[1][1]))
                 if rival[1] is chosen[1]:
                     continue

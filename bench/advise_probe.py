@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import platform
 import statistics
 import time
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from glocal._files import write_atomic
 from glocal.adapt import attach
+from glocal.adapt.attach import sites_of
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.dropped import Dropped
 from glocal.advise.inside import ready_for
@@ -37,6 +39,7 @@ from glocal.advise.timing import MethodTime, blocks_of, time_methods
 from glocal.canvas import Canvas, Layout
 from glocal.plan.time_model import TimeSample, fit_time_model
 
+Emit = Callable[[list[dict[str, object]]], None]
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = [
     "model",
@@ -200,6 +203,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plans", type=int, default=99, help=f"plans timed at most; no forecast under {LEAST}")
+    parser.add_argument("--only", choices=["probe", "forecast"], help="one half of the rows")
     parser.add_argument("--finish", type=Path, help="rows of a run that was cut: forecast from what it timed")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
     options = parser.parse_args()
@@ -226,9 +230,7 @@ def main() -> None:
         del case
 
 
-def measure(
-    name: str, case: Case, options: argparse.Namespace, emit: Callable[[list[dict[str, object]]], None]
-) -> None:
+def measure(name: str, case: Case, options: argparse.Namespace, emit: Emit) -> None:
     """Rows of one model, handed to `emit` as they come."""
     cuda = options.device.startswith("cuda")
     device = torch.cuda.get_device_name() if cuda else platform.processor()
@@ -236,9 +238,23 @@ def measure(
     def forward() -> Tensor:
         return case.model(**case.arguments, return_dict=False)[0]
 
+    grid = math.prod(case.shape)
+    tail = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
+    row: dict[str, object] = {**dict.fromkeys(COLUMNS, ""), "model": name, "tokens": grid, **tail}
+    row |= {"heads": case.model.config.num_attention_heads, "blocks_run": case.run, "blocks_model": case.of}
+    if options.only != "probe":
+        forecast_rows(case, forward, options, row, emit)
+    if options.only != "forecast":
+        probe_rows(case, forward, options, row, emit)
+
+
+def probe_rows(
+    case: Case, forward: Callable[[], Tensor], options: argparse.Namespace, row: dict[str, object], emit: Emit
+) -> None:
+    """What a probed forward takes beyond a dense one."""
+    cuda = options.device.startswith("cuda")
     listed = {m.id: m for m in candidates(case.shape)}
-    spec = ProbeSpec(listed, lambda step: 0, frozenset({0}), blocks=16)
-    probe = Probe(spec)
+    probe = Probe(ProbeSpec(listed, lambda step: 0, frozenset({0}), blocks=16))
 
     def probed() -> Tensor:
         with attach(case.model, probe):
@@ -252,19 +268,8 @@ def measure(
     records = len(probe.records)
     dense_s, dense_gib = seconds(forward, cuda, options.repeats), peak(forward, cuda)
     probe_s, probe_gib = seconds(probed, cuda, options.repeats), peak(probed, cuda)
-    site = probe.records[0].site
-    tail = {"device": device, "torch": torch.__version__, "python": platform.python_version()}
-    head: dict[str, object] = {"model": name, "blocks_run": case.run, "blocks_model": case.of, **tail}
-    blank = dict.fromkeys(COLUMNS, "")
     added = (probe_s - dense_s) / case.run
-    print(
-        f"{name}: forward {dense_s:.3f} s, probed {probe_s:.3f} s ({case.run} blocks), first {planned:.1f} s",
-        flush=True,
-    )
-    grid = 1
-    for length in case.shape:
-        grid *= length
-    row = {**blank, **head, "tokens": grid, "heads": case.model.config.num_attention_heads}
+    print(f"forward {dense_s:.3f} s, probed {probe_s:.3f} s ({case.run} blocks), first {planned:.1f} s", flush=True)
     emit(
         [
             {**row, "kind": "dense forward", "measured_s": f"{dense_s:.4f}", "extra_gib": f"{dense_gib:.3f}"},
@@ -274,6 +279,13 @@ def measure(
             {**row, "kind": "probe over the dense peak", "extra_gib": f"{probe_gib - dense_gib:.3f}"},
         ]
     )
+
+
+def forecast_rows(
+    case: Case, forward: Callable[[], Tensor], options: argparse.Namespace, row: dict[str, object], emit: Emit
+) -> None:
+    """Plans timed inside a call of the model, and each of them forecast from the others."""
+    site = next(s.name for s in sites_of(case.model) if s.kind != "cross")
     found: list[tuple[str, MethodTime, MethodSpec]] = []
     tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
     chunks = batched(list(tried)[: options.plans], 4)

@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 
 from glocal.advise import Effort, MethodSpec, Recipe, Target
-from glocal.advise.ladder import Anchors, build_ladder, corrected, mean_anchors, mean_rung, nearest, refit
+from glocal.advise.ladder import (
+    Anchors,
+    bucket_errors,
+    build_ladder,
+    corrected,
+    mean_anchors,
+    mean_rung,
+    nearest,
+    refit,
+)
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Found, Rung, allocated, base_rules, single
@@ -40,12 +49,9 @@ def found(weight: tuple[float, float] = (1.0, 1.0)) -> Found:
 
 def measured(known: Found, rung: Rung | None, true: Found) -> Rung:
     """A rung with the error that other step weights predict for it."""
-    from glocal.advise.ladder import _parts
-
     assert rung is not None
-    return replace(
-        rung, error=sum(_parts(true, rung)), seconds=1.0 - (1 - (rung.attention_ratio or 1)) / 2, dense_seconds=1.0
-    )
+    error, seconds = sum(bucket_errors(true, rung.recipe)), 1.0 - (1 - (rung.attention_ratio or 1)) / 2
+    return replace(rung, error=error, seconds=seconds, dense_seconds=1.0)
 
 
 def test_weights_move_towards_the_measured_ladder() -> None:

@@ -13,13 +13,15 @@ from torch import Tensor
 from glocal.adapt import attach
 from glocal.adapt.paro import Paro
 from glocal.adapt.paro_plan import ParoPlan
-from glocal.advise import Frames, Workload, advise, run
+from glocal.advise import Frames, Workload, advise, inside, run
 from glocal.advise.apply import RecipeMethod
 from glocal.advise.calibrated import paro_candidates
 from glocal.advise.effort import AdviseOptions, Effort
 from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import Fallback, Recipe, Rule
 from glocal.models.generation import VideoDiT
+
+from .test_run import times_by_pairs
 
 ANY = Fallback(min_tokens=16)
 
@@ -104,7 +106,8 @@ def test_advise_calibrates_masks_where_asked(
     model: VideoDiT, objective: Frames, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
-    with pytest.raises(ValueError, match="'paro' alone gives no step weights"):
+    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    with pytest.raises(ValueError, match="'paro' alone gives no gains of layers"):
         advise(model, workload, objective=objective, options=AdviseOptions(methods=("paro",), min_tokens=64))
     effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1, finalists=3)
     options = AdviseOptions(methods=("paro", "tile_windows"), min_tokens=64, state=tmp_path / "state")

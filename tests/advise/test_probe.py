@@ -54,7 +54,7 @@ def probed(
     at = blocks_of(plan, [block], here, segments)[0]
     rows = rows_of(q, at, here, (0, every))
     lists = [Lists(plan, [block], every)]
-    out, mass = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every))
+    out, mass, _ = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every))
     return out[0], mass[0], rows.places
 
 

@@ -12,9 +12,12 @@ import torch
 
 from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
 from glocal.advise.advice import Advice
-from glocal.advise.calibrate import by_layer
+from glocal.advise.calibrate import by_layer, by_method
 from glocal.advise.methods import candidates
+from glocal.advise.recipe import Fallback
+from glocal.advise.search import Found, base_rules, of_range
 from glocal.advise.timing import MethodTime, Times, blocks_of
+from glocal.advise.weights import even_weights, residual_under
 from glocal.models.generation import SampleSpec, VideoDiT
 
 EFFORT = Effort(
@@ -65,13 +68,16 @@ def test_layers_have_gains_at_every_step_range_and_predictions_count_by_them(adv
         mine = [advice.layers["transformer", "self", layer, bucket] for layer in (0, 1)]
         assert math.prod(mine) == pytest.approx(1) and mine[0] != pytest.approx(1, abs=1e-3)
     assert advice.weights is not None
-    for made in advice.weights.runs:
-        own = [r for r in by_layer(advice.records, advice.layers) if r.method == made.method]
-        by_step = {(r.step, r.sample): 0.0 for r in own if r.bucket == made.bucket}
-        for r in own:
-            if r.bucket == made.bucket and r.head >= 0:
-                by_step[r.step, r.sample] += (r.residual * advice.gains.get(r.method, 1.0)) ** 2
-        assert any(made.residual == pytest.approx(math.sqrt(v)) for v in by_step.values())
+    counted = by_method(by_layer(advice.records, advice.layers), advice.gains)
+    probed, other = ([r for r in counted if r.sample == s] for s in dict.fromkeys(r.sample for r in counted))
+    buckets, methods = advice.weights.buckets, {n: advice.methods[n] for n in advice.gains}
+    fallback = Fallback(min_tokens=OPTIONS.min_tokens)
+    found = Found(probed, advice.times, even_weights(buckets), methods, base_rules(probed), fallback)
+    alone = [(b, of_range(found, b, budget)) for b in buckets for budget in EFFORT.budgets]
+    assert [r.bucket for r in advice.weights.runs] == [bucket.number for bucket, _ in alone]
+    for made, (bucket, recipe) in zip(advice.weights.runs, alone, strict=True):
+        assert made.residual == pytest.approx(residual_under(other, recipe, bucket))
+        assert {r.phase for r in recipe.rules} == {bucket.phase}
 
 
 def test_recipe_survives_save_load_and_another_step_count(advice: Advice, model: VideoDiT, tmp_path: Path) -> None:

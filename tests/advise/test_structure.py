@@ -12,6 +12,7 @@ from glocal.advise.allocate import Allocation, Items, allocate, evaluate
 from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import Phase, Recipe
 from glocal.advise.rules import allocation_rules, layer_ranges, published_defaults
+from glocal.advise.search import within
 from glocal.advise.structure import Structure, StructureSpec, simplify
 
 LAYERS, HEADS, BUCKETS = 4, 3, 6
@@ -185,3 +186,26 @@ def test_a_spec_out_of_range_is_refused() -> None:
 def test_layers_as_ranges() -> None:
     assert layer_ranges([0, 1, 2, 5, 7, 8]) == ((0, 2), (5, 5), (7, 8))
     assert layer_ranges([]) == ()
+
+
+def test_heads_merge_where_further_methods_cost_more_than_they_save(generator: torch.Generator) -> None:
+    items, weights, budget = make(generator), WEIGHTS, 0.5 * LAYERS * HEADS * BUCKETS
+    apart = simplify(items, allocate(items, weights, time_budget=budget), weights)
+    assert items.split_time(apart.choice) == 0
+    dear = replace(items, split=(0.2 * items.dense_time,) * items.buckets)
+    made = within(dear, weights, budget)
+    assert made.time + dear.split_time(made.choice) <= budget * (1 + 1e-9)
+    assert apart.time + dear.split_time(apart.choice) > budget
+    layers = {(layer, bucket) for layer, bucket in zip(items.layer.tolist(), items.bucket.tolist(), strict=True)}
+    ways = [len(made.choice[(items.layer == a) & (items.bucket == b)].unique()) for a, b in layers]
+    assert set(ways) == {1}
+    with pytest.raises(ValueError, match="split has 1 entries"):
+        replace(items, split=(1.0,))
+
+
+def test_time_of_further_methods_is_counted_once_a_call() -> None:
+    layer, head, bucket = torch.tensor([[0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2], [0, 0, 0, 1, 1, 1]])
+    table = torch.zeros(6, 3, dtype=torch.float64)
+    items = Items(("dense", "a", "b"), layer, head, bucket, table, table + 1, table, table, split=(2.0, 5.0))
+    assert items.split_time(torch.tensor([0, 1, 2, 1, 1, 2])) == 2 * 2.0 + 5.0
+    assert items.split_time(torch.tensor([1, 1, 1, 0, 0, 0])) == 0

@@ -100,8 +100,7 @@ def _counted(plan: BlockPlan) -> tuple[Tensor, Tensor]:
     q_valid, k_valid = ((order[0, 0].unflatten(0, (-1, n)) >= 0).sum(-1, dtype=torch.int32) for order, n in sizes)
     blocks, pairs = torch.zeros(2, plan.full.count.shape[0], dtype=torch.long, device=plan.device)
     for lists in (plan.full, plan.partial):
-        live = torch.arange(lists.index.shape[-1], device=plan.device) < lists.count[..., None]  # [U, blocks, most]
-        keys = torch.where(live, k_valid[lists.index.long()], 0).sum(-1)  # [U, blocks]
+        keys = torch.where(lists.live, k_valid[lists.index.long()], 0).sum(-1)  # [U, blocks]
         blocks, pairs = blocks + lists.count.sum(-1), pairs + (keys.long() * q_valid).sum(-1)
     total = plan.layout.nq * plan.layout.nk
     owner = plan.owner.long()

@@ -58,7 +58,9 @@ class Items:
     methods: ids. layer, head, bucket [items] int64; the layers of the second and later `groups` (component, kind of
     site) are counted on from multiples of `APART`. error [items, methods]: squared error, 0 in column 0, inf where a
     method was not measured. time [items, methods]: seconds of all calls of the item in a run. kept, mass
-    [items, methods]: share of pairs kept and of attention weight kept.
+    [items, methods]: share of pairs kept and of attention weight kept. split [buckets]: seconds that every further
+    method costs in the calls of one layer whose heads run several; () where it costs nothing. `allocate` chooses item
+    by item and leaves it out; `structure.simplify` merges heads by it.
     """
 
     methods: tuple[str, ...]
@@ -70,6 +72,7 @@ class Items:
     kept: Tensor
     mass: Tensor
     groups: tuple[tuple[str, str], ...] = (("transformer", "self"),)
+    split: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.methods or self.methods[0] != "dense":
@@ -82,6 +85,8 @@ class Items:
             raise ValueError("error of 'dense' must be 0 in every item.")
         if bool((self.error < 0).any() | self.error.isnan().any()):
             raise ValueError("error holds negative values or NaN; squared errors are 0 or more, inf if not measured.")
+        if self.split and len(self.split) != self.buckets:
+            raise ValueError(f"split has {len(self.split)} entries; the items have {self.buckets} buckets.")
         if not bool(self.time.isfinite().all() & (self.time >= 0).all()):
             raise ValueError("time holds negative or infinite values or NaN.")
 
@@ -97,6 +102,14 @@ class Items:
     def dense_time(self) -> float:
         """Time of all items left dense."""
         return float(self.time[:, 0].double().sum())
+
+    def split_time(self, choice: Tensor) -> float:
+        """Seconds that a choice [items] costs because layers run several methods in one call."""
+        if not self.split:
+            return 0.0
+        calls = torch.stack([self.layer, self.bucket, choice], 1).unique(dim=0)[:, :2]  # one row a method of a call
+        calls, ways = calls.unique(dim=0, return_counts=True)
+        return float(((ways - 1) * torch.tensor(self.split, dtype=torch.float64)[calls[:, 1]]).sum())
 
     @staticmethod
     def from_records(

@@ -31,7 +31,6 @@ from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Phase, Recipe, Rule
 from glocal.advise.rules import layer_ranges
 from glocal.advise.search import Found
-from glocal.advise.weights import fit_weights
 from glocal.advise.workload import Sample
 
 _AROUND = (0.3, 0.45, 0.6, 0.75, 0.9)  # budgets of attention time that a search may move between
@@ -145,15 +144,15 @@ def gains(changed: Mapping[str, float], errors: Mapping[str, float]) -> dict[str
     return {m: math.exp(min(max(logs[m] - mean, -limit), limit)) if m in logs else 1.0 for m in changed}
 
 
+def by_method(records: Sequence[ProbeRecord], gain: Mapping[str, float]) -> list[ProbeRecord]:
+    """The records of methods with a gain, their residual errors counted by it."""
+    return [replace(r, residual=r.residual * gain[r.method]) for r in records if r.method in gain]
+
+
 def counted_by(found: Found, gain: Mapping[str, float]) -> Found:
-    """The methods with a gain alone, their residual errors counted by it; step weights fitted anew."""
-    runs = [replace(r, residual=r.residual * gain[r.method]) for r in found.weights.runs if r.method in gain]
-    return replace(
-        found,
-        records=[replace(r, residual=r.residual * gain[r.method]) for r in found.records if r.method in gain],
-        weights=fit_weights(found.buckets, runs),
-        methods={n: m for n, m in found.methods.items() if n in gain},
-    )
+    """The methods with a gain alone, their errors counted by it."""
+    methods = {n: m for n, m in found.methods.items() if n in gain}
+    return replace(found, records=by_method(found.records, gain), methods=methods)
 
 
 def finalists(found: Found, budgets: Sequence[float], count: int, always: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ come back as mean values. Blocks may be boxes, runs along a curve or along anoth
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -78,8 +79,26 @@ def groups_of(canvas: Canvas, order: Order, device: str) -> Groups:
     return Groups(whole.to(device), part, number.to(device), words.to(device))
 
 
+# What was looked at last, while its q lives: a rectified method looks once for its plan and once for its factors, and
+# the probe for every such method of a call.
+_last: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[object, ...], Looked]] = []
+
+
 def looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float | None) -> Looked:
     """Block means of a call: q, k [B, H, N, D]; ValueError for fewer key heads than query heads."""
+    graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
+    if graph or q.is_inference() or k.is_inference() or torch.compiler.is_compiling():  # not told when they change
+        return _looked_at(q, k, layout, groups, scale)
+    key = (q._version, k._version, layout, groups, scale)
+    for one, other, known, looked in _last:
+        if one() is q and other() is k and known == key:
+            return looked
+    looked = _looked_at(q, k, layout, groups, scale)
+    _last[:] = [(weakref.ref(q, lambda _: _last.clear()), weakref.ref(k), key, looked)]
+    return looked
+
+
+def _looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float | None) -> Looked:
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"rectification: {q.shape[1]} query heads and {k.shape[1]} key heads; legal: as many of both.")
     mine, theirs = pooled(q, groups.part), pooled(k, groups.part)
@@ -105,8 +124,7 @@ def listed(plan: BlockPlan) -> Tensor:
     """Which key blocks each query block reads, in full or in part, bool [B|1, H|1, query blocks, key blocks]."""
     seen = torch.zeros(plan.full.count.shape[0], plan.q_blocks, plan.kv_blocks, device=plan.device)
     for lists in (plan.full, plan.partial):
-        live = torch.arange(lists.index.shape[-1], device=plan.device) < lists.count[..., None]
-        seen.scatter_add_(-1, lists.index.long(), live.float())
+        seen.scatter_add_(-1, lists.index.long(), lists.live.float())
     return (seen > 0)[plan.owner.long()]
 
 

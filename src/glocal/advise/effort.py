@@ -14,15 +14,16 @@ Scope = Literal["operator", "step", "end_to_end", "prefill"]
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods whose one-bucket runs
-    give the step weights; budgets: attention time over dense, one ladder each; rounds: of every timing.
-    published: settings of papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the
-    nearest one all the same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples
-    of its own; fewer where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket
-    runs give the step weights. finalists: methods that the search goes on with, those that a first allocation uses
-    most; each is calibrated by one step of the whole model. correct: once the ladder is measured, fit the step weights
-    to it and allocate again. layers: groups of layers whose gains are measured at most, each by one step of the whole
-    model at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens.
+    """How much is run. buckets: step ranges; blocks: query blocks probed a call; plain: methods that layers are
+    measured with; budgets: attention time over dense, one ladder each; rounds: of every timing. published: settings of
+    papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the nearest one all the
+    same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples of its own; fewer
+    where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket runs, by an
+    allocation for each budget, give the step weights. finalists: methods that the search goes on with, those that a
+    first allocation uses most; each is calibrated by one step of the whole model. correct: once the ladder is measured,
+    fit the step weights to it and allocate again. layers: groups of layers whose gains are measured at most, each by
+    one step of the whole model at `looks` noise levels. reduced: step weights are measured on a canvas of at most so
+    many tokens.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Effort:
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.7,), 3, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.85,), 3, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),
@@ -122,5 +123,5 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
                 raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
         wanted = [m for m in wanted if m.system in options.methods]
         if not wanted:
-            raise ValueError("methods: 'paro' alone gives no step weights; name a pattern too, say paro,tile_windows.")
+            raise ValueError("methods: 'paro' alone gives no gains of layers; name a pattern, say paro,tile_windows.")
     return wanted

@@ -58,20 +58,20 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     buckets = make_buckets(cost.levels, effort.buckets)
     run = steps * before.forward
     probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
-    calls = probed * len(before.sites) * (effort.probes + effort.samples * effort.plain / max(cost.candidates, 1))
+    calls = probed * len(before.sites) * (effort.probes + effort.samples)  # the second ones with fewer candidates
     rungs = 2 * len(effort.budgets) + effort.published
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
     scores = 2 * 4 * one.heads * 64 * before.tokens
     pairs = cost.validations * effort.pairs
-    wide = effort.probes * cost.candidates + effort.samples * effort.plain
+    wide = (effort.probes + effort.samples) * cost.candidates
     records = round(probed * heads * wide) * ROW
 
     def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
         return StageForecast(name, seconds, None if before.memory is None else before.memory + extra, disk)
 
-    timed = (cost.candidates + 1) * (effort.rounds + 2) * before.attention / len(before.sites)
-    weights = effort.samples * effort.plain * sum(steps - b.first for b in buckets) * before.forward
+    timed = (cost.candidates + 2) * (effort.rounds + 2) * before.attention / len(before.sites)
+    weights = effort.samples * len(effort.budgets) * sum(steps - b.first for b in buckets) * before.forward
     layers = min(len({(s.component, s.kind, s.layer) for s in before.sites}), effort.layers)
     proving = pairs * RUNS_A_PAIR * run
     probes, shared = effort.probes + effort.samples, max(cost.jobs, 1)

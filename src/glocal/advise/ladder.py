@@ -14,8 +14,9 @@ from statistics import fmean
 import torch
 
 from glocal.advise.effort import Effort, Target
+from glocal.advise.recipe import Recipe
 from glocal.advise.search import Found, Rung, allocated, published, single
-from glocal.advise.weights import Weights
+from glocal.advise.weights import Weights, residual_under
 from glocal.measure.stats import drift
 
 
@@ -142,7 +143,7 @@ def refit(found: Found, known: Sequence[Rung], *, stiffness: float = 0.5, rounds
     """Step weights that predict the measured errors of `known` better: w_b f_b with log f_b small (Gauss-Newton on the
     logarithms of the errors). stiffness: how many measurements the wish for f = 1 counts as.
     """
-    parts = torch.tensor([_parts(found, r) for r in known], dtype=torch.float64)  # [rungs, buckets]
+    parts = torch.tensor([bucket_errors(found, r.recipe) for r in known], dtype=torch.float64)  # [rungs, buckets]
     wanted = torch.tensor([math.log(r.error or 1.0) for r in known], dtype=torch.float64)
     logs = torch.zeros(parts.shape[1], dtype=torch.float64)
     for _ in range(rounds):
@@ -159,19 +160,6 @@ def refit(found: Found, known: Sequence[Rung], *, stiffness: float = 0.5, rounds
     return replace(found.weights, weight=weight, step=step)
 
 
-def _parts(found: Found, rung: Rung) -> list[float]:
-    """What each bucket adds to the predicted error of a recipe: w_b times the root of its squared residual errors."""
-    squares: dict[tuple[str, str, int, int, int, str], list[float]] = {}
-    for r in found.records:
-        if r.head >= 0:
-            key = (r.component, r.kind, r.layer, r.head, r.bucket, r.method)
-            squares.setdefault(key, []).append(r.residual**2)
-    sums = [0.0] * len(found.buckets)
-    for (component, kind, layer, head, bucket, method), values in squares.items():
-        phase = found.buckets[bucket]
-        use = rung.recipe.method_at(
-            layer, head, component=component, kind=kind, branch="cond", sigma=phase.high, progress=None, tokens=1
-        )
-        if use == method:
-            sums[bucket] += sum(values) / len(values)
-    return [w * math.sqrt(s) for w, s in zip(found.weights.weight, sums, strict=True)]
+def bucket_errors(found: Found, recipe: Recipe) -> list[float]:
+    """What each bucket adds to the predicted error of a recipe."""
+    return [found.weights.weight[b.number] * residual_under(found.records, recipe, b) for b in found.buckets]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.records import SiteCall
-from glocal.plan.blockplan import BlockLists, BlockPlan, unpack
+from glocal.plan.blockplan import BlockPlan, unpack
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,19 +151,22 @@ def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
 
 def candidates_at(
     part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], keys: Keys, heads: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block, and the dense output
+    [H, R, D].
 
     at: its place among the chosen blocks, and itself. Whole blocks of all plans are one product of [plans, key blocks]
     with the partial sums; partial blocks are added.
     """
-    picked = torch.stack([plan.full(at[0], heads) for plan in plans], 1)  # [H, C, blocks]
-    mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C, H, R]
-    value = picked @ part.value.flatten(2)  # [H, C, R * D]
-    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C, H, R, D]
+    every = torch.ones_like(part.mass[..., 0])  # dense: all blocks
+    picked = torch.stack([*(plan.full(at[0], heads) for plan in plans), every], 1)  # [H, C + 1, blocks]
+    mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C + 1, H, R]
+    value = picked @ part.value.flatten(2)  # [H, C + 1, R * D]
+    value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C + 1, H, R, D]
     for number, plan in enumerate(plans):
         plan.add_partial(mass[number], value[number], (part, keys), at, heads)
-    return value / torch.where(mass > 0, mass, 1)[..., None], mass / part.mass.sum(1).clamp(min=1e-30)
+    outs = value / torch.where(mass > 0, mass, 1)[..., None]
+    return outs[:-1], mass[:-1] / mass[-1].clamp(min=1e-30), outs[-1]
 
 
 class Lists:
@@ -182,10 +185,10 @@ class Lists:
         self.plan = plan
         device = plan.device
         pick, chosen = distinct.to(device)[:, None], torch.tensor(list(numbers), device=device)[None]
-        index, live = _listed(plan.full, pick, chosen)
+        index, live = plan.full.index[pick, chosen].long(), plan.full.live[pick, chosen]  # [U, chosen, most]
         self.fulls = torch.zeros(*live.shape[:2], plan.kv_blocks, device=device).scatter_add_(-1, index, live.float())
         assert plan.partial.mask is not None
-        index, live = _listed(plan.partial, pick, chosen)
+        index, live = plan.partial.index[pick, chosen].long(), plan.partial.live[pick, chosen]
         masks = plan.partial.mask[pick, chosen].long()
         whole = live & self._whole(index, masks, chosen)
         self.fulls.scatter_add_(-1, index, whole.float())
@@ -248,12 +251,6 @@ class Lists:
             if not self.several:  # wanted again by the next heads, and by the next call
                 self.bits[unique, at[0]] = seen
         return seen if len(at[1].kept) == seen.shape[-1] else seen[..., at[1].kept]
-
-
-def _listed(lists: BlockLists, pick: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
-    """Key blocks [U, chosen, most] that some lists name for some query blocks, and which entries are real."""
-    index, count = lists.index[pick, chosen].long(), lists.count[pick, chosen]
-    return index, torch.arange(index.shape[-1], device=index.device) < count[..., None]
 
 
 @contextmanager

@@ -223,6 +223,8 @@ def measure(
     segments = call.layout.segments(q.shape[0], q.device)
     blocks = blocks_of(first, chosen, call, segments)
     lists = _lists(plans, chosen, every, {} if known is None else known)
+    apart = list(dict.fromkeys(lists))  # methods that differ in their correction alone share a plan and its sums
+    which = torch.tensor([apart.index(one) for one in lists], device=q.device)
     after = [spec.methods[name].rectified(q, k, v, plan, call) for name, plan in plans.items()]
     place = {number: at for at, number in enumerate(chosen)}
     for head in range(0, every, width):
@@ -234,11 +236,11 @@ def measure(
         for block in blocks:
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
-            outs, masses = candidates_at(part, lists, (place[block.number], block), keys, (head, last))
+            outs, masses, dense = candidates_at(part, apart, (place[block.number], block), keys, (head, last))
+            outs, masses = outs[which], masses[which]
             for number, correction in enumerate(after):
                 if correction is not None:
                     outs[number] = correction.at(block.number, (head, last), outs[number])
-            dense = part.value.sum(1) / part.mass.sum(1).clamp(min=1e-30)[..., None]  # [H, R, D]
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
             if weigh is not None:
@@ -261,15 +263,16 @@ def measure(
 
 
 def _lists(plans: Mapping[str, BlockPlan], chosen: Sequence[int], heads: int, known: dict[str, Lists]) -> list[Lists]:
-    found = []
+    """The lists of every method; methods with the same plan have the same ones."""
+    found: dict[int, Lists] = {}
     for name, plan in plans.items():
-        mine = known.get(name)
+        mine = found.get(id(plan), known.get(name))
         if mine is None or mine.plan is not plan or mine.numbers != tuple(chosen):
             mine = Lists(plan, chosen, heads)
-            if not mine.several:
-                known[name] = mine
-        found.append(mine)
-    return found
+        found[id(plan)] = mine
+        if not mine.several:
+            known[name] = mine
+    return [found[id(plan)] for plan in plans.values()]
 
 
 def _records(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -11,7 +12,7 @@ import torch
 
 from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice, Run
-from glocal.advise.calibrate import by_layer, counted_by
+from glocal.advise.calibrate import by_layer, by_method, counted_by
 from glocal.advise.calibrated import calibrated
 from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
@@ -22,13 +23,14 @@ from glocal.advise.inside import times_inside
 from glocal.advise.ladder import needed
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Preflight, preflight
+from glocal.advise.probe import ProbeRecord
 from glocal.advise.proof import with_origin
 from glocal.advise.recipe import Fallback, Recipe
 from glocal.advise.search import Found, base_rules
 from glocal.advise.stages import kept, measured_gains, measured_layers, plain_methods, probes, step_weights
 from glocal.advise.state import State
 from glocal.advise.timing import Times
-from glocal.advise.weights import make_buckets
+from glocal.advise.weights import even_weights, make_buckets
 from glocal.advise.workload import Split, Workload
 
 
@@ -135,29 +137,38 @@ def _advise(run: Run, split: Split) -> Advice:
         return replace(base, reason=refusal)
 
     plain = plain_methods(times, methods, run.effort.plain)
-    probed, others = probes(run, split, methods, plain, buckets)
+    run.stage("probe", len(split.probe.samples))
+    probed = probes(run, "probe", split.probe.samples, methods, buckets)
     methods = {n: m for n, m in methods.items() if n not in run.dropped.why}
     plain = {n: m for n, m in plain.items() if n in methods}
     if not plain:
-        raise AdviceError("Every method that was to give the step weights failed; see the errors of the candidates.")
-    records = [r for p in (*probed, *others) for r in kept(run, p.records) if r.method in methods]
+        raise AdviceError("Every method that was to give the gains of layers failed; see the errors of the candidates.")
+    records = [r for p in probed for r in kept(run, p.records) if r.method in methods]
     if not records:
         raise ValueError(f"keep_dense={list(options.keep_dense)!r} leaves no site to advise on.")
-    shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
-    base = replace(base, records=tuple(records), shrunk=shrunk)
+    base = replace(base, records=tuple(records), shrunk=tuple(s for p in probed for s in p.shrunk))
 
     known = (probe_sample_, probed[0])
     own = [r for r in records if r.sample == probe_sample_.id]
     layers = measured_layers(run, known, before, (buckets, plain, own))
-    records = by_layer(records, layers)
-
-    run.stage("step weights", len(buckets) * len(plain) * len(others))
     fallback = Fallback(min_tokens=options.min_tokens)
-    weights = step_weights(run, split.weights, others, (before, buckets, plain, records, fallback, layers))
-    found = Found(records, times, weights, methods, base_rules(records), fallback)
+    counted = by_layer(records, layers)
+    found = Found(counted, times, even_weights(buckets), methods, base_rules(records), fallback)
     gain = measured_gains(run, found, known, before, list(plain))
     found = counted_by(found, gain)
-    return climbed(run, replace(base, weights=found.weights, gains=gain, layers=layers), found, split, probed)
+    refusal = _refusal(run, before, replace(times, methods={n: times.methods[n] for n in found.methods}))
+    if refusal is not None:  # what was faster than dense was dropped
+        run.stage(None)
+        return replace(base, reason=refusal)
+
+    def both(some: Sequence[ProbeRecord]) -> list[ProbeRecord]:
+        return by_method(by_layer(some, layers), gain)
+
+    weights, others = step_weights(run, split.weights.samples, before, found, both)
+    everything = tuple(r for p in (*probed, *others) for r in kept(run, p.records))
+    shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
+    base = replace(base, records=everything, shrunk=shrunk, weights=weights, gains=gain, layers=layers)
+    return climbed(run, base, replace(found, weights=weights), split, probed)
 
 
 def _check_limits(target: Target, before: Preflight, objective: Objective) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from glocal.advise.allocate import Items, allocate
 from glocal.advise.apply import attach
@@ -15,10 +16,10 @@ from glocal.advise.objective import Objective, Output, main_error, on_cpu
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback, Phase, Recipe, Rule
 from glocal.advise.rules import allocation_rules, layer_ranges, published_defaults
-from glocal.advise.structure import simplify
+from glocal.advise.structure import Structure, simplify
 from glocal.advise.timing import Times
 from glocal.advise.validation import timed
-from glocal.advise.weights import Bucket, Weights, phase_of, residual_total
+from glocal.advise.weights import Bucket, Weights, even_weights, phase_of, residual_total
 from glocal.advise.workload import Sample
 from glocal.canvas import Canvas, Layout
 
@@ -81,7 +82,9 @@ class Found:
         def seconds(method: str, layer: int, bucket: int) -> float:
             return one * self.times.ratio(method) * self.buckets[bucket].steps
 
-        return Items.from_records(self.records, seconds, measure=measure)
+        items = Items.from_records(self.records, seconds, measure=measure)
+        split = tuple(self.times.split * b.steps for b in self.buckets) if self.times.split else ()
+        return replace(items, split=split)
 
     def recipe(self, methods: Sequence[str], rules: Sequence[Rule]) -> Recipe:
         """A recipe over these methods."""
@@ -107,16 +110,40 @@ def allocated(found: Found, budget: float, measure: Measure = "residual") -> Run
     fastest methods take longer.
     """
     items = found.items(measure)
-    if float(items.time.amin(1).sum()) > budget * items.dense_time:
+    limit = budget * items.dense_time
+    if float(items.time.amin(1).sum()) > limit:
         return None
-    weights = torch.tensor(found.weights.weight, dtype=torch.float64)
-    best = allocate(items, weights, time_budget=budget * items.dense_time)
-    made = simplify(items, best, weights)
+    made = within(items, torch.tensor(found.weights.weight, dtype=torch.float64), limit)
+    seconds = made.time + items.split_time(made.choice)
     rules = allocation_rules(items, made, found.buckets)
     used = sorted({r.use for r in rules if r.use != "dense"})
     by = "" if measure == "residual" else " by relative error"
     name = f"allocation{by}, {budget:.0%} of the attention time"
-    return Rung(name, "allocation", found.recipe(used, rules), budget, made.time / items.dense_time, made.error)
+    return Rung(name, "allocation", found.recipe(used, rules), budget, seconds / items.dense_time, made.error)
+
+
+def of_range(found: Found, bucket: Bucket, budget: float) -> Recipe:
+    """The allocation of one step range by itself at `budget` of its attention time (more, where even the fastest
+    methods take longer), everything else dense.
+    """
+    own = [replace(r, bucket=0) for r in found.records if r.bucket == bucket.number]
+    alone = replace(found, records=own, weights=even_weights([replace(bucket, number=0)]))
+    items = alone.items()
+    least = float(items.time.amin(1).sum()) / items.dense_time
+    rung = allocated(alone, max(budget, least * (1 + 1e-9)))
+    assert rung is not None
+    return replace(rung.recipe, rules=tuple(replace(r, phase=bucket.phase) for r in rung.recipe.rules))
+
+
+def within(items: Items, weights: Tensor, limit: float) -> Structure:
+    """The allocation, made simple, whose items and further methods in a call together take `limit` seconds at most."""
+    least, spare = float(items.time.amin(1).sum()), limit
+    while True:
+        made = simplify(items, allocate(items, weights, time_budget=spare), weights)
+        over = made.time + items.split_time(made.choice) - limit
+        if over <= 1e-9 * limit or spare <= least:
+            return made
+        spare = max(least, spare - over)
 
 
 def single(found: Found, budget: float) -> Rung | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 
@@ -12,7 +12,6 @@ from glocal.advise.advice import Run
 from glocal.advise.calibrate import (
     Group,
     LayerGains,
-    by_layer,
     finalists,
     gains,
     layer_gains,
@@ -27,7 +26,7 @@ from glocal.advise.preflight import AdviceError, Preflight
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback, Phase, Recipe
 from glocal.advise.reduced import agree, reduced_sample
-from glocal.advise.search import Found, base_rules
+from glocal.advise.search import Found, base_rules, of_range
 from glocal.advise.tasks import Looks, Probed, probe_sample
 from glocal.advise.timing import Times
 from glocal.advise.weights import (
@@ -35,12 +34,11 @@ from glocal.advise.weights import (
     StepWeight,
     Weights,
     fit_weights,
-    one_bucket,
     phase_of,
-    residual_total,
+    residual_under,
     weight_run,
 )
-from glocal.advise.workload import Sample, Split, Workload
+from glocal.advise.workload import Sample
 
 
 def measured_layers(
@@ -111,24 +109,17 @@ def measured_gains(
 
 
 def probes(
-    run: Run,
-    split: Split,
-    methods: Mapping[str, MethodSpec],
-    plain: Mapping[str, MethodSpec],
-    buckets: Sequence[Bucket],
-) -> tuple[list[Probed], list[Probed]]:
-    """Probe samples with every candidate, step-weight samples with the plain ones."""
+    run: Run, name: str, samples: Sequence[Sample], methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
+) -> list[Probed]:
+    """Samples run dense with these candidates measured inside; those that do not fit or break are dropped."""
     looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
-    first = [Task(f"probe/{s.id}", probe_sample, (s, methods, looks)) for s in split.probe.samples]
-    second = [Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in split.weights.samples]
-    run.stage("probe", len(first) + len(second))
-    found: list[Probed] = run.farm.map([*first, *second])
+    found: list[Probed] = run.farm.map([Task(f"{name}/{s.id}", probe_sample, (s, methods, looks)) for s in samples])
     for probed in found:
-        for name, why in probed.errors.items():
-            run.dropped.unfit(name, why)
-    for name in sorted(broken_records([r for p in found for r in p.records])):
-        run.dropped.fail(name, "the probe found NaN or infinity in its output")
-    return found[: len(first)], found[len(first) :]
+        for method, why in probed.errors.items():
+            run.dropped.unfit(method, why)
+    for method in sorted(broken_records([r for p in found for r in p.records])):
+        run.dropped.fail(method, "the probe found NaN or infinity in its output")
+    return found
 
 
 def kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
@@ -136,57 +127,67 @@ def kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
     return [r for r in records if not any(fnmatch(r.site, glob) for glob in run.options.keep_dense)]
 
 
+Counted = Callable[[Sequence[ProbeRecord]], list[ProbeRecord]]  # records by the gains of their layers and methods
+
+
 def step_weights(
-    run: Run,
-    samples: Workload,
-    probed: Sequence[Probed],
-    known: tuple[Preflight, Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord], Fallback, LayerGains],
-) -> Weights:
-    """One bucket sparse at a time, on every step-weight sample; on a reduced canvas where that says the same."""
-    before, buckets, plain, records, fallback, layers = known
-    rules = base_rules(records)
+    run: Run, samples: Sequence[Sample], before: Preflight, found: Found, counted: Counted
+) -> tuple[Weights, list[Probed]]:
+    """One step range sparse at a time, by its own allocation at every budget, on every step-weight sample; on a reduced
+    canvas where that says the same. And those samples, probed.
+    """
+    buckets = found.buckets
+    recipes = {b: [of_range(found, b, budget) for budget in run.effort.budgets] for b in buckets}
+    used = {name: method for some in recipes.values() for r in some for name, method in r.methods.items()}
+    run.stage("step weights", len(samples) + sum(map(len, recipes.values())) * len(samples))
+    probed = probes(run, "weights", samples, used, buckets)
 
     def measured(where: Sequence[tuple[Sample, Probed]], which: Sequence[Bucket]) -> list[StepWeight]:
         tasks, places = [], []
         for sample, dense in where:
-            own = by_layer(kept(run, dense.records), layers)
+            own = counted(kept(run, dense.records))
             for bucket in which:
-                for name, method in plain.items():
-                    recipe = one_bucket(bucket, name, method, rules, fallback)
+                for number, recipe in enumerate(recipes[bucket]):
                     reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])
-                    task_name = f"bucket/{sample.id}-{bucket.number}-{name}"
+                    task_name = f"bucket/{sample.id}-{bucket.number}-{number}"
                     tasks.append(Task(task_name, weight_run, (sample, bucket, recipe, reference)))
-                    places.append((bucket.number, name, residual_total(own, name, bucket.number)))
+                    words = f"allocation, {run.effort.budgets[number]:.0%} of the attention time"
+                    places.append((bucket.number, words, residual_under(own, recipe, bucket)))
         ends = run.farm.map(tasks)
         return [StepWeight(n, name, end, one, total) for (n, name, total), (end, one) in zip(places, ends, strict=True)]
 
-    full = list(zip(samples.samples, probed, strict=True))
-    small = _reduced(run, samples, before, plain, buckets)
+    full = list(zip(samples, probed, strict=True))
+    small = _reduced(run, samples, before, used, buckets)
     if small is None or len(buckets) < 3:
-        return fit_weights(buckets, measured(full, buckets))
+        return fit_weights(buckets, measured(full, buckets)), probed
     runs = measured(small, buckets)
     ends = measured(full, [buckets[0], buckets[-1]])
     middle = buckets[1:-1]
     if agree(ends, runs):
-        return fit_weights(buckets, ends + [r for r in runs if r.bucket in {b.number for b in middle}])
-    return fit_weights(buckets, ends + measured(full, middle))
+        return fit_weights(buckets, ends + [r for r in runs if r.bucket in {b.number for b in middle}]), probed
+    return fit_weights(buckets, ends + measured(full, middle)), probed
 
 
 def _reduced(
-    run: Run, samples: Workload, before: Preflight, plain: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
+    run: Run,
+    samples: Sequence[Sample],
+    before: Preflight,
+    methods: Mapping[str, MethodSpec],
+    buckets: Sequence[Bucket],
 ) -> list[tuple[Sample, Probed]] | None:
-    """The step-weight samples on a reduced canvas, probed; None where the canvas is small or cannot be told."""
+    """The step-weight samples on a reduced canvas, probed; None where the canvas is small or cannot be told, or where
+    a method does not fit the reduced one.
+    """
     sizes = getattr(run.objective, "sizes", None)
     if sizes is None:
         return None
-    made = [reduced_sample(s, sizes(s), before.shape, run.effort.reduced) for s in samples.samples]
+    made = [reduced_sample(s, sizes(s), before.shape, run.effort.reduced) for s in samples]
     small = [s for s in made if s is not None]
     if not small or len(small) < len(made):
         return None
     looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
-    return list(
-        zip(small, run.farm.map([Task(f"weights/{s.id}", probe_sample, (s, plain, looks)) for s in small]), strict=True)
-    )
+    probed = run.farm.map([Task(f"weights/{s.id}", probe_sample, (s, methods, looks)) for s in small])
+    return None if any(p.errors for p in probed) else list(zip(small, probed, strict=True))
 
 
 def _latent(run: Run, dense: Probed, bucket: Bucket) -> Tensor | None:

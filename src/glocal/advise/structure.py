@@ -99,7 +99,7 @@ def _merge(
     """
     cost = _priced(items, allocation)
     ranges, range_of = _merge_ranges(items, cost, spec.ranges, allowed)
-    whole = _merge_heads(items, cost, range_of, allowed)
+    whole = _merge_heads(items, cost, range_of, (allowed, allocation.price))
     group, names = _groups(items, range_of, whole)
     kept = _few_methods(_sum(cost, group, len(names)), spec.methods, allocation.choice.tolist())
     smaller = items.only([items.methods[i] for i in kept])
@@ -153,16 +153,25 @@ def _merge_ranges(items: Items, cost: Tensor, most: int, allowed: float) -> tupl
     return tuple(ranges), range_of
 
 
-def _merge_heads(items: Items, cost: Tensor, range_of: Tensor, allowed: float) -> set[tuple[int, int]]:
-    """(layer, range) whose heads shall be alike: the cheapest first, as long as all together cost little."""
+def _merge_heads(items: Items, cost: Tensor, range_of: Tensor, limits: tuple[float, float]) -> set[tuple[int, int]]:
+    """(layer, range) whose heads shall be alike: those that pay by the time of their further methods, then the cheapest
+    first, as long as all together cost little. limits: what they may add to the predicted error, and the price of time.
+    """
+    allowed, price = limits
     places = torch.stack([items.layer, range_of[items.bucket], items.head])
     places, group = torch.unique(places, dim=1, return_inverse=True)
     single = _sum(cost, group, places.shape[1])  # [layers * ranges * heads, methods]
     keys, group = torch.unique(places[:2], dim=1, return_inverse=True)
     whole = _sum(single, group, keys.shape[1])  # [layers * ranges, methods]
     apart = torch.zeros_like(whole[:, 0]).index_add_(0, group, single.amin(1))
-    loss, order = (whole.amin(1) - apart).sort()
-    count = int((loss.cumsum(0) <= allowed * (1 + 1e-12)).sum())
+    loss = whole.amin(1) - apart
+    if items.split:
+        used = torch.zeros_like(whole).index_put_((group, single.argmin(1)), torch.ones((), dtype=whole.dtype))
+        each = torch.zeros(int(range_of.max()) + 1, dtype=whole.dtype)
+        each.index_add_(0, range_of, torch.tensor(items.split, dtype=whole.dtype))
+        loss = loss - price * (used.sum(1) - 1) * each[keys[1]]
+    loss, order = loss.sort()
+    count = int((loss.clamp(min=0).cumsum(0) <= allowed * (1 + 1e-12)).sum())
     return {(int(keys[0, i]), int(keys[1, i])) for i in order[:count]}
 
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from glocal.adapt.records import Core, SiteCall
+from glocal.adapt.records import Core, Site, SiteCall
+from glocal.advise.apply import RecipeMethod
 from glocal.advise.methods import MethodSpec
+from glocal.advise.recipe import Fallback, Recipe, Rule
 from glocal.measure.timers import compare_paired
 from glocal.ops import Score, attend
 from glocal.patterns import Causal
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.time_model import TimeModel, TimeSample, fit_time_model
+
+_MIXED = "several methods in one call"
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +51,13 @@ class MethodTime:
 class Times:
     """dense: the best dense kernel present. methods: timed ones. model: fit over them, None with too few.
     trusted: whether the fit met plans outside it within 10 %; if not, only measured times are used.
+    split: seconds that every further method costs in one call whose heads run several.
     """
 
     dense: MethodTime
     methods: Mapping[str, MethodTime]
     model: TimeModel | None
+    split: float = 0.0
 
     @property
     def trusted(self) -> bool:
@@ -90,8 +97,8 @@ def time_methods(
     """Time dense and every method on the real q, k, v [B, H, N, D] of a call, in one interleaved comparison.
 
     methods: those that ran once already. inner: the host's own attention, which competes with our dense kernel; the
-    faster one is "dense". Planning of patterns is outside (plans are cached); routing of routers is inside, as it will
-    be.
+    faster one is "dense"; and one more contender is a call whose heads run several methods, for `split`. Planning of
+    patterns is outside (plans are cached); routing of routers is inside, as it will be.
     """
     contenders: dict[str, Callable[[], object]] = {}
     kernels = {name: ready.kernel for name, ready in methods.items()}
@@ -101,6 +108,11 @@ def time_methods(
         contenders["dense: ours"], kernels["dense: ours"] = lambda: exact(q, k, v, call), exact(q, k, v, call)[1]
     for name, ready in methods.items():
         contenders[name] = lambda method=ready.method: method.run(q, k, v, call)
+    shares = {} if inner is None else dealt(list(methods), q.shape[1])
+    if inner is not None and len(shares) > 1:
+        mixed = mixture({n: methods[n].method for n in shares if n != "dense"}, shares, call.site)
+        contenders[_MIXED] = lambda: mixed.core(q, k, v, call, inner)
+        contenders[_MIXED]()
     if len(contenders) < 2:
         contenders["dense: again"] = next(iter(contenders.values()))
         kernels["dense: again"] = next(iter(kernels.values()))
@@ -109,6 +121,8 @@ def time_methods(
     found = compare_paired(contenders, rounds=max(rounds, 2), device=q.device, generator=generator, warmup=0)
     times = {}
     for name, timing in found.times.items():
+        if name == _MIXED:
+            continue
         plan = methods[name].plan if name in methods else None
         full, partial = (0.0, 0.0) if plan is None else blocks_of(plan, q.shape[1])
         times[name] = MethodTime(
@@ -128,4 +142,24 @@ def time_methods(
     samples = [TimeSample(t.full, t.partial, 0.0, t.median) for n, t in times.items() if kinds[n] == "pattern"]
     fitted, held = samples[::2], samples[1::2]
     model = fit_time_model(fitted, held) if len(fitted) >= 4 else None
-    return Times(replace(dense, method="dense"), times, model)
+    split = 0.0
+    if _MIXED in contenders:
+        host = found.times["dense: host"].median  # heads that stay dense run the host's own
+        parts = [len(h) / q.shape[1] * (host if n == "dense" else times[n].median) for n, h in shares.items()]
+        split = max(0.0, found.times[_MIXED].median - sum(parts)) / (len(shares) - 1)
+    return Times(replace(dense, method="dense"), times, model, split)
+
+
+def dealt(methods: Sequence[str], heads: int) -> dict[str, tuple[int, ...]]:
+    """Heads of a call dealt in turn to dense and methods from all over the list, four ways at most."""
+    count = min(3, len(methods), heads - 1)
+    ways = ["dense", *(methods[round((i + 0.5) * len(methods) / count - 0.5)] for i in range(count))]
+    return {name: tuple(range(way, heads, len(ways))) for way, name in enumerate(ways)}
+
+
+def mixture(methods: Mapping[str, MethodSpec], shares: Mapping[str, tuple[int, ...]], site: Site) -> RecipeMethod:
+    """A recipe that gives every method its heads at one site."""
+    kind: Literal["joint", "self"] = "joint" if site.kind == "joint" else "self"
+    layers = ((site.layer, site.layer),)
+    rules = tuple(Rule(name, layers, shares[name], component=site.component, site=kind) for name in methods)
+    return RecipeMethod(Recipe("candidate", methods, rules, fallback=Fallback(min_tokens=0)), check_canvas=False)

@@ -1,6 +1,6 @@
 """Step weights: how much an error made at a noise level is worth at the end of the run.
 
-One bucket of steps is made sparse with a plain method, everything else stays dense, and the run goes on from the latent
+One bucket of steps runs by an allocation of its own, everything else stays dense, and the run goes on from the latent
 that the dense run had there. The end-to-end error over the one-step error is the bucket's weight.
 """
 
@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -107,6 +108,25 @@ def residual_total(records: Sequence[ProbeRecord], method: str, bucket: int) -> 
     return math.sqrt(sum(by_step.values()) / len(by_step)) if by_step else 0.0
 
 
+def residual_under(records: Sequence[ProbeRecord], recipe: Recipe, bucket: Bucket) -> float:
+    """Root of the summed squares over sites and heads of what a recipe runs in a bucket; of each, the mean over all
+    that was probed there.
+    """
+    squares: dict[tuple[str, str, int, int], dict[str, list[float]]] = {}
+    for r in records:
+        if r.bucket == bucket.number and r.head >= 0:
+            own = squares.setdefault((r.component, r.kind, r.layer, r.head), {})
+            own.setdefault(r.method, []).append(r.residual**2)
+    total = 0.0
+    for (component, kind, layer, head), own in squares.items():
+        use = recipe.method_at(
+            layer, head, component=component, kind=kind, branch="cond", sigma=bucket.high, progress=None, tokens=1
+        )
+        if use != "dense":
+            total += fmean(own[use])
+    return math.sqrt(total)
+
+
 def weight_run(
     model: Any,
     objective: Objective,
@@ -136,6 +156,12 @@ def one_bucket(bucket: Bucket, name: str, method: MethodSpec, rules: Sequence[Ru
     """One method at all sites (a rule for each kind of site, its phase is replaced) in one bucket."""
     mine = tuple(replace(rule, use=name, phase=bucket.phase) for rule in rules)
     return Recipe("candidate", {name: method}, mine, fallback=fallback)
+
+
+def even_weights(buckets: Sequence[Bucket]) -> Weights:
+    """All step ranges alike: where a search begins."""
+    one = (1.0,) * len(buckets)
+    return Weights(tuple(buckets), one, one, one, (), ())
 
 
 def fit_weights(buckets: Sequence[Bucket], runs: Sequence[StepWeight]) -> Weights:

@@ -222,7 +222,7 @@ def _forecast(advice: Advice) -> Forecast | None:
         error = [ForecastPoint(r.name, r.predicted, r.error) for r in advice.ladder if r.error and r.predicted]
     note = None
     if advice.weights is not None and math.isinf(advice.weights.band):
-        note = "One method gave the step weights, so no prediction could be left out: predictions only rank recipes."
+        note = "One budget gave the step weights, so no prediction could be left out: predictions only rank recipes."
     elif advice.weights is not None and ranks:
         note = (
             f"The 90 % band of left-out predictions is a factor of {advice.weights.band:.1f}, wider than 2: "

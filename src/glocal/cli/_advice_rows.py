@@ -14,6 +14,7 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     out += [{**asdict(r), "kind": "probe", "site_kind": r.kind} for r in advice.records]
     out += [{"kind": "time", **asdict(t)} for t in (advice.times.dense, *advice.times.methods.values())]
+    out.append({"kind": "further method in a call", "seconds": advice.times.split})
     if advice.weights is not None:
         out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
     out += [{"kind": "gain", "method": name, "gain": value} for name, value in advice.gains.items()]

@@ -60,10 +60,14 @@ class BlockLists:
             lists.append(table.reshape(*shape, most))
         return BlockLists(count.reshape(shape).int(), *lists)
 
+    @property
+    def live(self) -> Tensor:
+        """Which entries are real, bool [U, blocks, most]."""
+        return torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
+
     def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """All entries as flat int64 tensors: list, query block, key block, mask row."""
-        live = torch.arange(self.index.shape[-1], device=self.index.device) < self.count[..., None]
-        u, row, place = live.nonzero(as_tuple=True)
+        u, row, place = self.live.nonzero(as_tuple=True)
         mask = None if self.mask is None else self.mask[u, row, place].long()
         return u, row, self.index[u, row, place].long(), mask
 
@@ -188,12 +192,12 @@ class BlockPlan:
             (order.reshape(-1, block) >= 0).sum(-1).double()
             for order, block in ((self.q_order, self.q_block), (self.kv_order, self.kv_block))
         ]
-        total = torch.zeros(self.full.count.shape[0], dtype=torch.double, device=self.device)
-        u, row, column, _ = self.full.entries()
-        total.index_add_(0, u, valid[0][row] * valid[1][column])
-        u, row, column, mask = self.partial.entries()
-        assert mask is not None
-        total.index_add_(0, u, unpack(self.masks, self.kv_block).sum((-1, -2)).double()[mask])
+        keys = torch.where(self.full.live, valid[1][self.full.index.long()], 0).sum(-1)  # [U, query blocks]
+        total = (keys * valid[0]).sum(-1)
+        if self.masks.shape[0]:
+            assert self.partial.mask is not None
+            seen = unpack(self.masks, self.kv_block).sum((-1, -2)).double()
+            total = total + torch.where(self.partial.live, seen[self.partial.mask.long()], 0).sum((-1, -2))
         return float(total[self.owner.long()].mean())
 
     @cached_property
