@@ -74,13 +74,15 @@ def main() -> int:
         case = replace(case, entries=tuple(e for e in case.entries if args.method in e.name))
         if args.layers is not None:
             case = replace(case, built=tuple(min(args.layers, n) for n in case.kind.whole))
-        measured = measure(case.tiny() if args.tiny else case, options)
+        measured = None
+        for measured in measure(case.tiny() if args.tiny else case, options):
+            mine = rows_of(measured)  # a run that is cut keeps the rounds it had
+            write(merged(args.out, mine, ("case", "method")), args.out)
+        assert measured is not None
         wrong += len(measured.wrong)
-        mine = rows_of(measured)
         print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
-        for row in mine:
+        for row in rows_of(measured):
             print({name: row[name] for name in SHOWN}, flush=True)
-        write(merged(args.out, mine, ("case", "method")), args.out)
         for text in () if args.profile is None else measured.profiles(args.profile):
             print(text, flush=True)
         del measured

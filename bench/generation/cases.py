@@ -130,7 +130,6 @@ CASES = (
         HUNYUAN,
         (128, 48, 80),
         (Entry("radial", radial("hunyuanvideo-long"), "3.71x end to end", 2, (2, 0)),),
-        rounds=1,
     ),
     Case(
         "flux 4096x4096",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,8 @@ import torch
 
 from generation.measure import FLASH, FUSED, Contender, Measured
 from glocal._files import write_atomic
+
+Step = Callable[..., float]  # of Measured, Contender, round, dense layers: seconds of a forward
 
 
 def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers: tuple[int, ...] = ()) -> float:
@@ -29,21 +31,26 @@ def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers
     return total
 
 
-def run_seconds(measured: Measured, contender: Contender) -> float:
+def kernel_step(measured: Measured, contender: Contender, turn: int, dense_layers: tuple[int, ...] = ()) -> float:
+    """Seconds of the kernels of a forward of a UNet in round `turn`."""
+    return contender.times.kernels[turn]
+
+
+def run_seconds(measured: Measured, contender: Contender, step: Step = whole_step) -> float:
     """Seconds of a run, computed from whole steps: dense first steps and layers as published."""
     entry, steps = contender.entry, measured.case.steps
     turns = range(len(contender.times.step))
     if entry is None:
-        return steps * median(whole_step(measured, contender, t) for t in turns)
+        return steps * median(step(measured, contender, t) for t in turns)
     base = measured.contenders[FUSED if entry.fused else "dense"]
-    dense = median(whole_step(measured, base, t) for t in turns)
+    dense = median(step(measured, base, t) for t in turns)
     run = [c for c in measured.contenders.values() if c.entry is not None and c.entry.group == entry.group]
     parts = run if entry.group else [contender]
     seconds = float(entry.dense_steps * dense)
     for part in parts:
         assert part.entry is not None
         count = steps - entry.dense_steps if part.entry.steps is None else part.entry.steps
-        seconds += count * median(whole_step(measured, part, t, part.entry.dense_layers) for t in turns)
+        seconds += count * median(step(measured, part, t, part.entry.dense_layers) for t in turns)
     return seconds
 
 
@@ -63,6 +70,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
     ran, kind, run = contender.ran, case.kind, run_seconds(measured, contender)
+    busy = median(times.kernels) if times.kernels else nan  # the rest of a step waits for the host
     return {
         "case": case.name,
         "method": name,
@@ -85,6 +93,13 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "run_s": f"{run:.1f}",
         "run_forecast": _ratio(run_seconds(measured, base) / run),
         "run_forecast_flash2": _ratio(nan if other is None else run_seconds(measured, other) / run),
+        "kernels_ms": _ms(busy),
+        "kernels_speedup": _ratio(median(base.times.kernels) / busy if times.kernels else nan),
+        "kernels_forecast": _ratio(
+            run_seconds(measured, base, kernel_step) / run_seconds(measured, contender, kernel_step)
+            if times.kernels
+            else nan
+        ),
         "paper": "" if entry is None else entry.paper,
         "error": f"{contender.error:.1e}" if entry is not None else "",
         "rounds": len(times.step),
