@@ -20,7 +20,10 @@ together from them: rest + number of blocks x block, no block dense. run_s is no
 follow from dense and sparse steps and from the first steps and layers that the paper leaves dense (without text encoder
 and decoder); run_forecast is the ratio to a dense run. The columns of flash2 are against steps and runs with
 FlashAttention-2 as torch brings it, which most of the papers compare with. HiDiffusion's steps are of several kinds, a
-row each; its run_s is of all. "fused norms": queries and keys normed and rotated in one pass, beside dense with that.
+row each; its run_s is of all. UNets wait for the host: kernels_ms is the sum of the kernels of a step,
+kernels_speedup and kernels_forecast are ratios of it, flops_ratio and flops_forecast those of multiplications and
+additions, which no kernel can beat. "fused norms": queries and keys normed and rotated in one pass, beside dense with
+that.
 """
 
 from __future__ import annotations
@@ -74,13 +77,15 @@ def main() -> int:
         case = replace(case, entries=tuple(e for e in case.entries if args.method in e.name))
         if args.layers is not None:
             case = replace(case, built=tuple(min(args.layers, n) for n in case.kind.whole))
-        measured = measure(case.tiny() if args.tiny else case, options)
+        measured = None
+        for measured in measure(case.tiny() if args.tiny else case, options):
+            mine = rows_of(measured)  # a run that is cut keeps the rounds it had
+            write(merged(args.out, mine, ("case", "method")), args.out)
+        assert measured is not None
         wrong += len(measured.wrong)
-        mine = rows_of(measured)
         print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
-        for row in mine:
+        for row in rows_of(measured):
             print({name: row[name] for name in SHOWN}, flush=True)
-        write(merged(args.out, mine, ("case", "method")), args.out)
         for text in () if args.profile is None else measured.profiles(args.profile):
             print(text, flush=True)
         del measured

@@ -8,6 +8,7 @@ import torch
 
 from generation.entries import Entry, gna, hidi, neighbours, paro, radial, scaled, spa, tiles
 from generation.models import COGVIDEOX, COSMOS, FLUX, HUNYUAN, SDXL, WAN, Grid, Kind
+from glocal.kernels.quant import Quant
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ CASES = (
         WAN,
         (21, 45, 80),
         (
-            Entry("radial", radial("wan2.1-14b"), "1.77x end to end (69 frames)", 12, (1,)),
-            Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)),
+            *Entry("radial", radial("wan2.1-14b"), "1.77x end to end (69 frames)", 12, (1,)).with_fused(),
+            *Entry("rectified_spaattn", spa("wan2.1-t2v"), "1.68x end to end at 74.9 % dropped", 5, (2,)).with_fused(),
             *Entry(
                 "rectified_spaattn drop=0.84 mass=0",
                 spa("wan2.1-t2v", drop=0.84, mass=0.0),
@@ -79,8 +80,9 @@ CASES = (
                 0,
                 (2,),
             ).with_fused(),
-            Entry("paro 0.3", paro(0.3), _PARO),
-            Entry("paro 0.5", paro(0.5), _PARO_HALF),
+            *Entry("paro 0.3", paro(0.3), _PARO).with_fused(),
+            *Entry("paro 0.5", paro(0.5), _PARO_HALF).with_fused(),
+            Entry("paro 0.3, int8", paro(0.3, quant=Quant("int8")), "5.72x with densities of 0.3 and INT8"),
             Entry("gna 18x24x24", neighbours((18, 24, 24), (16, 8, 8)), ""),
             Entry("tile_windows 6x8x8 3x3x3", tiles((6, 8, 8), (3, 3, 3)), ""),
         ),
@@ -104,7 +106,7 @@ CASES = (
         HUNYUAN,
         (33, 45, 80),
         (
-            Entry("rectified_spaattn", spa("hunyuanvideo"), "2.50x end to end at 79.7 % dropped"),
+            *Entry("rectified_spaattn", spa("hunyuanvideo"), "2.50x end to end at 79.7 % dropped").with_fused(),
             *Entry(
                 "rectified_spaattn drop=0.9 mass=0",
                 spa("hunyuanvideo", drop=0.9, mass=0.0),
@@ -129,8 +131,7 @@ CASES = (
         "hunyuanvideo 509 frames 768x1280",
         HUNYUAN,
         (128, 48, 80),
-        (Entry("radial", radial("hunyuanvideo-long"), "3.71x end to end", 2, (2, 0)),),
-        rounds=1,
+        Entry("radial", radial("hunyuanvideo-long"), "3.71x end to end", 2, (2, 0)).with_fused(),
     ),
     Case(
         "flux 4096x4096",
@@ -147,7 +148,11 @@ CASES = (
         "cogvideox-5b 49 frames 480x720",
         COGVIDEOX,
         (13, 30, 45),
-        (*Entry("paro 0.3", paro(0.3), _PARO).with_fused(), Entry("paro 0.5", paro(0.5), _PARO_HALF)),
+        (
+            *Entry("paro 0.3", paro(0.3), _PARO).with_fused(),
+            *Entry("paro 0.5", paro(0.5), _PARO_HALF).with_fused(),
+            Entry("paro 0.3, int8", paro(0.3, quant=Quant("int8")), "5.72x with densities of 0.3 and INT8"),
+        ),
         steps=30,
     ),
     Case(

@@ -14,7 +14,17 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import LONG, Clock, Dense, alone, best_dense, seconds, timed_blocks
+from generation.timing import (
+    LONG,
+    Clock,
+    Dense,
+    alone,
+    best_dense,
+    flops,
+    kernels,
+    seconds,
+    timed_blocks,
+)
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
@@ -40,13 +50,16 @@ class Options:
 @dataclass
 class Times:
     """Seconds, one entry a round. step: of a forward, by the wall clock. attention: of one call, mean. blocks: of one
-    block of each stack, mean. rest: of a forward without its blocks.
+    block of each stack, mean. rest: of a forward without its blocks. Of UNets alone, whose forwards wait for the host:
+    kernels, the sum of those of a forward, and flops, its multiplications and additions.
     """
 
     step: list[float] = field(default_factory=list)
     attention: list[float] = field(default_factory=list)
     blocks: list[tuple[float, ...]] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
+    kernels: list[float] = field(default_factory=list)
+    flops: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -139,6 +152,10 @@ class Bench:
         if not marks:  # a UNet waits for the host at its many small calls, so nothing but the method may stand in it
             with self.only(contender.method), alone(kernel):
                 took = seconds(lambda: self.forward(self.given), self.device)
+                if keep:
+                    busy = kernels(lambda: self.forward(self.given), self.device)
+                    times.kernels.append(sum(t for t, _ in busy) / 1e6)
+                    times.flops.append(flops(lambda: self.forward(self.given)))
         blocks = [mark.read() for mark in marks.values()]
         calls, contender.pairs = clock.marks.read(), clock.pairs
         if keep:
@@ -149,14 +166,9 @@ class Bench:
 
     def profile(self, contender: Contender) -> str:
         """Where the time of a forward goes, by kernel."""
-        from torch.profiler import ProfilerActivity, profile
-
-        kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if self.device.type == "cuda" else [])
         kernel = self.kernel if contender.kernel is None else contender.kernel
-        with self.held(contender.method, kernel, contender.fused), profile(activities=kinds) as found:
-            seconds(lambda: self.forward(self.given), self.device)
-        cuda = self.device.type == "cuda"
-        each = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
+        with self.held(contender.method, kernel, contender.fused):
+            each = kernels(lambda: self.forward(self.given), self.device)
         longest = sorted(each, key=lambda entry: -entry[0])[:24]
         return "\n".join(f"  {t / 1e3:9.3f} ms {e.count:5d} x {e.key[:100]}" for t, e in longest)
 
@@ -177,8 +189,8 @@ class Measured:
                 yield f"{self.case.name}: {name}\n{self.bench.profile(contender)}"
 
 
-def measure(case: Case, options: Options) -> Measured:
-    """All methods of a case. One that cannot run, or is wrong, is reported and left out."""
+def measure(case: Case, options: Options) -> Iterator[Measured]:
+    """All methods of a case, after every round anew. One that cannot run, or is wrong, is reported and left out."""
     begin = time.perf_counter()
     bench = Bench(case, options)
     contenders: dict[str, Contender] = {"dense": Contender()}
@@ -209,7 +221,8 @@ def measure(case: Case, options: Options) -> Measured:
         for name, contender in list(contenders.items()):
             try:
                 bench.run(contender, keep=turn > 0)
+                print(f"    {name}: {contender.times.step[-1:]} s", flush=True)
             except Exception as problem:
                 print(f"{case.name}: {name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 del contenders[name]
-    return Measured(case, bench, contenders, wrong)
+        yield Measured(case, bench, contenders, wrong)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import nan
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,8 @@ import torch
 
 from generation.measure import FLASH, FUSED, Contender, Measured
 from glocal._files import write_atomic
+
+Step = Callable[..., float]  # of Measured, Contender, round, dense layers: seconds of a forward
 
 
 def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers: tuple[int, ...] = ()) -> float:
@@ -29,21 +31,35 @@ def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers
     return total
 
 
-def run_seconds(measured: Measured, contender: Contender) -> float:
+def _of_unet(measured: Measured, contender: Contender, values: str) -> tuple[float, float]:
+    """How many times less of `values`, kernels or flops, a step and a run take than dense; nan for other models."""
+    base = measured.contenders["dense"]
+    if not contender.times.kernels:
+        return nan, nan
+
+    def step(_: Measured, one: Contender, turn: int, layers: tuple[int, ...] = ()) -> float:
+        found: list[float] = getattr(one.times, values)
+        return found[turn]
+
+    ratio = median(getattr(base.times, values)) / median(getattr(contender.times, values))
+    return ratio, run_seconds(measured, base, step) / run_seconds(measured, contender, step)
+
+
+def run_seconds(measured: Measured, contender: Contender, step: Step = whole_step) -> float:
     """Seconds of a run, computed from whole steps: dense first steps and layers as published."""
     entry, steps = contender.entry, measured.case.steps
     turns = range(len(contender.times.step))
     if entry is None:
-        return steps * median(whole_step(measured, contender, t) for t in turns)
+        return steps * median(step(measured, contender, t) for t in turns)
     base = measured.contenders[FUSED if entry.fused else "dense"]
-    dense = median(whole_step(measured, base, t) for t in turns)
+    dense = median(step(measured, base, t) for t in turns)
     run = [c for c in measured.contenders.values() if c.entry is not None and c.entry.group == entry.group]
     parts = run if entry.group else [contender]
     seconds = float(entry.dense_steps * dense)
     for part in parts:
         assert part.entry is not None
         count = steps - entry.dense_steps if part.entry.steps is None else part.entry.steps
-        seconds += count * median(whole_step(measured, part, t, part.entry.dense_layers) for t in turns)
+        seconds += count * median(step(measured, part, t, part.entry.dense_layers) for t in turns)
     return seconds
 
 
@@ -63,6 +79,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
     ran, kind, run = contender.ran, case.kind, run_seconds(measured, contender)
+    kernels, flops = (_of_unet(measured, contender, values) for values in ("kernels", "flops"))
     return {
         "case": case.name,
         "method": name,
@@ -85,6 +102,11 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "run_s": f"{run:.1f}",
         "run_forecast": _ratio(run_seconds(measured, base) / run),
         "run_forecast_flash2": _ratio(nan if other is None else run_seconds(measured, other) / run),
+        "kernels_ms": _ms(median(times.kernels)) if times.kernels else "",
+        "kernels_speedup": _ratio(kernels[0]),
+        "kernels_forecast": _ratio(kernels[1]),
+        "flops_ratio": _ratio(flops[0]),
+        "flops_forecast": _ratio(flops[1]),
         "paper": "" if entry is None else entry.paper,
         "error": f"{contender.error:.1e}" if entry is not None else "",
         "rounds": len(times.step),

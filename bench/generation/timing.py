@@ -118,13 +118,14 @@ def _every(tokens: int) -> tuple[Canvas, Blocks]:
 def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
     """The fastest dense kernel for the shape; one that refuses it is no candidate.
 
-    Longer sequences than `LONG` are compared at 131,072 tokens, without the kernel that would plan all their blocks.
+    Longer sequences than `LONG` are compared at 131,072 tokens.
     UNets, which attend often and to little, are left to torch's own kernels.
     """
     if device.type != "cuda":
         return "sdpa"
-    own = ("fa4_dense", "gluon")[: 1 + (tokens < LONG)] if kind.stacks else ()
-    q, k, v = (draw((1, kind.heads, min(tokens, 1 << 17), kind.dim), device, dtype) for _ in "qkv")
+    own = ("fa4_dense", "gluon") if kind.stacks else ()
+    tokens = tokens if tokens < LONG else 1 << 17
+    q, k, v = (draw((1, kind.heads, tokens, kind.dim), device, dtype) for _ in "qkv")
     found: dict[str, float] = {}
     for kernel in ("sdpa cudnn", "sdpa flash", *own):
         try:
@@ -167,6 +168,25 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     wait(device)
     return time.perf_counter() - begin
+
+
+def kernels(run: Callable[[], object], device: torch.device) -> list[tuple[float, Any]]:
+    """Kernels of one call by name, with their microseconds (of the CPU: operators)."""
+    from torch.profiler import ProfilerActivity, profile
+
+    cuda = device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as found:
+        seconds(run, device)
+    return [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
+
+
+def flops(run: Callable[[], object]) -> float:
+    """Multiplications and additions of one call, in its products of matrices, convolutions and attention."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as found:
+        run()
+    return float(found.get_total_flops())
 
 
 def wait(device: torch.device) -> None:

@@ -290,7 +290,7 @@ class HostExam:
         pattern = TileWindows(tuple(tiles), tuple(windows))
 
         def masked(q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> Tensor:
-            seen = pattern.mask(call.layout)[0].expand(q.shape[0], 1, -1, -1)
+            seen = pattern.mask(call.layout)[0].to(q.device).expand(q.shape[0], 1, -1, -1)
             if call.native.mask is not None:
                 seen = seen & call.native.mask
             assert not bool(seen.all())
