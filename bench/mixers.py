@@ -1,6 +1,6 @@
 """The eleven token mixers in one small backbone on equal terms, into results/mixers.csv and results/mixers.svg.
 
-python bench/mixers.py --device cuda --workers 11            # train all runs, several at once, a mixer always in one
+python bench/mixers.py --device cuda --workers 11            # train all runs, several at once
 python bench/mixers.py --device cuda --workers 11 --examine  # times and memory, one mixer at a time: no runs beside it
 python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
@@ -38,21 +38,35 @@ CSV = ROOT / "results" / "mixers.csv"
 
 
 def work(a: argparse.Namespace, spec: MixerSpec, found: dict[str, Entry]) -> None:
-    """The runs of one worker: all of every `workers`-th mixer, whose kernels are then compiled once."""
+    """The runs that no other worker has taken, each worker beginning at its own."""
     task = loaded(a.out / "scenes.pt", task_of(a.task, size=a.size, device="cpu", counts=(1, 1)), a.device)
-    mine = [e for e in found.values() if not e.reason][a.child :: a.workers]
-    for seed in range(spec.seeds):
-        for entry in mine:
-            frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
-            begin, name = time.monotonic(), f"{entry.mixer} seed {seed}"
+    runs = [(seed, entry) for seed in range(spec.seeds) for entry in found.values() if not entry.reason]
+    for seed, entry in [*runs[a.child :], *runs[: a.child]]:
+        frame = replace(spec.frame, mlp_ratio=entry.mlp_ratio)
+        begin, name = time.monotonic(), f"{entry.mixer} seed {seed}"
 
-            def told(trainer: Trainer, name: str = name) -> None:
-                row = trainer.curve[-1]
-                print(f"{name}: {row.step} updates, loss {row.loss:.3f}, {row.seconds:.0f} s", flush=True)
+        def told(trainer: Trainer, name: str = name) -> None:
+            row = trainer.curve[-1]
+            print(f"{name}: {row.step} updates, loss {row.loss:.3f}, {row.seconds:.0f} s", flush=True)
 
-            score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out, told)
-            spent = time.monotonic() - begin
-            print(f"{name}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
+        with taken(run_folder(a.out, entry.mixer, seed)) as mine:
+            if mine:
+                score, seconds = trained(entry.mixer, task, replace(spec, frame=frame), seed, a.out, told)
+                spent = time.monotonic() - begin
+                print(f"{name}: {score:.4f} in {seconds:.0f} s ({spent:.0f} s)", flush=True)
+
+
+@contextmanager
+def taken(folder: Path) -> Iterator[bool]:
+    """Whether the run of `folder` is this worker's while the context lasts; a worker that ends gives its runs free."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "taken").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def look(a: argparse.Namespace, spec: MixerSpec, found: dict[str, Entry]) -> None:

@@ -86,6 +86,29 @@ def test_layer_norm_of_a_view_and_without_gradients(monkeypatch: pytest.MonkeyPa
     assert (layer_norm(x, w, b) - F.layer_norm(x, (40,), w, b)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_types_under_autocast(residual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's own operators: norms in float32, convolutions in half precision, sums in the wider type."""
+    x, w = some(2, 6, 5, 24).to(DEVICE).requires_grad_(), some(24, 1, 3, 3, seed=1).to(DEVICE).requires_grad_()
+    b = some(24, seed=2).to(DEVICE).requires_grad_()
+    half = x.to(torch.bfloat16)
+    usual = [F.layer_norm(half.float(), (24,), b, b), F.conv2d(x.permute(0, 3, 1, 2), w, b, 1, 1, groups=24)]
+    usual[1] = usual[1].permute(0, 2, 3, 1) + (x if residual else 0)
+    if INTERPRETED:
+        monkeypatch.setattr(maps, "autocasts", lambda t: t.dtype == now)
+        monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        now = torch.bfloat16
+        normed = layer_norm(half, b, b)
+        now = torch.float32
+        mixed = depthwise_conv(x, w, b, padding=(1, 1, 1, 1), residual=residual)
+    assert normed.dtype == torch.float32 and mixed.dtype == (torch.float32 if residual else torch.bfloat16)
+    for ours, theirs, limit in ((normed, usual[0], 2e-5), (mixed.float(), usual[1], 2e-2)):
+        grads = [torch.autograd.grad(y, (x, b), draw(y.shape, 9, torch.float32).to(y)) for y in (ours, theirs)]
+        for a, c in zip((ours, *grads[0]), (theirs, *grads[1]), strict=True):
+            assert a.dtype == torch.float32 and float((a - c).abs().max()) <= limit * float(c.abs().max())
+
+
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("bias", [False, True])

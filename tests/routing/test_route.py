@@ -138,3 +138,15 @@ def test_errors_name_what_is_wrong(generator: torch.Generator) -> None:
         from_mask(Layout.of(Canvas((8,))), part, part, torch.ones(2, 3))
     with pytest.raises(ValueError, match="within has 3 heads, which do not divide the 2 heads"):
         route(q, k, Canvas((8,)), spec, within=per_head([Causal()] * 3))
+
+
+def test_scores_are_not_rounded_under_autocast() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 64, 8, generator=g) for _ in range(2))
+    part = Partition.blocks(64, 4)
+    spec = RouteSpec(part, part, Keep(top=3))
+    want = route(q, k, Canvas((64,)), spec)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = route(q, k, Canvas((64,)), spec)
+    assert want.scores is not None and found.scores is not None
+    assert torch.equal(found.index, want.index) and torch.equal(found.scores, want.scores)

@@ -225,7 +225,10 @@ class _BiLevelRouting(nn.Module):
         rows = (index + regions * torch.arange(b, device=index.device)[:, None, None]).flatten(0, 1)  # [B * S, top]
         q = parts.q.flatten(0, 1).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B * S, heads, n, d]
         k, v = (
-            t.flatten(0, 1)[rows].flatten(1, 2).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            F.embedding(rows, t.flatten(0, 1).flatten(1))  # its gradient sums a region's readers in float32
+            .unflatten(-1, (-1, self.heads, t.shape[-1] // self.heads))
+            .flatten(1, 2)
+            .transpose(1, 2)
             for t in (parts.k, parts.v)
         )  # [B * S, heads, top * m, d]
         out = attend_groups(q, k, v, scale=self.scale)

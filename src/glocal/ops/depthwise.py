@@ -47,6 +47,12 @@ def depthwise_conv(
             f"depthwise_conv: residual=True needs a result of {tuple(x.shape[1:3])}, but it is {(rows, columns)}."
         )
     check_activation("depthwise_conv", act)
+    if norm is None and act == "none" and maps.autocasts(x):  # to half precision; what is added to stays as it is
+        low = torch.get_autocast_dtype("cuda")
+        given = x.to(low), weight.to(low), None if bias is None else bias.to(low)
+        with torch.autocast("cuda", enabled=False):
+            found = depthwise_conv(*given, stride=stride, padding=padding)
+        return x + found if residual else found
     few = x.shape[0] * max(x.shape[1] * x.shape[2], rows * columns) < 2**31
     if few and maps.usable(x, weight, bias, *(() if norm is None else norm[0])):
         from glocal.kernels.maps import depthwise

@@ -19,6 +19,9 @@ _MOST = 8192  # channels of a row that the kernel takes
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
     """x: [..., C], weight, bias: [C] -> (x - mean) / sqrt(variance + eps) * weight + bias, of x's shape."""
+    if maps.autocasts(x):  # to float32, in which the result stays
+        with torch.autocast("cuda", enabled=False):
+            return layer_norm(x.float(), weight.float(), bias.float(), eps)
     if x.shape[-1] <= _MOST and maps.usable(x, weight, bias):
         from glocal.kernels.maps.norm import LayerNorm, forward
 

@@ -30,6 +30,13 @@ def usable(*tensors: Tensor | None) -> bool:
     return right and first in _DTYPES and _triton()
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast changes the types of an eager call on x here: operators cast as it does, then go on without."""
+    if torch.compiler.is_compiling() or not torch.is_autocast_enabled("cuda"):
+        return False
+    return x.is_cuda and x.dtype in _DTYPES
+
+
 def power(size: int, least: int = 1) -> int:
     """The smallest power of two from `size` and `least` on."""
     return max(least, 1 << max(size - 1, 0).bit_length())

@@ -11,7 +11,7 @@ from math import ceil
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glocal.kernels.maps import usable
+from glocal.kernels.maps import autocasts, usable
 from glocal.ops.depthwise import depthwise_conv
 from glocal.ops.norm import layer_norm
 
@@ -28,7 +28,7 @@ def to_nhwc(x: Tensor) -> Tensor:
 
 def conv(layer: nn.Module, x: Tensor, residual: bool = False) -> Tensor:
     """Apply a [B, C, H, W] layer to x: [B, H, W, C]; residual: add x."""
-    if isinstance(layer, nn.Conv2d) and _depthwise(layer) and usable(x, layer.weight):
+    if isinstance(layer, nn.Conv2d) and _depthwise(layer) and (usable(x, layer.weight) or autocasts(x)):
         pads = layer.pads(x.shape[1], x.shape[2]) if isinstance(layer, SameConv2d) else _pads(layer)
         stride = layer.stride[0]
         return depthwise_conv(x, layer.weight, layer.bias, stride=stride, padding=pads, residual=residual)
