@@ -99,11 +99,9 @@ def _reblocked(w: Work) -> tuple[PlanTensors, tuple[int, int]] | None:
     if not _may_look(w.plan.full_index):
         return None
     blocks, wide = (w.call.q_block, w.call.kv_block), max(w.sizes["WD"], w.sizes["WDV"])
-    plan = None
-    if blocks == (64, 64) and 64 < wide <= 128:
-        plan = paired(w.plan, 64)
-    elif blocks == (128, 128) and wide <= 128:
-        plan = halved(w.plan, 128)
+    if blocks not in ((64, 64), (128, 128)) or not 64 < wide <= 128:
+        return None
+    plan = paired(w.plan, 64) if blocks == (64, 64) else halved(w.plan, 128)
     return None if plan is None else (plan, (128, 64))
 
 

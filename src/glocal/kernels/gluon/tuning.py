@@ -77,9 +77,7 @@ def tuning(blocks: tuple[int, int], width: int) -> Tuning:
         return replace(small, held=True, most=80 if width <= 64 else 128)
     if width > 128:
         return Tuning(keys=64)
-    if width <= 64:
-        return Tuning(keys=blocks[1], stages=3, queries=2)
-    return Tuning(queries=2) if blocks[1] == 64 else Tuning()  # lists of blocks of 64 may be short
+    return Tuning(keys=blocks[1], stages=3, queries=2) if width <= 64 else Tuning()
 
 
 def padded(size: int) -> int:
