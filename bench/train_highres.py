@@ -1,10 +1,12 @@
 """Trains the parts that high-resolution systems add to the built-in image transformer; its own weights stay, or not.
 
     python bench/train_highres.py --part scale_dit --device cuda --seconds 100 --cooldown 40
-    python bench/train_highres.py --part ultragen --own --device cuda    # the transformer's own weights too
+    python bench/train_highres.py --part ultragen --device cuda
+    python bench/train_highres.py --part ultragen --own --start out/train_highres/image_dit_ultragen.safetensors --lr 3e-4
 
 Pictures of two and four times the trained side, drawn and painted anew for every update; Scale-DiT sees the picture of
-the trained side beside them. Writes the parts as float16 and the loss curve, with --own the model as well.
+the trained side beside them. Writes the parts as float16 and the loss curve; with --own, the transformer's own weights
+are trained too and written.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def put(part: str, model: PictureModel, options: argparse.Namespace) -> tuple[Ha
         handle = scale_dit(model.net, lora=lora, backend="mask")
         return handle, list(lora.parameters())
     if part == "ultragen":
-        handle = ultragen(model.net, settings=ULTRAGEN)
+        handle = ultragen(model.net, settings=ULTRAGEN if options.start is None else None, parts=options.start)
         parts = handle.method.parts  # type: ignore[attr-defined]
         return handle, list(parts.parameters())
     raise ValueError(f"part={part!r}; legal: scale_dit, ultragen")
@@ -174,6 +176,7 @@ def main() -> None:
     parser.add_argument(
         "--own", action="store_true", help="train the model's own weights too, as UltraGen's paper does"
     )
+    parser.add_argument("--start", type=Path, help="UltraGen's parts to begin with, instead of fresh ones")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--until", type=float, help="instead: until this time, in seconds since 1970")
