@@ -2,7 +2,7 @@
 
     python bench/train_highres.py --part scale_dit --device cuda --seconds 100 --cooldown 40
     python bench/train_highres.py --part ultragen --device cuda
-    python bench/train_highres.py --part ultragen --own --start out/train_highres/image_dit_ultragen.safetensors --lr 3e-4
+    python bench/train_highres.py --part ultragen --own --lr 3e-4 --start image_dit_ultragen.safetensors
 
 Pictures of two and four times the trained side, drawn and painted anew for every update; Scale-DiT sees the picture of
 the trained side beside them. Writes the parts as float16 and the loss curve; with --own, the transformer's own weights
