@@ -143,7 +143,7 @@ def strip_name(kind: str, side: int, method: str) -> str:
 
 def write_rows(rows: list[Row], path: Path) -> None:
     """The table, whole or not at all."""
-    ordered = sorted(rows, key=lambda row: (row[0], int(row[2])))
+    ordered = sorted(rows, key=lambda row: (row[0], int(row[2]), row[1] != "naive"))
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(HEADER)
