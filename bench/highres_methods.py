@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,22 @@ from glocal.adapt.freeswim import freeswim
 from glocal.adapt.hidiffusion import hidiffusion
 from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.tile_windows import tile_windows
-from glocal.adapt.ultragen import ultragen
+from glocal.adapt.ultragen import UltraGenSettings, ultragen
 from glocal.data.captions import COLUMNS, ROWS
 from glocal.data.objects import COLOURS
 from glocal.measure import find_objects
-from glocal.models.generation import PICTURE_SPEC, PictureModel, sample_pictures, to_latents, to_pictures
+from glocal.models.generation import (
+    PICTURE_SPEC,
+    PictureModel,
+    load_picture_model,
+    sample_pictures,
+    to_latents,
+    to_pictures,
+)
 from glocal.models.generation.sampler import noise_levels
 
+ULTRAGEN = UltraGenSettings(rank=16, conv="depthwise")
+"""A dense convolution would outweigh the whole model."""
 STRENGTH = 0.7
 """Share of the steps that runs again on an enlarged picture (FreeSwim's published value)."""
 
@@ -107,10 +116,9 @@ def regions(**more: Any) -> Way:
         words = Words(job.model.encoder(tokens), content=tokens > 1)
         silent = Words(job.model.encoder(torch.zeros_like(tokens)), content=tokens > 1)
         side = job.noise.shape[-1] * denoiser.factor
-        settings = {"steps": PICTURE_SPEC.steps, "guidance": PICTURE_SPEC.guidance} | more
-        return upscale(
-            denoiser, to_pictures(job.small), side, side, words, negative=silent, output_type="latent", **settings
-        )
+        settings = {"steps": PICTURE_SPEC.steps, "guidance": PICTURE_SPEC.guidance, "output_type": "latent"} | more
+        draw = torch.Generator().manual_seed(int(job.noise[0, 0, 0, 0].abs() * 1e6))  # another one for each batch
+        return upscale(denoiser, to_pictures(job.small), side, side, words, negative=silent, generator=draw, **settings)
 
     return run
 
@@ -144,6 +152,7 @@ def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, W
     found["scale_dit, untrained"] = within(_guided(None, backend), naive)
     found["freeswim, from noise"] = within(lambda j: freeswim(j.model.net, backend=backend), naive)
     found["freeswim, windows alone"] = within(lambda j: freeswim(j.model.net, dual_steps=0, backend=backend), naive)
+    found["ultragen, untrained"] = within(lambda j: ultragen(j.model.net, settings=ULTRAGEN, backend=backend), naive)
     file = None if parts is None else parts / "image_dit_scale_dit.safetensors"
     if file is not None and file.is_file():
         found["scale_dit"] = within(_guided(file, backend), naive)
@@ -152,7 +161,23 @@ def ways(kind: str, parts: Path | None, backend: str = "auto") -> Mapping[str, W
     if file is not None and file.is_file():
         found["ultragen"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), naive)
         found["ultragen, enlarged"] = within(lambda j: ultragen(j.model.net, parts=file, backend=backend), again)
+    whole = None if parts is None else parts / "image_dit_ultragen_own.safetensors"
+    if whole is not None and whole.is_file():
+        tuned = whole.with_name("image_dit_ultragen_own_model.safetensors")
+        found["ultragen, whole model"] = _tuned(tuned, whole, backend, naive)
+        found["ultragen, whole model, enlarged"] = _tuned(tuned, whole, backend, again)
     return found | _regional()
+
+
+def _tuned(file: Path, parts: Path, backend: str, way: Way) -> Way:
+    """`way` with UltraGen in a model whose own weights were trained with its parts."""
+
+    def run(job: Job) -> Tensor:
+        model = load_picture_model(file, job.small.device)
+        with ultragen(model.net, parts=parts, backend=backend):
+            return way(replace(job, model=model))
+
+    return run
 
 
 def detail(pictures: Tensor, side: int) -> Tensor:

@@ -17,12 +17,13 @@ from glocal.report import Column, Picture, Table, TableReport, render_table
 ROOT = Path(__file__).resolve().parent.parent
 MEASURES = ("right", "whole", "extra", "missing", "detail")
 SIGNS = {"yes": "better", "no": "worse", "unclear": "unclear", "": None}
+VERDICTS = ("improves", "no clear change", "mixed", "worse")
 WIDE = ".pictures { grid-template-columns: 1fr } .pictures img { width: min(100%, 900px) }"
 NAMES = {"unet": "UNet", "dit": "transformer"}
 
 
 def table(rows: list[dict[str, str]]) -> Table:
-    """One row a model, side and method; whether it improves on "naive" in what the methods are for."""
+    """One row a model, side and method, and whether it improves on "naive" in what the methods are for."""
     found: dict[tuple[str, int, str], dict[str, dict[str, str]]] = {}
     for row in rows:
         found.setdefault((row["model"], int(row["side"]), row["method"]), {})[row["measure"]] = row
@@ -33,34 +34,38 @@ def table(rows: list[dict[str, str]]) -> Table:
         Column("extra"),
         Column("missing", percent=True),
     ]
-    columns += [Column("detail"), Column("right, against naive"), Column("extra, against naive")]
+    columns += [Column("detail"), Column("right, against naive"), Column("extra, against naive"), Column("verdict")]
     cells = []
     for (model, side, method), measures in found.items():
         values = [float(measures[m]["mean"]) if m in measures else None for m in MEASURES]
-        verdicts = [SIGNS[measures[m]["better"]] for m in ("right", "extra")]
+        better = [measures[m]["better"] for m in ("right", "extra")]
         seeds = int(measures["right"]["seeds"])
-        cells.append((NAMES[model], side, method, seeds, *values, *verdicts))
+        said = None if method == "naive" else verdict(*better)
+        cells.append((NAMES[model], side, method, seeds, *values, *(SIGNS[b] for b in better), said))
     return Table(tuple(columns), tuple(cells))
 
 
-def shortfalls(rows: list[dict[str, str]]) -> list[str]:
-    """Where methods do not improve on naive sampling, a sentence for each model and side."""
+def verdict(right: str, extra: str) -> str:
+    """Of `VERDICTS`, from whether objects right and objects too many are "yes" better, "no" (worse) or "unclear"."""
+    if "no" in (right, extra):
+        return "mixed" if "yes" in (right, extra) else "worse"
+    return "improves" if "yes" in (right, extra) else "no clear change"
+
+
+def verdicts(rows: list[dict[str, str]]) -> list[str]:
+    """Which methods improve on naive sampling and which do not, a sentence for each model and side."""
     said = []
     for model, side in dict.fromkeys((row["model"], row["side"]) for row in rows if row["method"] != "naive"):
         here = [row for row in rows if (row["model"], row["side"]) == (model, side) and row["method"] != "naive"]
+        better: dict[str, dict[str, str]] = {}
+        for row in here:
+            better.setdefault(row["method"], {})[row["measure"]] = row["better"]
         parts = []
-        for words, measure, verdicts in (
-            ("no clear gain in objects right", "right", ("unclear", "no")),
-            ("more objects too many than naive sampling", "extra", ("no",)),
-        ):
-            names = [
-                row["method"].replace(",", "")
-                for row in here
-                if row["measure"] == measure and row["better"] in verdicts
-            ]
+        for word in VERDICTS:
+            names = [m.replace(",", "") for m, b in better.items() if verdict(b["right"], b["extra"]) == word]
             if names:
-                parts.append(f"{words}: {', '.join(names)}")
-        said.append(f"{NAMES[model]}, {side} px. " + ("; ".join(parts) if parts else "all improve") + ".")
+                parts.append(f"{word}: {', '.join(names)}")
+        said.append(f"{NAMES[model]}, {side} px. {'; '.join(parts)}.")
     return said
 
 
@@ -87,7 +92,9 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
         "when it is reduced to 64 px, over what the painted scene of its caption loses.",
         "Means over captions and noises (seeds) that are the same for every method. better or worse: the whole 90 % "
         "interval of the paired differences to naive sampling at the same side lies on that side of zero.",
-        "Where methods fall short. " + " ".join(shortfalls(rows)),
+        "Which methods improve on naive sampling. "
+        + "improves: more objects right or fewer too many, and neither worse; mixed: one better, one worse. A method "
+        "without 'improves' does not show here what its paper claims. " + " ".join(verdicts(rows)),
         "Captions of the pictures, from left to right (rows of another run may have others; what they asked for stands "
         "in the painted strip of their side): " + " ".join(captions),
     )

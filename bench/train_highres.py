@@ -1,9 +1,12 @@
-"""Trains the parts that high-resolution systems add to the built-in image transformer, whose own weights stay.
+"""Trains the parts that high-resolution systems add to the built-in image transformer; its own weights stay, or not.
 
     python bench/train_highres.py --part scale_dit --device cuda --seconds 100 --cooldown 40
+    python bench/train_highres.py --part ultragen --device cuda
+    python bench/train_highres.py --part ultragen --own --lr 3e-4 --start image_dit_ultragen.safetensors
 
 Pictures of two and four times the trained side, drawn and painted anew for every update; Scale-DiT sees the picture of
-the trained side beside them. Writes the parts as float16 and the loss curve.
+the trained side beside them. Writes the parts as float16 and the loss curve; with --own, the transformer's own weights
+are trained too and written.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from highres_methods import ULTRAGEN
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -26,19 +30,18 @@ from glocal._files import write_atomic
 from glocal.adapt.attach import Handle
 from glocal.adapt.scale_dit import scale_dit
 from glocal.adapt.scale_dit_image_blocks import TUNED
-from glocal.adapt.ultragen import UltraGen, UltraGenSettings, ultragen
+from glocal.adapt.ultragen import UltraGen, ultragen
 from glocal.data.captions import caption_tokens
 from glocal.data.pictures import at_side, draw_pictures, paint
 from glocal.models.generation import PictureModel, load_picture_model, to_latents
 from glocal.models.generation.picture_model import SIDE
-from glocal.models.generation.picture_weights import shipped
+from glocal.models.generation.picture_weights import save_picture_model, shipped
 from glocal.nn.lora import LowRank, PartLora
 from glocal.train import FlowSpec
 from glocal.train.graphed import Loss, Updates
 from glocal.train.pictures import Pictures, picture_loss
 
 ROOT = Path(__file__).resolve().parent.parent
-ULTRAGEN = UltraGenSettings(rank=16, conv="depthwise")  # a dense convolution would outweigh the whole model
 FACTORS = ((2, 32, 2048), (4, 8, 512))  # how many times the side, pictures a batch, pictures in memory
 EVERY = 20  # updates at one side, then at the other
 
@@ -61,7 +64,7 @@ def put(part: str, model: PictureModel, options: argparse.Namespace) -> tuple[Ha
         handle = scale_dit(model.net, lora=lora, backend="mask")
         return handle, list(lora.parameters())
     if part == "ultragen":
-        handle = ultragen(model.net, settings=ULTRAGEN)
+        handle = ultragen(model.net, settings=ULTRAGEN if options.start is None else None, parts=options.start)
         parts = handle.method.parts  # type: ignore[attr-defined]
         return handle, list(parts.parameters())
     raise ValueError(f"part={part!r}; legal: scale_dit, ultragen")
@@ -103,6 +106,11 @@ class Large:
         return Pictures(self.latents[rows].float(), self.tokens[rows]), self.small[rows].float()
 
 
+def name_of(options: argparse.Namespace) -> str:
+    """Of what is trained, in files and rows."""
+    return f"{options.part}_own" if options.own else options.part
+
+
 def unwatched(net: nn.Module) -> None:
     """Take the host's watch off: it reads the noise level on the CPU, and a graph cannot wait for that."""
     net._forward_pre_hooks.clear()
@@ -116,7 +124,8 @@ def train(model: PictureModel, sides: list[tuple[Large, int]], options: argparse
     begun = time.monotonic()
     handle, parameters = put(options.part, model, options)
     unwatched(model.net)
-    updates = Updates(list(parameters), options.lr, average=0.99, decay=0.0)
+    own = list(model.net.requires_grad_().parameters()) if options.own else []
+    updates = Updates([*parameters, *own], options.lr, average=0.99, decay=0.0)
     flow = FlowSpec(shift=options.shift, pure=0.05)
 
     def loss_of(side: Large, count: int) -> Loss:
@@ -147,12 +156,13 @@ def train(model: PictureModel, sides: list[tuple[Large, int]], options: argparse
             side = sides[(step - 1) // EVERY % len(sides)][0]
             loss, norm = updates.read(EVERY)
             rows.append(
-                [options.part, step, side.factor, f"{loss:.5f}", f"{norm:.4f}", f"{time.monotonic() - begun:.1f}"]
+                [name_of(options), step, side.factor, f"{loss:.5f}", f"{norm:.4f}", f"{time.monotonic() - begun:.1f}"]
             )
             side.renew()
             if step % (10 * EVERY) in (0, EVERY):
                 print(*rows[-1], flush=True)
     parts_of(handle).float()
+    model.float()
     with torch.no_grad():
         for p, mean in zip(updates.parameters, updates.means, strict=True):
             p.copy_(mean)
@@ -163,6 +173,10 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=("scale_dit", "ultragen"), default="scale_dit")
+    parser.add_argument(
+        "--own", action="store_true", help="train the model's own weights too, as UltraGen's paper does"
+    )
+    parser.add_argument("--start", type=Path, help="UltraGen's parts to begin with, instead of fresh ones")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--until", type=float, help="instead: until this time, in seconds since 1970")
@@ -189,18 +203,21 @@ def main() -> None:
         model.bfloat16()
     handle, rows = train(model, sides, options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    file = options.folder / f"image_dit_{options.part}.safetensors"
+    name = name_of(options)
+    file = options.folder / f"image_dit_{name}.safetensors"
     parts: Any = parts_of(handle).cpu()
     if options.part == "scale_dit":
         write_atomic(file, save({n: t.half().contiguous() for n, t in parts.write().items()}))
     else:
         parts.half().save(file)
+    if options.own:
+        save_picture_model(model, options.folder / f"image_dit_{name}_model.safetensors")
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else platform.machine()
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
     writer.writerow(["part", "step", "factor", "loss", "gradient_norm", "seconds", "device", "torch"])
     writer.writerows([*row, device, torch.__version__] for row in rows)
-    write_atomic(options.folder / f"train_highres_{options.part}.csv", table.getvalue())
+    write_atomic(options.folder / f"train_highres_{name}.csv", table.getvalue())
     print("steps", rows[-1][1] if rows else 0, flush=True)
 
 

@@ -75,14 +75,15 @@ def test_keeping_maps_changes_nothing_and_undo_gives_the_model_back(
     handle = c_upscale(model)
     method: Any = handle.method
     assert torch.equal(run(model, latents, words[1:2]), before)
-    with method.whole():
-        assert torch.equal(run(model, latents, words[1:2]), before)
-    assert torch.equal(run(model, latents, words[1:2]), before)
     cross = [name for name, m in model.named_modules() if name.endswith("attn2")]
-    assert sorted(method.maps) == sorted(cross)
-    for found in method.maps.values():
-        assert found.shape[0] == 1 and found.shape[2] == 7
-        torch.testing.assert_close(found.sum(2), torch.ones_like(found[:, :, 0]))
+    for rap in ("off", "replace", "gate"):
+        with method.whole(rap):
+            assert torch.equal(run(model, latents, words[1:2]), before)
+        assert sorted(method.seen) == ([] if rap == "off" else sorted(cross))
+    assert torch.equal(run(model, latents, words[1:2]), before)
+    for found in method.seen.values():  # maps, behind "gate"
+        assert found.shape[0] == 1 and found.shape[4] == 7
+        torch.testing.assert_close(found.sum(4), torch.ones_like(found[..., 0]))
     handle.undo()
     assert torch.equal(run(model, latents, words[1:2]), before)
 
@@ -95,13 +96,37 @@ def test_maps_are_softmax_of_queries_and_keys(latents: Tensor, words: Tensor) ->
     site.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args[0]), with_kwargs=True)
     handle = c_upscale(model)
     method: Any = handle.method
-    with method.whole():
+    with method.whole("gate"):
         run(model, latents, words[1:2])
     q, k = (t.unflatten(-1, (4, -1)).transpose(1, 2) for t in (site.to_q(seen[0]), site.to_k(words[1:2])))
     wanted = (q @ k.transpose(2, 3) * site.scale).softmax(-1)
-    found = method.maps["down_blocks.0.attentions.0.transformer_blocks.0.attn2"]
-    assert found.shape == (1, 4, 7, 8, 12)
-    torch.testing.assert_close(found.flatten(3).transpose(2, 3), wanted, rtol=0, atol=1e-6)
+    found = method.seen["down_blocks.0.attentions.0.transformer_blocks.0.attn2"]
+    assert found.shape == (1, 4, 8, 12, 7)
+    torch.testing.assert_close(found.flatten(2, 3), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_region_reads_the_crop_of_the_maps(latents: Tensor, words: Tensor) -> None:
+    """What is kept are outputs; crops of them equal crops of the maps times the words' values."""
+    torch.manual_seed(0)
+    model = sd15().eval()
+    name = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+    site: Any = model.get_submodule(name)
+    method: Any = c_upscale(model).method
+    kept = {}
+    for rap in ("replace", "gate"):
+        with method.whole(rap):
+            run(model, latents, words[1:2])
+        kept[rap] = crop(method.seen[name], (RIGHT,), (5, 4))
+    values = site.to_v(words[1:2]).unflatten(-1, (4, -1)).transpose(1, 2)
+    torch.testing.assert_close(kept["replace"], kept["gate"] @ values, rtol=0, atol=1e-5)
+
+
+def test_regions_need_what_they_read(model: nn.Module, latents: Tensor, words: Tensor) -> None:
+    method: Any = c_upscale(model).method
+    with method.whole("gate"):
+        run(model, latents, words[1:2])
+    with pytest.raises(ValueError, match=r"behind whole\('gate'\)"), method.regions([Row(0, WHOLE)], 7, 0.0, "replace"):
+        pass
 
 
 @pytest.mark.parametrize("rap", ["replace", "gate", "off"])
@@ -114,7 +139,7 @@ def test_one_region_that_is_the_whole_picture_is_the_plain_model(
     plain = run(model, both, words[:2])
     handle = c_upscale(model)
     method: Any = handle.method
-    with method.whole():
+    with method.whole(rap):
         run(model, latents, words[1:2])
     given = torch.cat([words[:2], torch.stack([words[0], words[2]])], 1) if doubled else words[:2]
     with method.regions([Row(0, WHOLE)], 7, 0.0, rap):
@@ -159,17 +184,17 @@ def test_masked_words_stay_hidden(latents: Tensor, words: Tensor) -> None:
     mask[:, 5:] = 0
     plain = run(model, both, words[:2], mask)
     method: Any = c_upscale(model).method
-    with method.whole():
-        run(model, latents, words[1:2], mask[:1])
-    assert all(bool((found[:, :, 5:] == 0).all()) for found in method.maps.values())
     for rap in ("replace", "gate", "off"):
+        with method.whole(rap):
+            run(model, latents, words[1:2], mask[:1])
+        assert rap != "gate" or all(bool((found[..., 5:] == 0).all()) for found in method.seen.values())
         with method.regions([Row(0, WHOLE)], 7, 0.0, rap):
             torch.testing.assert_close(run(model, both, words[:2], mask), plain, rtol=0, atol=2e-5)
 
 
 def test_a_word_of_the_left_half_is_silent_on_the_right() -> None:
-    maps = torch.zeros(1, 2, 8, 8)
-    maps[0, 0, :, :4], maps[0, 1, :, 4:] = 1, 1
+    maps = torch.zeros(1, 8, 8, 2)
+    maps[:, :, :4, 0], maps[:, :, 4:, 1] = 1, 1
     right = crop(maps, RIGHT, (6, 3))
     assert right.shape == (1, 18, 2) and float(right[0, :, 0].mean()) < 0.02
     assert float(crop(maps, Box(0.55, 0, 1, 1), (6, 3))[..., 0].max()) < 1e-6
@@ -181,16 +206,28 @@ def test_a_word_of_the_left_half_is_silent_on_the_right() -> None:
 
 @pytest.mark.parametrize("box", [WHOLE, RIGHT, Box(0.13, 0.27, 0.61, 0.94)])
 def test_crops_are_rows_of_attention(box: Box, generator: torch.Generator) -> None:
-    maps = torch.rand(3, 5, 7, 9, generator=generator).softmax(1)
+    maps = torch.rand(3, 7, 9, 5, generator=generator).softmax(-1)
     found = crop(maps, box, (4, 6))
     torch.testing.assert_close(found.sum(-1), torch.ones(3, 24))
-    torch.testing.assert_close(crop(maps, WHOLE, (7, 9)), maps.flatten(2).transpose(1, 2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(crop(maps, WHOLE, (7, 9)), maps.flatten(1, 2), rtol=0, atol=1e-6)
 
 
 def test_a_crop_of_whole_cells_is_those_cells(generator: torch.Generator) -> None:
-    maps = torch.rand(1, 5, 8, 8, generator=generator).softmax(1)
-    found = crop(maps, Box(0.25, 0.5, 0.75, 1), (4, 4)).transpose(1, 2).unflatten(2, (4, 4))
-    torch.testing.assert_close(found, maps[:, :, 4:, 2:6], rtol=0, atol=1e-6)
+    maps = torch.rand(1, 8, 8, 5, generator=generator).softmax(-1)
+    found = crop(maps, Box(0.25, 0.5, 0.75, 1), (4, 4)).unflatten(1, (4, 4))
+    torch.testing.assert_close(found, maps[:, 4:, 2:6], rtol=0, atol=1e-6)
+
+
+def test_crops_are_bilinear(generator: torch.Generator) -> None:
+    """As torch samples a picture at the centres of the cells."""
+    maps, box = torch.rand(2, 7, 9, 5, generator=generator), Box(0.13, 0.27, 0.61, 0.94)
+    y = (torch.arange(4) + 0.5) / 4 * (box.bottom - box.top) + box.top
+    x = (torch.arange(6) + 0.5) / 6 * (box.right - box.left) + box.left
+    points = 2 * torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1) - 1
+    wanted = torch.nn.functional.grid_sample(
+        maps.movedim(-1, 1), points.expand(2, 4, 6, 2), padding_mode="border", align_corners=False
+    )
+    torch.testing.assert_close(crop(maps, box, (4, 6)), wanted.flatten(2).transpose(1, 2), rtol=0, atol=1e-6)
 
 
 def test_schedules() -> None:

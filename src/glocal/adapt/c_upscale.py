@@ -1,9 +1,12 @@
 """C-Upscale (arXiv 2505.16976) in a model with cross attention: each region of a large picture sees the words of the
 whole one where they belong. `handle = c_upscale(pipe)`; `glocal.adapt.c_upscale_run.upscale` is all of it in one call.
 
-At every step the small picture goes through the model once and its cross-attention maps are kept (`whole`). A region
-then reads the global prompt by the crop of these maps, so that words whose object is elsewhere do not fire, and a
-prompt of its own by its own attention; both are mixed (`regions`). Only the abstract is public: a reconstruction.
+At every step the small picture goes through the model once and what it reads of the words is kept (`whole`). A region
+then reads the global prompt by the crop of these cross-attention maps, so that words whose object is elsewhere do not
+fire, and a prompt of its own by its own attention; both are mixed (`regions`). Crop and sum over words are linear and
+the words' values are the same everywhere, so a crop of maps times values is the crop of their product: the outputs of
+the small picture's cross attention are kept, and maps only where words are damped. Only the abstract is public: a
+reconstruction.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class CUpscaleSettings:
     small picture holds. filter: "gaussian" or "ideal".
     rap: the global prompt is read by crops of the maps ("replace"), by the region's own attention with words that lie
     elsewhere damped ("gate"), or undamped ("off"). mix: share of the regional prompt at the first and at the last step.
-    capture_every: steps for which the maps of the small picture are kept.
+    capture_every: steps for which what the small picture reads is kept.
     """
 
     steps: int = 50
@@ -128,12 +131,14 @@ class _Regions:
 class CUpscale(Method):
     """The method. Outside of `whole` and `regions` the model is untouched.
 
-    maps: cross-attention maps of the small pictures by site, [pictures, heads, words, rows, columns].
+    seen: what the small pictures read by site, [pictures, heads, rows, columns, n]: outputs, n the channels of a head,
+    or where words are damped maps, n the words.
     """
 
     def __init__(self) -> None:
-        self.maps: dict[str, Tensor] = {}
-        self._now: Literal["whole"] | _Regions | None = None
+        self.seen: dict[str, Tensor] = {}
+        self._kept: Rap = "off"
+        self._now: Rap | _Regions | None = None
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Cross attention; ValueError for a model without."""
@@ -147,10 +152,11 @@ class CUpscale(Method):
         return found
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Forwards in here keep the maps of their rows, one a picture; what they compute does not change."""
-        self.maps.clear()
-        with self._as("whole"):
+    def whole(self, rap: Rap = "replace") -> Iterator[None]:
+        """Forwards in here keep what `rap` needs of their rows, one a picture; what they compute does not change."""
+        self.seen.clear()
+        self._kept = rap
+        with self._as(rap):
             yield
 
     @contextmanager
@@ -158,13 +164,17 @@ class CUpscale(Method):
         """Forwards in here are regions: rows without guidance, then those with it, in the same order.
 
         Their text is the global prompt, `words` long, and behind it the regional one; only the global one may be given
-        where both are the same. share: of the regional prompt.
+        where both are the same. share: of the regional prompt. ValueError where `whole` kept nothing for this `rap`.
         """
+        if rap not in ("off", self._kept):
+            raise ValueError(
+                f"c_upscale: regions(rap={rap!r}) behind whole({self._kept!r}); legal: whole({rap!r}) before, or 'off'."
+            )
         with self._as(_Regions(rows, words, share, rap)):
             yield
 
     @contextmanager
-    def _as(self, now: Literal["whole"] | _Regions) -> Iterator[None]:
+    def _as(self, now: Rap | _Regions) -> Iterator[None]:
         before, self._now = self._now, now
         try:
             yield
@@ -176,11 +186,14 @@ class CUpscale(Method):
         now = self._now
         if now is None or getattr(call.native, "number", 0) > 0:
             return inner(q, k, v, call)  # a second call of a site is that to an image prompt
-        if now == "whole":
+        if isinstance(now, _Regions):
+            return self._composed(q, k, v, call, now)
+        out = seen = inner(q, k, v, call)  # [B, H, N, D]
+        if now == "gate":
             seen = Capture(q, k, canvas=call.layout, score=Score(scale=call.site.scale)).rows()  # [B, H, N, words]
-            self.maps[call.site.name] = seen.transpose(2, 3).unflatten(3, _grid(call))
-            return inner(q, k, v, call)
-        return self._composed(q, k, v, call, now)
+        if now != "off":
+            self.seen[call.site.name] = seen.unflatten(2, _grid(call))
+        return out
 
     def _composed(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, now: _Regions) -> Tensor:
         """Rows without guidance as they are; of the others, global and regional words mixed."""
@@ -208,13 +221,13 @@ class CUpscale(Method):
         if now.rap == "off":
             by_words = read(guided, first)
         else:
-            whole = self.maps[call.site.name]
+            whole = self.seen[call.site.name]
             whole = whole.expand(half, *whole.shape[1:]) if len(whole) == 1 else whole[now.pictures.to(whole.device)]
-            maps = crop(whole, now.boxes, _grid(call))
+            here = crop(whole, now.boxes, _grid(call))
             if now.rap == "replace":
-                by_words = maps.to(v.dtype) @ v[guided][:, :, first]
+                by_words = here.to(v.dtype)
             else:
-                by_words = read(guided, first, damping(whole, maps, now.damped).log().to(q.dtype)[:, :, None])
+                by_words = read(guided, first, damping(whole, here, now.damped).log().to(q.dtype)[:, :, None])
         if now.share > 0:
             by_words = merge.gate(now.share, read(guided, last), by_words)
         return torch.cat([read(free, first), by_words])
@@ -228,38 +241,43 @@ def _grid(call: SiteCall) -> tuple[int, int]:
     return rows, columns
 
 
-def crop(maps: Tensor, boxes: Box | Sequence[Box], grid: tuple[int, int]) -> Tensor:
-    """maps [regions, heads, words, h, w] of whole pictures, a box each -> rows of attention [regions, heads, rows *
-    columns, words] of the regions; without the first axis for a single box.
+def crop(seen: Tensor, boxes: Box | Sequence[Box], grid: tuple[int, int]) -> Tensor:
+    """seen [regions, heads, h, w, n] of whole pictures, a box each -> [regions, heads, rows * columns, n] of the
+    regions, float32; without the first axis for a single box.
 
-    Cells of a region's `grid` are read bilinearly at their centres, wherever the box lies; rows sum to 1 as before.
+    Cells of a region's `grid` are read bilinearly at their centres, wherever the box lies: rows of maps keep their sum.
     """
     if isinstance(boxes, Box):
-        return crop(maps[None], (boxes,), grid)[0]
-    points = _centres(tuple(boxes), grid, str(maps.device))
-    found = F.grid_sample(maps.flatten(1, 2).float(), points, padding_mode="border", align_corners=False)
-    found = found.unflatten(1, maps.shape[1:3]).flatten(3).transpose(2, 3)  # [regions, heads, cells, words]
-    return found / found.sum(-1, keepdim=True)
+        return crop(seen[None], (boxes,), grid)[0]
+    down, across = _weights(tuple(boxes), tuple(seen.shape[2:4]), grid, str(seen.device))
+    found = down[:, None] @ seen.float().flatten(3)  # [regions, heads, rows, w * n]
+    found = across[:, None, None] @ found.unflatten(3, seen.shape[3:])  # [regions, heads, rows, columns, n]
+    return found.flatten(2, 3)
 
 
 @lru_cache(maxsize=64)
-def _centres(boxes: tuple[Box, ...], grid: tuple[int, int], device: str) -> Tensor:
-    """Centres of the cells of boxes as `grid_sample` counts them, [boxes, rows, columns, 2]; every layer asks."""
-    sides = torch.tensor([(b.top, b.bottom, b.left, b.right) for b in boxes])[..., None]  # [boxes, 4, 1]
-    rows, columns = ((torch.arange(n) + 0.5) / n for n in grid)
-    y = sides[:, 0] + rows * (sides[:, 1] - sides[:, 0])  # [boxes, rows]
-    x = sides[:, 2] + columns * (sides[:, 3] - sides[:, 2])  # [boxes, columns]
-    both = torch.broadcast_tensors(2 * x[:, None] - 1, 2 * y[..., None] - 1)
-    return torch.stack(both, -1).to(device)
+def _weights(
+    boxes: tuple[Box, ...], size: tuple[int, int], grid: tuple[int, int], device: str
+) -> tuple[Tensor, Tensor]:
+    """What each row [boxes, rows, h] and each column [boxes, columns, w] of boxes is made of; every layer asks."""
+    sides = torch.tensor([(b.top, b.bottom, b.left, b.right) for b in boxes]).unflatten(1, (2, 2))  # [boxes, axis, end]
+
+    def axis(number: int) -> Tensor:
+        (first, last), length, cells = sides[:, number].unbind(1), size[number], grid[number]
+        centres = first[:, None] + (torch.arange(cells) + 0.5) / cells * (last - first)[:, None]  # [boxes, cells]
+        places = (centres * length - 0.5).clamp(0, length - 1)
+        return (1 - (places[..., None] - torch.arange(length)).abs()).clamp(min=0).to(device)
+
+    return axis(0), axis(1)
 
 
 def damping(maps: Tensor, region: Tensor, words: Tensor | None = None) -> Tensor:
     """Factors [..., heads, words], at most 1: a word's attention in the region over that in the whole picture.
 
-    maps [..., heads, words, h, w], region [..., heads, cells, words]. words: bool [..., words], those that may be
+    maps [..., heads, h, w, words], region [..., heads, cells, words]. words: bool [..., words], those that may be
     damped; None: all.
     """
-    whole = maps.flatten(-2).mean(-1)
+    whole = maps.mean((-3, -2))
     found = (region.mean(-2) / whole.clamp(min=1e-12)).clamp(max=1)
     return found if words is None else torch.where(words[..., None, :].to(found.device), found, 1)
 

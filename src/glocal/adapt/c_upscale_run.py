@@ -2,8 +2,8 @@
 region, under the guidance of what the small picture knows.
 
 ``upscale(pipe, picture, 4096, 4096, "a heron in the reeds")``. At every step: the small picture, noised alike, goes
-through the model and its cross-attention maps are kept; its low frequencies pull the large latents towards its layout;
-overlapping regions are denoised with the maps and their own prompts, and mixed. All share one field of noise.
+through the model and what it reads of the words is kept; its low frequencies pull the large latents towards its layout;
+overlapping regions are denoised with crops of that and their own prompts, and mixed. All share one field of noise.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def _denoised(run: _Run) -> Tensor:
             known = denoiser.noised(run.clean, run.noise, level)
             z = z + weight * low_pass(known - z, band, settings.filter)  # type: ignore[arg-type]
         if settings.rap != "off" and step % settings.capture_every == 0:
-            with run.method.whole():
+            with run.method.whole(settings.rap):
                 denoiser.predict(denoiser.noised(run.small, run.small_noise, level), level, run.prompt)
         places = _tiles(denoiser, settings, z, run.generator if settings.jitter else None)
         found = blend(_regions(run, z, places, level, step), places, (size[0], size[1]))
