@@ -1,8 +1,7 @@
-"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and methods and with
-step weights that are measured on allocations of one step range ("residual", what `glocal advise` does); without gains
-of methods, or without any; with step weights of plain methods; by relative error of the attention output, with step
-weights measured either way in its own units, or none; and plain recipes: at three budgets of attention work, paired
-over unseen seeds.
+"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and step weights that
+are measured on allocations of one step range ("residual", what `glocal advise` does); with gains of methods as well;
+with step weights of plain methods; without gains; by relative error of the attention output, with step weights measured
+either way in its own units, or none; and plain recipes: at three budgets of attention work, paired over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -24,6 +23,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +39,7 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import Group, LayerGains, by_layer, by_method, gains, layer_gains, layer_groups, summed
+from glocal.advise.calibrate import Group, LayerGains, by_layer, layer_gains, layer_groups, summed
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
@@ -68,8 +68,9 @@ COLUMNS += ["low", "high", "pairs", "device", "torch", "python"]
 Row = dict[str, object]
 PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
 BUDGETS = (0.75, 0.6, 0.45)
-KINDS = ("residual", "no gains of methods", "plain step weights", "no gains, plain step weights")
+KINDS = ("residual", "gains of methods", "gains of methods, plain step weights", "no gains, plain step weights")
 KINDS += ("output", "output, plain step weights")
+MOST = 8.0  # a gain further from the mean than this is a fluke of a step where a method changed next to nothing
 
 
 class Masked(MediaMethod):
@@ -248,7 +249,7 @@ def search(
         if kind.startswith("no gains,"):
             return own
         own = by_layer(own, layers)
-        return own if kind == "no gains of methods" else by_method(own, gain)
+        return [replace(r, residual=r.residual * gain[r.method]) for r in own] if kind.startswith("gains") else own
 
     kinds = {}
     for kind in KINDS:
@@ -297,11 +298,17 @@ def measured_layers(batch: Batch, base: Found, plain: Mapping[str, MethodSpec]) 
 
 
 def measured_gains(batch: Batch, found: Found) -> dict[str, float]:
-    """Gains of methods, by one step in the middle of the run."""
+    """Gains of methods: what each changes in one step in the middle of the run over what the probe summed there, over
+    the geometric mean of all.
+    """
     bucket = found.buckets[len(found.buckets) // 2]
-    recipes = {n: one_bucket(bucket, n, m, found.base, found.fallback) for n, m in found.methods.items()}
-    moved = {n: fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES))) for n, recipe in recipes.items()}
-    return gains(moved, {n: _local(batch, found.records, n, bucket) for n in recipes})
+    logs = {}
+    for name, method in found.methods.items():
+        recipe = one_bucket(bucket, name, method, found.base, found.fallback)
+        moved = fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES)))
+        logs[name] = math.log(moved / _local(batch, found.records, name, bucket))
+    mean, limit = fmean(logs.values()), math.log(MOST)
+    return {name: math.exp(min(max(value - mean, -limit), limit)) for name, value in logs.items()}
 
 
 def _local(batch: Batch, records: Sequence[ProbeRecord], name: str, bucket: Bucket) -> float:

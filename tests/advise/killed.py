@@ -29,7 +29,7 @@ from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
 FIELDS = (("shape", ("disc", "square")), ("colour", ("red", "green", "blue")))
 EFFORT = Effort("tiny", 2, 4, 1, (0.9, 0.7), pairs=2, rounds=1, steps_a_bucket=1, published=1)
 METHODS = tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))[:4])
-STAGES = ("preflight", "times", "probe", "layer", "gain", "weights", "bucket", "anchors", "rung", "pair", "write")
+STAGES = ("preflight", "times", "probe", "layer", "weights", "bucket", "anchors", "rung", "pair", "write")
 
 
 def make() -> tuple[VideoDiT, Frames]:

@@ -9,12 +9,8 @@ import torch
 
 from glocal.advise import Frames, Recipe, Workload, attach
 from glocal.advise.calibrate import (
-    MOST,
     Group,
     by_layer,
-    counted_by,
-    finalists,
-    gains,
     layer_gains,
     layer_groups,
     step_error,
@@ -27,25 +23,6 @@ from glocal.advise.search import base_rules
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.weights import make_buckets, one_bucket
 from glocal.models.generation import VideoDiT
-
-from .test_ladder import BUCKETS, HALF, SPARSE, found
-
-
-def test_gains_are_relative_to_their_mean_and_bounded() -> None:
-    made = gains({"a": 0.4, "b": 0.1, "none": 0.0}, {"a": 1.0, "b": 1.0, "none": 1.0})
-    assert made["a"] / made["b"] == pytest.approx(4) and made["a"] * made["b"] == pytest.approx(1)
-    assert made["none"] == 1.0
-    wild = gains({"a": 1e6, "b": 1e-6}, {"a": 1.0, "b": 1.0})
-    assert wild == {"a": pytest.approx(MOST), "b": pytest.approx(1 / MOST)}
-
-
-def test_errors_count_by_gains() -> None:
-    known = found()
-    counted = counted_by(known, {HALF.id: 2.0})
-    assert set(counted.methods) == {HALF.id} == {r.method for r in counted.records}
-    before = [r.residual for r in known.records if r.method == HALF.id]
-    assert [r.residual for r in counted.records] == pytest.approx([2 * r for r in before])
-    assert counted.uniform_error(HALF.id, BUCKETS) == pytest.approx(2 * known.uniform_error(HALF.id, BUCKETS))
 
 
 def record(layer: int, bucket: int, residual: float, kind: str = "self") -> ProbeRecord:
@@ -85,13 +62,6 @@ def test_gains_of_layers_are_relative_and_come_from_the_nearest_range() -> None:
     counted = by_layer([record(0, 0, 3.0), record(2, 0, 3.0), record(5, 0, 3.0)], made)
     assert [r.residual for r in counted] == pytest.approx([3 * 4 ** (-2 / 3), 3 * 4 ** (1 / 3), 3])
     assert layer_gains({(first, 0): [0.0]}, {(first, 0): [1.0]}, 4) == {}
-
-
-def test_finalists_keep_what_gave_the_weights() -> None:
-    known = found()
-    assert finalists(known, (0.6,), 8, []) == list(known.methods)
-    assert finalists(known, (0.6,), 1, [SPARSE.id]) == [SPARSE.id]
-    assert finalists(known, (0.6,), 1, [HALF.id]) == [HALF.id]
 
 
 def test_one_step_is_that_of_a_run_that_is_sparse_in_it(model: VideoDiT, workload: Workload, objective: Frames) -> None:

@@ -109,7 +109,7 @@ def test_advise_calibrates_masks_where_asked(
     monkeypatch.setattr(inside, "time_methods", times_by_pairs)
     with pytest.raises(ValueError, match="'paro' alone gives no gains of layers"):
         advise(model, workload, objective=objective, options=AdviseOptions(methods=("paro",), min_tokens=64))
-    effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1, finalists=3)
+    effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1)
     options = AdviseOptions(methods=("paro", "tile_windows"), min_tokens=64, state=tmp_path / "state")
     found = advise(model, workload, objective=objective, effort=effort, options=options)
     assert {m.system for m in found.methods.values()} == {"paro", "tile_windows"}

@@ -12,7 +12,7 @@ import torch
 
 from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
 from glocal.advise.advice import Advice
-from glocal.advise.calibrate import by_layer, by_method
+from glocal.advise.calibrate import by_layer
 from glocal.advise.methods import candidates
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Found, base_rules, of_range
@@ -68,9 +68,9 @@ def test_layers_have_gains_at_every_step_range_and_predictions_count_by_them(adv
         mine = [advice.layers["transformer", "self", layer, bucket] for layer in (0, 1)]
         assert math.prod(mine) == pytest.approx(1) and mine[0] != pytest.approx(1, abs=1e-3)
     assert advice.weights is not None
-    counted = by_method(by_layer(advice.records, advice.layers), advice.gains)
+    counted = by_layer(advice.records, advice.layers)
     probed, other = ([r for r in counted if r.sample == s] for s in dict.fromkeys(r.sample for r in counted))
-    buckets, methods = advice.weights.buckets, {n: advice.methods[n] for n in advice.gains}
+    buckets, methods = advice.weights.buckets, {n: advice.methods[n] for n in {r.method for r in probed}}
     fallback = Fallback(min_tokens=OPTIONS.min_tokens)
     found = Found(probed, advice.times, even_weights(buckets), methods, base_rules(probed), fallback)
     alone = [(b, of_range(found, b, budget)) for b in buckets for budget in EFFORT.budgets]

@@ -33,9 +33,8 @@ class Advice:
 
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
     rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
-    gains, layers: how far the errors of a method and of a layer add up, over the mean; predictions count by both.
-    shrunk: where the probe had
-    to do with less memory.
+    layers: how far the errors of a layer add up, over the mean; predictions count by it. shrunk: where the probe had to
+    do with less memory.
     """
 
     recipe: Recipe
@@ -49,7 +48,6 @@ class Advice:
     dropped: Mapping[str, str]
     methods: Mapping[str, MethodSpec]
     weights: Weights | None = None
-    gains: Mapping[str, float] = field(default_factory=dict)
     layers: LayerGains = field(default_factory=dict)
     ladder: tuple[Rung, ...] = ()
     chosen: Rung | None = None

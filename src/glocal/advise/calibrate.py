@@ -1,40 +1,29 @@
-"""How far errors in the residual stream add up to a change of the model's output: gains of layers and of methods.
+"""How far errors in the residual stream add up to a change of the model's output: gains of layers.
 
 A layer's error is measured relative to the stream in front of it, and the stream grows from layer to layer, in the
 first ones by a factor of ten: the same relative error there is soon a small one. So one layer at a time runs sparse in
-one step of the whole model; the change behind that step over the error in that layer is the layer's gain.
-
-Errors of one method may pull the same way in many heads and layers (a window that never sees other frames), or cancel
-(the weakest keys left out). Their root of summed squares does not say which. So each method runs everywhere in one step
-of the whole model, from a latent of the dense run; the change behind that step over the summed error there is its gain,
-and probe records count by it. One step for each layer and method; the gains of all layers of a step range, and those of
-all methods, are scaled to a geometric mean of one: step weights say the rest.
+one step of the whole model; the change behind that step over the error in that layer is the layer's gain, and probe
+records count by it. The gains of all layers of a step range are scaled to a geometric mean of one: step weights say
+the rest.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from glocal.advise.allocate import allocate
 from glocal.advise.apply import attach
 from glocal.advise.objective import Objective
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Phase, Recipe, Rule
 from glocal.advise.rules import layer_ranges
-from glocal.advise.search import Found
 from glocal.advise.workload import Sample
-
-_AROUND = (0.3, 0.45, 0.6, 0.75, 0.9)  # budgets of attention time that a search may move between
-MOST = 8.0  # a gain further from the mean than this is a fluke of a step where a method changed next to nothing
 
 
 class _Enough(Exception):
@@ -134,40 +123,3 @@ def layer_gains(
 def by_layer(records: Sequence[ProbeRecord], gains: LayerGains) -> list[ProbeRecord]:
     """The records, their residual errors counted by the gain of their layer."""
     return [replace(r, residual=r.residual * gains.get((r.component, r.kind, r.layer, r.bucket), 1.0)) for r in records]
-
-
-def gains(changed: Mapping[str, float], errors: Mapping[str, float]) -> dict[str, float]:
-    """changed: of the output by method; errors: summed in the residual stream. 1.0 where one of them is zero."""
-    logs = {m: math.log(c / errors[m]) for m, c in changed.items() if c > 0 and errors.get(m, 0.0) > 0}
-    mean = sum(logs.values()) / max(len(logs), 1)
-    limit = math.log(MOST)
-    return {m: math.exp(min(max(logs[m] - mean, -limit), limit)) if m in logs else 1.0 for m in changed}
-
-
-def by_method(records: Sequence[ProbeRecord], gain: Mapping[str, float]) -> list[ProbeRecord]:
-    """The records of methods with a gain, their residual errors counted by it."""
-    return [replace(r, residual=r.residual * gain[r.method]) for r in records if r.method in gain]
-
-
-def counted_by(found: Found, gain: Mapping[str, float]) -> Found:
-    """The methods with a gain alone, their errors counted by it."""
-    methods = {n: m for n, m in found.methods.items() if n in gain}
-    return replace(found, records=by_method(found.records, gain), methods=methods)
-
-
-def finalists(found: Found, budgets: Sequence[float], count: int, always: Sequence[str]) -> list[str]:
-    """At most `count` methods worth calibrating: `always`, those that allocations at several budgets use most, then
-    those that would err least everywhere for their time.
-    """
-    if len(found.methods) <= count:
-        return list(found.methods)
-    items = found.items()
-    weights = torch.tensor(found.weights.weight, dtype=torch.float64)
-    used: Counter[str] = Counter()
-    for budget in sorted({*budgets, *_AROUND}):
-        if float(items.time.amin(1).sum()) <= budget * items.dense_time:
-            choice = allocate(items, weights, time_budget=budget * items.dense_time).choice
-            used.update(items.methods[i] for i in choice.tolist() if i)
-    price = {n: found.uniform_error(n, found.buckets) * found.times.ratio(n) for n in found.methods}
-    ranked = sorted(found.methods, key=lambda n: (n not in always, -used[n], price[n]))
-    return ranked[:count]

@@ -19,11 +19,9 @@ class Effort:
     papers in the ladder. show: where no recipe meets the limit on the probe sample, validate the nearest one all the
     same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples of its own; fewer
     where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket runs, by an
-    allocation for each budget, give the step weights. finalists: methods that the search goes on with, those that a
-    first allocation uses most; each is calibrated by one step of the whole model. correct: once the ladder is measured,
-    fit the step weights to it and allocate again. layers: groups of layers whose gains are measured at most, each by
-    one step of the whole model at `looks` noise levels. reduced: step weights are measured on a canvas of at most so
-    many tokens.
+    allocation for each budget, give the step weights. correct: once the ladder is measured, fit the step weights to it
+    and allocate again. layers: groups of layers whose gains are measured at most, each by one step of the whole model
+    at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens.
     """
 
     name: str
@@ -40,14 +38,13 @@ class Effort:
     probes: int = 1
     samples: int = 1
     correct: bool = False
-    finalists: int = 24
     reduced: int = 30_000
     layers: int = 8
     looks: int = 5
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.85,), 3, 3, 1, 1, show=True, rungs=1, finalists=6, looks=1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.85,), 3, 3, 1, 1, show=True, rungs=1, looks=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),

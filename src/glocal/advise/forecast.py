@@ -82,7 +82,6 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
         stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
-        stage("calibration", min(effort.finalists, cost.candidates) * before.forward),
         stage("ladder", effort.probes * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
         stage("validation", proving / min(shared, effort.pairs), 3 * pairs * before.output, 2 * before.output),

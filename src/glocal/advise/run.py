@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -12,7 +11,7 @@ import torch
 
 from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice, Run
-from glocal.advise.calibrate import by_layer, by_method, counted_by
+from glocal.advise.calibrate import by_layer
 from glocal.advise.calibrated import calibrated
 from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
@@ -23,11 +22,10 @@ from glocal.advise.inside import times_inside
 from glocal.advise.ladder import needed
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Preflight, preflight
-from glocal.advise.probe import ProbeRecord
 from glocal.advise.proof import with_origin
 from glocal.advise.recipe import Fallback, Recipe
 from glocal.advise.search import Found, base_rules
-from glocal.advise.stages import kept, measured_gains, measured_layers, plain_methods, probes, step_weights
+from glocal.advise.stages import kept, measured_layers, plain_methods, probes, step_weights
 from glocal.advise.state import State
 from glocal.advise.timing import Times
 from glocal.advise.weights import even_weights, make_buckets
@@ -154,20 +152,15 @@ def _advise(run: Run, split: Split) -> Advice:
     fallback = Fallback(min_tokens=options.min_tokens)
     counted = by_layer(records, layers)
     found = Found(counted, times, even_weights(buckets), methods, base_rules(records), fallback)
-    gain = measured_gains(run, found, known, before, list(plain))
-    found = counted_by(found, gain)
-    refusal = _refusal(run, before, replace(times, methods={n: times.methods[n] for n in found.methods}))
+    refusal = _refusal(run, before, replace(times, methods={n: times.methods[n] for n in methods}))
     if refusal is not None:  # what was faster than dense was dropped
         run.stage(None)
         return replace(base, reason=refusal)
 
-    def both(some: Sequence[ProbeRecord]) -> list[ProbeRecord]:
-        return by_method(by_layer(some, layers), gain)
-
-    weights, others = step_weights(run, split.weights.samples, before, found, both)
+    weights, others = step_weights(run, split.weights.samples, before, found, layers)
     everything = tuple(r for p in (*probed, *others) for r in kept(run, p.records))
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
-    base = replace(base, records=everything, shrunk=shrunk, weights=weights, gains=gain, layers=layers)
+    base = replace(base, records=everything, shrunk=shrunk, weights=weights, layers=layers)
     return climbed(run, base, replace(found, weights=weights), split, probed)
 
 

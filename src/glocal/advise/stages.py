@@ -1,9 +1,8 @@
-"""The middle stages of `advise`: samples probed, one step range sparse at a time, one step of every finalist."""
+"""The middle stages of `advise`: samples probed, one layer sparse at a time, one step range sparse at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 
 from torch import Tensor
@@ -12,8 +11,7 @@ from glocal.advise.advice import Run
 from glocal.advise.calibrate import (
     Group,
     LayerGains,
-    finalists,
-    gains,
+    by_layer,
     layer_gains,
     layer_groups,
     step_error,
@@ -92,22 +90,6 @@ def _step(
     return phase, (step, probed.latents[step - 1] if again else None, probed.latents[step])
 
 
-def measured_gains(
-    run: Run, found: Found, known: tuple[Sample, Probed], before: Preflight, plain: Sequence[str]
-) -> dict[str, float]:
-    """Of the finalists, each by one step of the whole model."""
-    sample, probed = known
-    step = probed.steps[len(probed.steps) // 2] if run.objective.restart else probed.steps[0]
-    bucket = next(b for b in found.buckets if b.first <= step <= b.last)
-    phase, at = _step(run, before, probed, bucket, step)
-    names = finalists(found, run.effort.budgets, run.effort.finalists, plain)
-    run.stage("calibration", len(names))
-    recipes = [found.recipe([n], [replace(r, use=n, phase=phase) for r in found.base]) for n in names]
-    tasks = [Task(f"gain/{n}", step_error, (sample, recipe, at)) for n, recipe in zip(names, recipes, strict=True)]
-    changed = dict(zip(names, run.farm.map(tasks), strict=True))
-    return gains(changed, {n: summed(found.records, n, step, sample.id) for n in names})
-
-
 def probes(
     run: Run, name: str, samples: Sequence[Sample], methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
 ) -> list[Probed]:
@@ -127,11 +109,8 @@ def kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
     return [r for r in records if not any(fnmatch(r.site, glob) for glob in run.options.keep_dense)]
 
 
-Counted = Callable[[Sequence[ProbeRecord]], list[ProbeRecord]]  # records by the gains of their layers and methods
-
-
 def step_weights(
-    run: Run, samples: Sequence[Sample], before: Preflight, found: Found, counted: Counted
+    run: Run, samples: Sequence[Sample], before: Preflight, found: Found, layers: LayerGains
 ) -> tuple[Weights, list[Probed]]:
     """One step range sparse at a time, by its own allocation at every budget, on every step-weight sample; on a reduced
     canvas where that says the same. And those samples, probed.
@@ -145,7 +124,7 @@ def step_weights(
     def measured(where: Sequence[tuple[Sample, Probed]], which: Sequence[Bucket]) -> list[StepWeight]:
         tasks, places = [], []
         for sample, dense in where:
-            own = counted(kept(run, dense.records))
+            own = by_layer(kept(run, dense.records), layers)
             for bucket in which:
                 for number, recipe in enumerate(recipes[bucket]):
                     reference = (dense.output, _latent(run, dense, bucket), dense.latents[bucket.first])

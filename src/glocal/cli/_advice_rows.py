@@ -17,7 +17,6 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
     out.append({"kind": "further method in a call", "seconds": advice.times.split})
     if advice.weights is not None:
         out += [{"kind": "step weight", **asdict(r)} for r in advice.weights.runs]
-    out += [{"kind": "gain", "method": name, "gain": value} for name, value in advice.gains.items()]
     for (component, kind, layer, bucket), value in advice.layers.items():
         place = {"component": component, "site_kind": kind, "layer": layer, "bucket": bucket}
         out.append({"kind": "layer gain", **place, "gain": value})

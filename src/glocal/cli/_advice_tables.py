@@ -49,7 +49,7 @@ def _share(advice: Advice, bucket: int, record: Any) -> float:
     """What one head's error adds to the predicted one, before squares are summed."""
     assert advice.weights is not None
     layer = advice.layers.get((record.component, record.kind, record.layer, bucket), 1.0)
-    return advice.weights.weight[bucket] * record.residual * layer * advice.gains.get(record.method, 1.0)
+    return advice.weights.weight[bucket] * record.residual * layer
 
 
 def pictures(advice: Advice) -> tuple[Picture, ...]:
