@@ -122,7 +122,7 @@ def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
     else:
         shape, heads, d, window, stride = SHAPES[name]
         pattern = Neighborhood(window, stride=1 if stride_one else stride)
-    made = plan(pattern, Canvas(shape), PlanSpec(block, block))
+    made = plan(pattern, Canvas(shape), PlanSpec(block, block), device="cuda")
     flops, visited = made.flops(heads, d, backward=True), made.visited / made.kept
     n = made.q_order.shape[-1]  # slots without a token stand as tokens that nobody needs
     order = torch.arange(n, dtype=torch.int32)[None, None]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal.kernels.gluon.backward_tile import share
+
 SECONDS = 120.0  # after which a wait counts as one for ever
 
 
@@ -229,10 +231,12 @@ class gl:
 _ADDING = threading.Lock()
 
 
-def _async_add(d: Described, place: list[int], tile: Tiles) -> None:
-    there, here = d.inside(place)
+def _add(sums: Pointer, row: int, column: int, values: Tensor, width: int) -> None:
+    r, c = (torch.arange(n) for n in values.shape)
+    down = r // 16 * (16 * width) + r % 8 * 16 + r // 8 % 2 * 2
+    place = down[:, None] + (c // 8 * 128 + c % 8 // 2 * 4 + c % 2)
     with _ADDING:
-        d.t[there] += tile.t[here]
+        sums.memory[sums.at + int(row) * width + column * 16 + place] += values
 
 
 def _product(a: Any, b: Any, acc: Tensor, use_acc: bool = True, is_async: bool = False) -> Tensor:
@@ -273,8 +277,10 @@ def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     for name in ("stage", "phase"):  # literals that methods of scalars are called on
         text = text.replace(f"{name} = 0\n", f"{name} = Number(0)\n")
     space: dict[str, Any] = {
-        "gl": gl, "mbarrier": mbarrier, "tma": tma, "Number": Number, "async_add": _async_add, "hide": _hide,
-        "load_words": _load_words, "store": _store, "products": lambda *_: None, "fence_async_shared": lambda: None,
+        "gl": gl, "mbarrier": mbarrier, "tma": tma, "Number": Number, "add": _add, "hide": _hide,
+        "rounded": lambda t, dtype: t.to(dtype), "widened": lambda t: t.float(),
+        "load_words": _load_words, "store": _store, "products": lambda *_: None, "share": share,
+        "fence_async_shared": lambda: None,
         "warpgroup_mma": _product, "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else tuple(deps),
     }  # fmt: skip
     exec(compile("from __future__ import annotations\n" + text, kernel.__name__, "exec"), space)

@@ -12,6 +12,7 @@ import gluon_threads
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.canvas import Canvas
 from glocal.kernels import reference
@@ -63,11 +64,11 @@ def inputs(made: BlockPlan, heads: tuple[int, int], size: int, batch: int = 1) -
     return [*(torch.randn(s, generator=g).bfloat16() for s in shapes), torch.randn(shapes[0][:3], generator=g)]
 
 
-def same(made: BlockPlan, x: list[Tensor]) -> None:
+def same(made: BlockPlan, x: list[Tensor], names: str = "qkv") -> None:
     """Errors stay below the rounding of weights and results."""
     out, lse, want = exact(made, x)
     got = found(made, x, out, lse)
-    for name in "qkv" if made.kv_block == 128 else "kv":
+    for name in names:
         a, b = getattr(got, name).double(), getattr(want, name)
         assert float((a - b).abs().max()) < 2e-2 * float(b.abs().max()), name
 
@@ -80,7 +81,23 @@ def test_neighbourhood(size: int, heads: tuple[int, int]) -> None:
 
 def test_blocks_of_64() -> None:
     made = plan(StridedShards(64, 1, 4, heads_q=2), Canvas((320,)), PlanSpec(64, 64))
-    same(made, inputs(made, (2, 2), 64))
+    same(made, inputs(made, (2, 2), 64), "kv")
+
+
+@pytest.mark.parametrize("pairs", [False, True], ids=["alone", "in pairs"])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2)], ids=str)
+def test_lists_in_portions(heads: tuple[int, int], pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glocal.kernels.gluon import launch_backward, portions, reblocked
+    from glocal.kernels.triton import work
+
+    monkeypatch.setattr(work, "_PREPARED", WeakIdKeyDictionary())
+    monkeypatch.setattr(portions, "_LEAST", 4)
+    monkeypatch.setattr(reblocked, "MORE_BACKWARD", 2.0 if pairs else 0.0)
+    usual, made_of = launch_backward.portions, []
+    monkeypatch.setattr(launch_backward, "portions", lambda *a: made_of.append(usual(*a)) or made_of[-1])
+    made = plan(StridedShards(64, 2, 8, heads_q=heads[0], num_kv_heads=2), Canvas((1024,)), PlanSpec(64, 64))
+    same(made, inputs(made, heads, 16), "qkv" if pairs else "kv")
+    assert made_of[0] is not None and made_of[0].places > 4
 
 
 def test_unequal_blocks() -> None:

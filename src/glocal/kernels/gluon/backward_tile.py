@@ -10,19 +10,41 @@ of every eight columns 2 m and 2 m + 1.
 
 from __future__ import annotations
 
-from typing import Any
-
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.runtime.jit import constexpr_function
+
+# Neighbours lie in one register where they have 16 bits, and an instruction takes both: one by one they would take the
+# unit of the powers.
+ROUND = gl.constexpr("cvt.rn.bf16x2.f32 $0, $2, $1;")
+ROUND_HALF = gl.constexpr("cvt.rn.f16x2.f32 $0, $2, $1;")
+WIDEN = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;")
+WIDEN_HALF = gl.constexpr("{ .reg .b16 a, b; mov.b32 {a, b}, $2; cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; }")
+# Left to themselves, compilers make bits of many comparisons and take them apart again.
+SELECT = gl.constexpr(
+    "{ .reg .pred p; .reg .b32 t; and.b32 t, $2, $3; setp.ne.b32 p, t, 0; selp.f32 $0, $1, 0f00000000, p; }"
+)
+# The results are of no use, but an operation of elements must have some. Minus zero changes nothing: without it ptxas
+# 12.8 ends with a fault where sums come straight from a product.
+ADD = gl.constexpr(
+    "{ .reg .f32 a, b, c, d; "
+    "add.f32 a, $8, 0f80000000; add.f32 b, $9, 0f80000000; add.f32 c, $10, 0f80000000; add.f32 d, $11, 0f80000000; "
+    "red.relaxed.gpu.global.add.v4.f32 [$4], {a, b, c, d}; "
+    "mov.b32 $0, 0; mov.b32 $1, 0; mov.b32 $2, 0; mov.b32 $3, 0; }"
+)
+ADD_REGISTERS = gl.constexpr("=r,=r,=r,=r,l,l,l,l,f,f,f,f")
 
 
 @constexpr_function
 def products(down, columns, across=1):
     """Accumulators of `down` times `across` warps, 16 rows and `columns` columns a warp."""
     return gl.NVMMADistributedLayout([3, 0], [down, across], [16, columns, 16])
+
+
+@constexpr_function
+def share(queries, keys, width):
+    """Rows and columns of the query gradients of a step that one of two groups makes."""
+    return (keys, width) if queries > keys else (queries, width // 2)
 
 
 @constexpr_function
@@ -42,12 +64,39 @@ def fragments(rows, columns):
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [rows, columns // 8, 4, 2])
 
 
-@builtin
-def async_add(descriptor, place, tile, _semantic: Any = None):
-    """Add a shared tile to memory through TMA; `tma.store_wait` waits for it. Triton 3.6 does not export it."""
-    place = _semantic._convert_to_ir_values(place, require_i64=False)
-    kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
-    _semantic.builder.create_async_tma_reduce(kind, descriptor.handle, place, tile.handle)
+@gluon.jit
+def rounded(x, dtype: gl.constexpr):
+    """x, float32, in 16 bits."""
+    if dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(ROUND, "=r,f,f", [x], gl.bfloat16, is_pure=True, pack=2)
+    else:
+        return gl.inline_asm_elementwise(ROUND_HALF, "=r,f,f", [x], gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def widened(x):
+    """x, 16 bits, in float32."""
+    if x.dtype == gl.bfloat16:
+        return gl.inline_asm_elementwise(WIDEN, "=f,=f,r", [x], gl.float32, is_pure=True, pack=2)
+    else:
+        return gl.inline_asm_elementwise(WIDEN_HALF, "=f,=f,r", [x], gl.float32, is_pure=True, pack=2)
+
+
+@gluon.jit
+def add(sums, row, column, values, WIDTH: gl.constexpr):
+    """Add accumulators [rows, columns] to float32 sums of rows of WIDTH, from (row, column) on.
+
+    The sums lie as the accumulators do, in blocks of 16 rows and 8 columns one after the other: of each lane of a warp
+    two neighbours of one row and the two that are eight rows below.
+    """
+    layout: gl.constexpr = values.type.layout
+    r = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, layout))
+    c = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, layout))
+    r = r // 16 * (16 * WIDTH) + r % 8 * 16 + r // 8 % 2 * 2
+    c = c // 8 * 128 + c % 8 // 2 * 4 + c % 2
+    to = sums + (row.to(gl.int64) * WIDTH + column * 16)
+    to = to + (gl.expand_dims(r, 1) + gl.expand_dims(c, 0))
+    gl.inline_asm_elementwise(ADD, ADD_REGISTERS, [to.to(gl.int64), values], gl.int32, is_pure=False, pack=4)
 
 
 @gluon.jit
@@ -72,7 +121,7 @@ def hide(p, word, rows: gl.constexpr, columns: gl.constexpr):
     side = gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2)
     place = gl.full([1, 1, 1, 1], 1, gl.int32, layout=kind) << (pair * 2 + side)
     p = gl.convert_layout(gl.reshape(p, [rows, columns // 8, 4, 2]), kind, assert_trivial=True)
-    p = gl.where((bits & place) != 0, p, 0.0)
+    p = gl.inline_asm_elementwise(SELECT, "=f,f,r,r", [p, bits, place], gl.float32, is_pure=True, pack=1)
     return gl.convert_layout(gl.reshape(p, [rows, columns]), layout, assert_trivial=True)
 
 

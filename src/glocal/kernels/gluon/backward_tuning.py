@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GROUP = 64  # rows of one warp group of four warps
 
@@ -22,7 +22,7 @@ class Tuning:
 # (key block, padded head size)
 _KV = {
     (128, 128): Tuning(64, 3),
-    (128, 64): Tuning(64, 4),
+    (128, 64): Tuning(128, 3),
     (64, 128): Tuning(64, 2, 128),
     (64, 64): Tuning(64, 3, 128),
 }
@@ -35,9 +35,10 @@ _Q = {
 }
 
 
-def tuning_kv(kv_block: int, width: int) -> Tuning:
+def tuning_kv(q_block: int, kv_block: int, width: int) -> Tuning:
     """Of gradients of keys and values."""
-    return _KV[kv_block, width]
+    found = _KV[kv_block, width]
+    return found if found.tile <= q_block else replace(found, tile=q_block)
 
 
 def tuning_q(q_block: int, kv_block: int, width: int) -> Tuning:

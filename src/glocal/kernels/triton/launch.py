@@ -125,7 +125,7 @@ def _rows(w: Work, q: Tensor, known: Known) -> _Rows:
     start(
         ordered_rows_kernel, b * h * tiles,
         strided(q), strided(grad), strided(known.out), known.lse.contiguous(), known.grad_lse.contiguous(),
-        to_q, to_grad, end, delta, w.row(w.plan.q_order), h, n, room, tiles,
+        to_q, to_grad, end, delta, w.row(w.plan.q_order), h, n, room, tiles, None, None,
         D=d, DV=grad.shape[3], PD=to_q.shape[3], PDV=to_grad.shape[3], WD=w.sizes["WD"], WDV=w.sizes["WDV"],
         BM=defaults.ROWS, COPY=not here,
     )  # fmt: skip

@@ -52,7 +52,7 @@ def ordered_keys_kernel(
 
 @triton.jit
 def ordered_rows_kernel(
-    q, grad, out, lse, grad_lse, to_q, to_grad, end, delta, q_order, heads, n, room, tiles,
+    q, grad, out, lse, grad_lse, to_q, to_grad, end, delta, q_order, heads, n, room, tiles, found, when,
     D: tl.constexpr, DV: tl.constexpr, PD: tl.constexpr, PDV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
     BM: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
@@ -60,23 +60,36 @@ def ordered_rows_kernel(
     delta = grad . out - grad of LSE. A slot that is a pad or sees nothing gets an LSE of +inf, hence weights of 0; a
     row that holds a bad entry an LSE of NaN, and zeros elsewhere.
 
+    found: int32 [1], becomes 1 if a row is bad, or sees nothing and holds a bad entry; None: no matter. Then q is read
+    of rows that see nothing alone, without COPY: in others a bad entry shows in the LSE. when: as above.
+
     out [B, Hq, n, DV], lse and grad_lse [B, Hq, n], contiguous.
     """
+    if when is not None:  # noqa: SIM102
+        if tl.load(when) == 0:
+            return
     pid = tl.program_id(0)
     member = pid // tiles
     b, h = member // heads, member % heads
     slot = pid % tiles * BM + tl.arange(0, BM)
     token = tl.load(row_of(q_order, b, h) + slot, mask=slot < room, other=-1)
-    query = rows(q, head_of(q, b, h), token, D, WD)
-    g = rows(grad, head_of(grad, b, h), token, DV, WDV)
-    o = rows(out, head_of(out, b, h), token, DV, WDV)
     known = member.to(tl.int64) * n + token
     top = tl.load(lse + known, mask=token >= 0, other=-INF)
+    empty = top == -INF
+    if found is None:
+        query = rows(q, head_of(q, b, h), token, D, WD)
+    else:
+        query = rows(q, head_of(q, b, h), tl.where(empty, token, -1), D, WD)
+    g = rows(grad, head_of(grad, b, h), token, DV, WDV)
+    o = rows(out, head_of(out, b, h), token, DV, WDV)
     through = tl.load(grad_lse + known, mask=(token >= 0) & (top != -INF), other=0.0)
     drop = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1) - through
-    empty = top == -INF
     drop = tl.where(empty, 0.0, drop)
-    bad = (_ill(query) | _ill(g) | (tl.abs(drop) == INF) | (drop != drop) | (top == INF) | (top != top)) & ~empty
+    ill = _ill(query) | _ill(g)
+    bad = (ill | (tl.abs(drop) == INF) | (drop != drop) | (top == INF) | (top != top)) & ~empty
+    if found is not None:  # noqa: SIM102
+        if tl.max((bad | ill).to(tl.int32), 0) > 0:
+            tl.store(found, 1)
     top = tl.where(empty, INF, tl.where(bad, float("nan"), top * LOG2E))
     place = member.to(tl.int64) * room + slot
     tl.store(end + place, top, mask=slot < room)
