@@ -21,8 +21,8 @@ from glocal.kernels.triton.defaults import ROWS
 from glocal.kernels.triton.lists import Slots
 from glocal.kernels.triton.merge import merge_kernel
 from glocal.kernels.triton.permute import gather_rows
-from glocal.kernels.triton.work import Work, on_device, prepare, start
-from glocal.plan.facts import OrderFacts, worth_a_look
+from glocal.kernels.triton.work import Work, may_look, on_device, prepare, start
+from glocal.plan.facts import OrderFacts
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -96,17 +96,13 @@ def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
 
 def _reblocked(w: Work) -> tuple[PlanTensors, tuple[int, int]] | None:
     """The plan in other blocks and those; that waits for the device, so lists made for one call are not looked at."""
-    if not _may_look(w.plan.full_index):
+    if not may_look(w.plan.full_index):
         return None
     blocks, wide = (w.call.q_block, w.call.kv_block), max(w.sizes["WD"], w.sizes["WDV"])
     if blocks not in ((64, 64), (128, 128)) or not 64 < wide <= 128:
         return None
     plan = paired(w.plan, 64) if blocks == (64, 64) else halved(w.plan, 128)
     return None if plan is None else (plan, (128, 64))
-
-
-def _may_look(lists: Tensor) -> bool:
-    return worth_a_look(lists) and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _attended(w: Work, qkv: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Tensor], tuned: Tuning | None) -> None:
@@ -203,7 +199,7 @@ def _longest_first(w: Work) -> Tensor | None:
     lie, because all are equal or the plan is not known to stay. Looking waits for the device.
     """
     p = w.plan
-    if not _may_look(p.full_index):
+    if not may_look(p.full_index):
         return None
     visits = p.full_count + p.part_count  # [U, blocks]
     if bool((visits == visits.flatten()[:1]).all()):

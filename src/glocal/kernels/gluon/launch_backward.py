@@ -28,8 +28,7 @@ from glocal.kernels.triton.launch import backward as in_triton
 from glocal.kernels.triton.lists import Slots, turned
 from glocal.kernels.triton.merge import fold_kernel
 from glocal.kernels.triton.ordered import ordered_rows_kernel
-from glocal.kernels.triton.work import Work, box_width, on_device, prepare, start, strided
-from glocal.plan.facts import worth_a_look
+from glocal.kernels.triton.work import Work, box_width, may_look, on_device, prepare, start, strided
 
 _LOG2E = 1.4426950408889634
 _ROWS = 0x7FFF0000  # rows that coordinates of 32 bits can count, with room for one that lies outside
@@ -99,7 +98,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
 
 def _with_long_blocks(w: Work, kv_heads: int) -> Work:
     """Key blocks of 64 in pairs where that pays, so that one pass makes all gradients."""
-    if whole(w.call.kv_block) or not worth_a_look(w.plan.full_index):
+    if whole(w.call.kv_block) or not may_look(w.plan.full_index):
         return w
     plan, notes = w.noted("pairs", lambda: (paired_keys(w.plan, w.call.kv_block, kv_heads, w.kv_facts), {}))
     if plan is None:

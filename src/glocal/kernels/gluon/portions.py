@@ -11,8 +11,7 @@ from torch import Tensor
 
 from glocal.kernels._jobs import Units
 from glocal.kernels.triton.lists import Turned
-from glocal.kernels.triton.work import Work
-from glocal.plan.facts import worth_a_look
+from glocal.kernels.triton.work import Work, may_look
 
 _SHARE = 6  # portions of the fair share of one processor
 _LEAST = 48  # steps of a portion
@@ -39,7 +38,7 @@ def portions(w: Work, units: Units, full: Turned, part: Turned, tiles: int) -> P
 
     This waits for the device.
     """
-    if not worth_a_look(w.plan.full_index) or (full.count.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not may_look(w.plan.full_index):
         return None
     owner = w.plan.owner.long().repeat_interleave(w.heads // w.plan.owner.shape[1], 1).expand(w.batch, w.heads)
     steps = (full.count * tiles + part.count).view(-1, w.kv_blocks)[owner]  # [B, heads, key blocks]

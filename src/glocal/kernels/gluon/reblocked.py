@@ -25,6 +25,7 @@ from glocal.plan.facts import OrderFacts, declare_order
 MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
 MORE_BACKWARD = 1.25
 FEWER = 0.98  # the same after cutting
+CROWD = 32  # pairs of key blocks of a stride, all seen by the same queries, up to which one pass is faster
 _LONG = 2  # times as many queries as a key block has on average, from which its keys are those of a stride
 _MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
 
@@ -63,7 +64,10 @@ def paired_keys(plan: PlanTensors, kv_block: int, kv_heads: int, facts: OrderFac
     if state is None:
         return None
     seen = (state >= 0).sum(1)  # [U, key blocks]
-    place = (seen > _LONG * seen.float().mean(-1, keepdim=True)).int().argsort(dim=-1, stable=True)
+    long = seen > _LONG * seen.float().mean(-1, keepdim=True)
+    if int(long.sum(-1).max()) > 2 * CROWD:
+        return None
+    place = long.int().argsort(dim=-1, stable=True)
     by_place = state.gather(2, place[:, None].expand_as(state))
     found = _joined(plan, (by_place[..., ::2], by_place[..., 1::2]), 2, MORE_BACKWARD)
     if found is None or bool((place == torch.arange(columns, device=place.device)).all()):

@@ -18,13 +18,18 @@ from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
 from glocal.kernels.triton import defaults
 from glocal.kernels.triton.lists import check
 from glocal.kernels.triton.ordered import ordered_keys_kernel
-from glocal.plan.facts import OrderFacts, order_facts
+from glocal.plan.facts import OrderFacts, order_facts, worth_a_look
 
 _SMALL = 1 << 24  # codes of tables and canvases below this fit into 32 bits with room to spare
 _MOST_ROWS = 1 << 31
 _MOST_KINDS = 16
 # A plan's tensors, and the rest of its Work for each kind of call without tensors beside the plan.
 _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def may_look(lists: Tensor) -> bool:
+    """Whether what lists hold may be read on the host: they belong to more than one call, and no graph is captured."""
+    return worth_a_look(lists) and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True, eq=False)
