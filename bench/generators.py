@@ -21,9 +21,8 @@ follow from dense and sparse steps and from the first steps and layers that the 
 and decoder); run_forecast is the ratio to a dense run. The columns of flash2 are against steps and runs with
 FlashAttention-2 as torch brings it, which most of the papers compare with. HiDiffusion's steps are of several kinds, a
 row each; its run_s is of all. UNets wait for the host: kernels_ms is the sum of the kernels of a step,
-kernels_speedup and kernels_forecast are ratios of it, flops_ratio and flops_forecast those of multiplications and
-additions, which no kernel can beat. "fused norms": queries and keys normed and rotated in one pass, beside dense with
-that.
+kernels_speedup and kernels_forecast are ratios of it; what a step computes is counted by hidiffusion_flops.py. "fused
+norms": queries and keys normed and rotated in one pass, beside dense with that.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ CASES = (
             ).with_fused(),
             *Entry("paro 0.3", paro(0.3), _PARO).with_fused(),
             *Entry("paro 0.5", paro(0.5), _PARO_HALF).with_fused(),
-            Entry("paro 0.3, int8", paro(0.3, quant=Quant("int8")), "5.72x with densities of 0.3 and INT8"),
+            Entry("paro 0.3, int8", paro(0.3, Quant("int8")), "5.72x with densities of 0.3 and INT8"),
             Entry("gna 18x24x24", neighbours((18, 24, 24), (16, 8, 8)), ""),
             Entry("tile_windows 6x8x8 3x3x3", tiles((6, 8, 8), (3, 3, 3)), ""),
         ),
@@ -151,7 +151,7 @@ CASES = (
         (
             *Entry("paro 0.3", paro(0.3), _PARO).with_fused(),
             *Entry("paro 0.5", paro(0.5), _PARO_HALF).with_fused(),
-            Entry("paro 0.3, int8", paro(0.3, quant=Quant("int8")), "5.72x with densities of 0.3 and INT8"),
+            Entry("paro 0.3, int8", paro(0.3, Quant("int8")), "5.72x with densities of 0.3 and INT8"),
         ),
         steps=30,
     ),

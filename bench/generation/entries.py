@@ -112,21 +112,20 @@ def tiles(tile: Grid, window: Grid) -> Make:
     return make
 
 
-def paro(density: float, *, union: float | None = None, quant: Quant | None = None) -> Make:
+def paro(density: float, quant: Quant | None = None) -> Make:
     """Random orders and random blocks of the density asked for: a plan wants trained weights, its time does not.
 
-    union: blocks that either row of a pair of query blocks reads, of those that one reads; None: rows know nothing of
-    each other (2 - density). quant: rounding; the definition does not round.
+    Rows that know nothing of each other are the hard case. quant: rounding; the definition does not round.
     """
 
     def make(model: nn.Module, at: Where) -> Method:
         rounding = None if at.backend == "reference" else quant
-        return Paro(_plan(0.5 if at.small else density, union, at), quant=rounding, backend=at.backend)
+        return Paro(_plan(0.5 if at.small else density, at), quant=rounding, backend=at.backend)
 
     return make
 
 
-def _plan(density: float, union: float | None, at: Where) -> ParoPlan:
+def _plan(density: float, at: Where) -> ParoPlan:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     maker = torch.Generator(device).manual_seed(0)
     tokens = torch.Size(at.grid).numel() + at.kind.words
@@ -134,11 +133,6 @@ def _plan(density: float, union: float | None, at: Where) -> ParoPlan:
     bits = torch.empty(1, at.layers, at.heads, blocks, -(-blocks // 8), dtype=torch.uint8)
     for layer in range(at.layers):
         mask = torch.rand(at.heads, blocks, blocks, generator=maker, device=device) < density
-        if union is not None:
-            same = (2 - union - density) / (1 - density)  # the rest of a second row is drawn anew
-            second = mask[:, 1::2]
-            drawn = torch.rand(second.shape, generator=maker, device=device) < same
-            mask[:, 1::2] = torch.where(drawn, mask[:, : 2 * second.shape[1] : 2], second)
         mask[:, :front] = mask[:, :, :front] = mask[:, -1] = mask[..., -1] = True
         bits[0, layer] = pack_bits(mask).cpu()
     orders = torch.randint(6, (at.layers, at.heads), generator=torch.Generator().manual_seed(0))

@@ -14,17 +14,7 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import (
-    LONG,
-    Clock,
-    Dense,
-    alone,
-    best_dense,
-    flops,
-    kernels,
-    seconds,
-    timed_blocks,
-)
+from generation.timing import LONG, Clock, Dense, alone, best_dense, kernels, seconds, timed_blocks
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
@@ -50,8 +40,8 @@ class Options:
 @dataclass
 class Times:
     """Seconds, one entry a round. step: of a forward, by the wall clock. attention: of one call, mean. blocks: of one
-    block of each stack, mean. rest: of a forward without its blocks. Of UNets alone, whose forwards wait for the host:
-    kernels, the sum of those of a forward, and flops, its multiplications and additions.
+    block of each stack, mean. rest: of a forward without its blocks. kernels: of a forward, the sum of its kernels;
+    of UNets alone, whose forwards wait for the host.
     """
 
     step: list[float] = field(default_factory=list)
@@ -59,7 +49,6 @@ class Times:
     blocks: list[tuple[float, ...]] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
     kernels: list[float] = field(default_factory=list)
-    flops: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -155,7 +144,6 @@ class Bench:
                 if keep:
                     busy = kernels(lambda: self.forward(self.given), self.device)
                     times.kernels.append(sum(t for t, _ in busy) / 1e6)
-                    times.flops.append(flops(lambda: self.forward(self.given)))
         blocks = [mark.read() for mark in marks.values()]
         calls, contender.pairs = clock.marks.read(), clock.pairs
         if keep:

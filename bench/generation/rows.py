@@ -31,18 +31,9 @@ def whole_step(measured: Measured, contender: Contender, turn: int, dense_layers
     return total
 
 
-def _of_unet(measured: Measured, contender: Contender, values: str) -> tuple[float, float]:
-    """How many times less of `values`, kernels or flops, a step and a run take than dense; nan for other models."""
-    base = measured.contenders["dense"]
-    if not contender.times.kernels:
-        return nan, nan
-
-    def step(_: Measured, one: Contender, turn: int, layers: tuple[int, ...] = ()) -> float:
-        found: list[float] = getattr(one.times, values)
-        return found[turn]
-
-    ratio = median(getattr(base.times, values)) / median(getattr(contender.times, values))
-    return ratio, run_seconds(measured, base, step) / run_seconds(measured, contender, step)
+def kernel_step(measured: Measured, contender: Contender, turn: int, dense_layers: tuple[int, ...] = ()) -> float:
+    """Seconds of the kernels of a forward of a UNet in round `turn`."""
+    return contender.times.kernels[turn]
 
 
 def run_seconds(measured: Measured, contender: Contender, step: Step = whole_step) -> float:
@@ -79,7 +70,9 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
     flash = [] if other is None else [whole_step(measured, other, t) for t in turns]
     attention = [a / b for a, b in zip(base.times.attention, times.attention, strict=True)]
     ran, kind, run = contender.ran, case.kind, run_seconds(measured, contender)
-    kernels, flops = (_of_unet(measured, contender, values) for values in ("kernels", "flops"))
+    busy, whole = median(times.kernels) if times.kernels else nan, nan
+    if times.kernels:
+        whole = run_seconds(measured, base, kernel_step) / run_seconds(measured, contender, kernel_step)
     return {
         "case": case.name,
         "method": name,
@@ -102,11 +95,9 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "run_s": f"{run:.1f}",
         "run_forecast": _ratio(run_seconds(measured, base) / run),
         "run_forecast_flash2": _ratio(nan if other is None else run_seconds(measured, other) / run),
-        "kernels_ms": _ms(median(times.kernels)) if times.kernels else "",
-        "kernels_speedup": _ratio(kernels[0]),
-        "kernels_forecast": _ratio(kernels[1]),
-        "flops_ratio": _ratio(flops[0]),
-        "flops_forecast": _ratio(flops[1]),
+        "kernels_ms": _ms(busy),
+        "kernels_speedup": _ratio(median(base.times.kernels) / busy if times.kernels else nan),
+        "kernels_forecast": _ratio(whole),
         "paper": "" if entry is None else entry.paper,
         "error": f"{contender.error:.1e}" if entry is not None else "",
         "rounds": len(times.step),

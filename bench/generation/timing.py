@@ -180,15 +180,6 @@ def kernels(run: Callable[[], object], device: torch.device) -> list[tuple[float
     return [(e.self_device_time_total if cuda else e.self_cpu_time_total, e) for e in found.key_averages()]
 
 
-def flops(run: Callable[[], object]) -> float:
-    """Multiplications and additions of one call, in its products of matrices, convolutions and attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    with FlopCounterMode(display=False) as found:
-        run()
-    return float(found.get_total_flops())
-
-
 def wait(device: torch.device) -> None:
     """Until the device is idle."""
     if device.type == "cuda":
