@@ -1,13 +1,12 @@
 """Small windows of vision backbones against everything else that computes them, into results/small_windows.csv. CUDA.
 
 python bench/small_windows.py
-python bench/small_windows.py --pick     # launch sizes side by side first, the fastest taken
 
 Neighbourhoods meet FlexAttention and dense SDPA; shifted windows with a relative bias meet SDPA with that bias and
 mask, with and without the reshapes around it, and SDPA without any bias, which computes less. Every row was first
 compared with masked dense attention of one image in float32. Calls are CUDA graphs, timed interleaved in one process;
-times are medians over rounds, ratios are that time / our time, with a 90 % interval. The floor is a copy that moves as
-many bytes as q, k, v and the result have.
+times are medians over rounds, ratios are that time / our forward time, with a 90 % interval. Floors are copies that
+move as many bytes as q, k, v and the result have; for backward q, k, v, the result, its gradient and those of q, k, v.
 """
 
 from __future__ import annotations
@@ -72,6 +71,8 @@ CASES = (
     Case("neighbourhood 13, bias", Neighborhood(13), *SHAPES[2], bias=True),
     *(Case("shifted windows 7, bias", Windows(7, roll=3), *shape, bias=True) for shape in SHAPES),
     *(Case("windows 7, bias", Windows(7), *shape, bias=True) for shape in SHAPES[:2]),
+    Case("windows 12, bias", Windows(12), 32, 6, 48, bias=True),
+    Case("windows 14, bias", Windows(14), *SHAPES[2], bias=True),
 )
 
 
@@ -155,24 +156,27 @@ def peers(case: Case, x: Inputs) -> dict[str, Run]:
         return found | {"(dense SDPA)": lambda: sdpa(x.q, x.k, x.v)}
     roll = case.pattern.roll
     assert isinstance(roll, int)
-    window, size = (7, 7), (case.side, case.side)
-    place = torch.cartesian_prod(*[torch.arange(7, device="cuda")] * 2)
-    step = place[None] - place[:, None] + 6
-    bias = x.table[:, step[..., 0], step[..., 1]][None]  # [1, H, 49, 49]
+    reach, size = case.reach, (case.side, case.side)
+    window, tokens = (reach + 1, reach + 1), (reach + 1) ** 2
+    place = torch.cartesian_prod(*[torch.arange(reach + 1, device="cuda")] * 2)
+    step = place[None] - place[:, None] + reach
+    bias = x.table[:, step[..., 0], step[..., 1]][None]  # [1, H, tokens, tokens]
     if roll:
         seen = rolled_visible(size, window, (roll, roll), "cuda")
         hidden = torch.zeros(seen.shape, dtype=bias.dtype, device="cuda").masked_fill(~seen, -torch.inf)[:, None]
-        bias = (hidden + bias)[None].expand(case.images, *([-1] * 4)).flatten(0, 1)  # [B * windows, H, 49, 49]
+        bias = (hidden + bias)[None].expand(case.images, *([-1] * 4)).flatten(0, 1)  # [B * windows, H, tokens, tokens]
 
     def cut(t: Tensor) -> Tensor:
         t = t.transpose(1, 2).reshape(case.images, *size, -1)
         t = t.roll((-roll, -roll), (1, 2)) if roll else t
-        return to_windows(t, window).reshape(-1, 49, case.heads, case.size).transpose(1, 2)
+        return to_windows(t, window).reshape(-1, tokens, case.heads, case.size).transpose(1, 2)
 
     def whole(mask: Tensor | None) -> Run:
         def run() -> Tensor:
             out = sdpa(cut(x.q), cut(x.k), cut(x.v), attn_mask=mask)
-            out = from_windows(out.transpose(1, 2).reshape(case.images, -1, 49, case.heads * case.size), size, window)
+            out = from_windows(
+                out.transpose(1, 2).reshape(case.images, -1, tokens, case.heads * case.size), size, window
+            )
             return out.roll((roll, roll), (1, 2)) if roll else out
 
         return run
@@ -205,21 +209,24 @@ def _flex(case: Case, x: Inputs) -> Run:
     return lambda: run(x.q, x.k, x.v, block_mask=mask)
 
 
-def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, object]]:
-    """The rows of one case; tried: with the fastest launch sizes."""
+def measure(case: Case, rounds: int) -> list[dict[str, object]]:
+    """The rows of one case."""
     x = Inputs.random(case)
     error = check(case, x)
-    if tried:
-        pick(case, x)
     forward, backward = ours(case, x)
-    two = torch.stack([x.q, x.k])
-    room = torch.empty_like(two)
-    calls: dict[str, Run] = {"ours": forward, "floor": lambda: room.copy_(two), "ours, backward": backward}
+    four = torch.stack([x.q, x.k, x.v, x.grad])
+    room = torch.empty_like(four)
+    calls: dict[str, Run] = {
+        "ours": forward,
+        "floor": lambda: room[:2].copy_(four[:2]),
+        "ours, backward": backward,
+        "floor, backward": lambda: room.copy_(four),
+    }
     calls |= peers(case, x)
     timed = compare_paired(
         {name: graph(run) for name, run in calls.items()}, rounds, "cuda", torch.Generator(), warmup=3
     )
-    same = [name for name in calls if name[0] != "(" and name not in ("ours", "floor", "ours, backward")]
+    same = [name for name in calls if not name.startswith(("(", "ours", "floor"))]
     best = min(same, key=lambda name: timed.times[name].median, default=None)
     rows = []
     for name, time in timed.times.items():
@@ -233,7 +240,6 @@ def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, obje
                 "head_dim": case.size,
                 "dtype": "bfloat16",
                 "call": name,
-                "launch": f"{launch.DIRECT_COLUMNS},{launch.STAGES}" if name.startswith("ours") else "",
                 "error": f"{error:.2e}" if name.startswith("ours") else "",
                 "ms": f"{time.median * 1e3:.4f}",
                 "ms_low": f"{time.low * 1e3:.4f}",
@@ -256,46 +262,16 @@ def measure(case: Case, rounds: int, tried: bool = False) -> list[dict[str, obje
     return rows
 
 
-TRIALS = ((512, 2), (128, 2), (0, 2), (0, 1))
-
-
-def pick(case: Case, x: Inputs) -> None:
-    """Take the launch sizes with the fastest forward pass for this case, and print them all, both passes; those whose
-    results are wrong are left out.
-    """
-    sizes = {f"direct to {one[0]} columns, {one[1]} stages": one for one in TRIALS}
-    for part in (1, 0):
-        calls: dict[str, Run] = {}
-        for name, (launch.DIRECT_COLUMNS, launch.STAGES) in sizes.items():
-            try:
-                if part:
-                    check(case, x)
-                calls[name] = graph(ours(case, x)[part])
-            except Exception as error:
-                print(name, type(error).__name__, str(error)[:200])
-        timed = compare_paired(calls, 3, "cuda", warmup=1)
-        found = sorted((t.median * 1e3, name) for name, t in timed.times.items())
-        print(
-            f"{('forward', 'backward')[part]} of {case.name} {case.images} x {case.heads} x {case.side}: "
-            + "; ".join(f"{name} {ms:.4f}" for ms, name in found),
-            flush=True,
-        )
-        for name in [name for name in sizes if name not in calls]:
-            del sizes[name]
-        launch.DIRECT_COLUMNS, launch.STAGES = sizes[found[0][1]]
-
-
 def main() -> int:
     """Measure all cases and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=25, help="interleaved rounds a case")
     parser.add_argument("--out", type=Path, default=CSV, help="where the table goes")
     parser.add_argument("--only", type=int, nargs="*", default=None, help="numbers of the cases to measure, from 0")
-    parser.add_argument("--pick", action="store_true", help="try launch sizes first and take the fastest for each case")
     options = parser.parse_args()
     rows: list[dict[str, object]] = []
     for case in CASES if options.only is None else [CASES[i] for i in options.only]:
-        rows += measure(case, options.rounds, options.pick)
+        rows += measure(case, options.rounds)
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
         writer.writeheader()

@@ -36,12 +36,6 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "CAPABILITY", replace(backend.CAPABILITY, devices=("cpu", "cuda")))
 
 
-@pytest.fixture
-def straight(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the kernels in Gluon take 16-bit numbers where they can."""
-    monkeypatch.setattr(launch, "DIRECT_COLUMNS", 512)
-
-
 @dataclass(frozen=True)
 class Case:
     """A pattern on a map.
@@ -132,6 +126,7 @@ CASES = {
     "wide windows": Case(Neighborhood(9), (12, 13), images=1, bias=2),
     "all keys": Case(Neighborhood(5), (5, 5), bias=4),
     "a single token": Case(Neighborhood(1), (1, 1)),
+    "heads share keys of windows": Case(Windows(3), (6, 7), heads=(4, 2), bias=2),
     "heads share keys": Case(SMALL, (4, 5), heads=(6, 2), bias=1),
     "odd head sizes": Case(SMALL, (4, 5), dims=(5, 20), bias=1),
     "head size 64": Case(SMALL, (4, 5), dims=(64, 64)),
@@ -152,9 +147,7 @@ def test_low_precision(dtype: torch.dtype, generator: torch.Generator) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="operands straight into registers need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_16_bit_numbers_against_the_definition(
-    name: str, dtype: torch.dtype, straight: None, generator: torch.Generator
-) -> None:
+def test_16_bit_numbers_against_the_definition(name: str, dtype: torch.dtype, generator: torch.Generator) -> None:
     case = CASES[name]
     x = Inputs.random(case, generator, dtype)
     found = run(case, x, "windows")
@@ -183,8 +176,8 @@ def test_many_images_a_program(generator: torch.Generator, monkeypatch: pytest.M
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="operands straight into registers need a GPU")
-def test_images_fetched_ahead_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(Neighborhood(7), (14, 15), heads=(4, 2), dims=(32, 32), images=5)
+def test_images_of_a_program_change_nothing(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(Neighborhood(7), (14, 15), heads=(4, 2), dims=(32, 32), images=5)  # several pieces of keys
     x = Inputs.random(case, generator, torch.bfloat16)
     found = []
     for images in (1, 2, 5):
@@ -210,10 +203,11 @@ def test_strides(generator: torch.Generator) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("ill", [torch.nan, torch.inf])
+@pytest.mark.parametrize("pattern", [SMALL, Windows(3)], ids=["two passes", "one pass"])
 def test_keys_that_are_not_finite_reach_only_rows_that_see_them(
-    ill: float, dtype: torch.dtype, straight: None, generator: torch.Generator
+    pattern: Pattern, ill: float, dtype: torch.dtype, generator: torch.Generator
 ) -> None:
-    case = Case(SMALL, (6, 7), bias=1)
+    case = Case(pattern, (6, 7), bias=2)
     x = Inputs.random(case, generator, dtype)
     k, v = x.k.clone(), x.v.clone()
     k[1, :, 9], v[1, :, 30] = ill, ill
@@ -270,7 +264,7 @@ def test_empty_batches(generator: torch.Generator) -> None:
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="a CUDA graph needs a GPU")
 @pytest.mark.parametrize("window", [5, 7], ids=["narrow tiles", "wide tiles"])
-def test_graphs_replay(window: int, straight: None, generator: torch.Generator) -> None:
+def test_graphs_replay(window: int, generator: torch.Generator) -> None:
     case = Case(Neighborhood(window), (9, 11), bias=window // 2)
     x = Inputs.random(case, generator, torch.bfloat16)
     want = run(case, x, "windows")
@@ -284,7 +278,7 @@ def test_graphs_replay(window: int, straight: None, generator: torch.Generator) 
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="1,000 repeats need a GPU")
-def test_no_races(straight: None, generator: torch.Generator) -> None:
+def test_no_races(generator: torch.Generator) -> None:
     case = Case(Neighborhood(7), (28, 28), heads=(3, 3), dims=(32, 32), images=8, bias=3)
     x = Inputs.random(case, generator, torch.bfloat16)
     want = run(case, x, "windows")

@@ -21,7 +21,9 @@ from glocal.nn.mixer import register_mixer
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Pattern, Windows
 
-_TILE = 64  # tokens of the largest window that is one tile of the kernels of small windows; others spill registers
+# Tokens of the largest window for the kernels of small windows: those of one tile, and more where they were measured to
+# be faster, which is for 16-bit numbers in heads of up to 32 channels (results/small_windows.csv).
+_TILE, _LARGE = 64, 196
 
 
 @dataclass(frozen=True)
@@ -101,9 +103,10 @@ class WindowAttention(nn.Module):
 
     def backend(self, x: Tensor, real: tuple[int, int]) -> str | None:
         """What attends over the whole map x: [B, *size, dim]: that of the spec, the kernels of small windows where they
-        can and a window fits a tile, or None for windows that are cut.
+        can and a window is not too large for them, or None for windows that are cut.
         """
-        if self.spec.backend is not None or self.window**2 > _TILE or not self.whole((x.shape[1], x.shape[2]), real):
+        most = _LARGE if x.element_size() == 2 and self.dim // self.heads <= 32 else _TILE
+        if self.spec.backend is not None or self.window**2 > most or not self.whole((x.shape[1], x.shape[2]), real):
             return self.spec.backend
         dropout = self.spec.attn_drop if self.training else 0.0
         pattern = self.pattern((x.shape[1], x.shape[2]), real)

@@ -16,21 +16,23 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from glocal.kernels.windows.direct import (
     INF,
     LOG2E,
+    across,
     along,
     clean,
-    column_offsets,
-    ill_rows,
+    ill_columns,
+    listed,
     load_columns,
-    load_pairs,
     load_rows,
+    logits,
     operand,
-    pair_offsets,
-    paired,
+    piece_of,
+    pieces_of,
     products,
     row_offsets,
+    settled,
     store_rows,
-    table_of,
     tokens,
+    turned,
     twos,
 )
 
@@ -39,21 +41,21 @@ from glocal.kernels.windows.direct import (
 def queries_kernel(
     q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, n,
-    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
-    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
-    QUERIES: gl.constexpr, TABLE: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ALL: gl.constexpr, PIECES: gl.constexpr, SPLIT: gl.constexpr,
+    TABLE: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as in `backward_tiles.queries_kernel`; the tiles have SPLIT times N keys."""
+    """Arguments as in `backward_tiles.queries_kernel`, QUERIES always; the tiles have SPLIT times ALL keys."""
     taint = _queries_program(
         q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
         heads, ratio, images, per, count, groups, n,
-        D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, False,
+        D, DV, WD, WDV, G, M, N, ALL, PIECES, SPLIT, TABLE, False,
     )  # fmt: skip
     if gl.max(gl.max(gl.where(gl.abs(taint) < INF, 0, 1), 1), 0) > 0:
         _queries_program(
             q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
             heads, ratio, images, per, count, groups, n,
-            D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, QUERIES, TABLE, True,
+            D, DV, WD, WDV, G, M, N, ALL, PIECES, SPLIT, TABLE, True,
         )  # fmt: skip
 
 
@@ -61,17 +63,16 @@ def queries_kernel(
 def _queries_program(
     q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, n,
-    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
-    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
-    QUERIES: gl.constexpr, TABLE: gl.constexpr, CAREFUL: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ALL: gl.constexpr, PIECES: gl.constexpr, SPLIT: gl.constexpr,
+    TABLE: gl.constexpr, CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """All images of a program; [G, M], not finite for a row that was not in some image."""
     C: gl.constexpr = products(G, M)
     LEFT: gl.constexpr = operand(0, G, M, along(WD))
     RIGHT: gl.constexpr = operand(1, G, M, along(WD))
     LEFT_V: gl.constexpr = operand(0, G, M, along(WDV))
-    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
-    WIDTH: gl.constexpr = N // PIECES
+    HELD: gl.constexpr = TABLE or not CAREFUL
     pid = gl.program_id(0)
     group = pid % groups
     h = (pid // groups) % heads
@@ -80,99 +81,106 @@ def _queries_program(
     own = mine >= 0
     q_at = row_offsets(q_tokens, group, count, q, G, M, SPLIT, WD, LEFT)
     o_at = row_offsets(q_tokens, group, count, (out, 0, 0, DV, 1), G, M, SPLIT, WDV, LEFT_V)
-    starts, key_at, values_at, rows_at, sums = (), (), (), (), ()
-    for c in gl.static_range(PIECES):
-        part = k_tokens + c * WIDTH
-        theirs = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(1, C))[0]
-        start = table_of(masks + c * (WIDTH // 32), group, count, mine, theirs, h, table, scale, G, M, WIDTH, N, SPLIT)
-        starts = starts + (start,)
-        key_at = key_at + (column_offsets(part, group, count * SPLIT, k, G, WIDTH, N, WD, RIGHT),)
-        if SAME:
-            values_at = values_at + (key_at[c],)
-        else:
-            values_at = values_at + (column_offsets(part, group, count * SPLIT, v, G, WIDTH, N, WDV, RIGHT_V),)
-        rows_at = rows_at + (pair_offsets(part, group, count * SPLIT, k, G, WIDTH, N, WD, paired(G, M, WIDTH, WD)),)
-        if TABLE:
-            sums = sums + (gl.zeros([G, M, WIDTH], gl.float32, layout=C),)
+    if HELD:
+        seen, places = pieces_of(
+            q_tokens, k_tokens, masks, group, count, h, table, scale, RIGHT, G, M, N, ALL, PIECES, SPLIT,
+            table is None and not CAREFUL,
+        )  # fmt: skip
+    sums = ()
+    if TABLE:
+        for _ in gl.static_range(PIECES):
+            sums = sums + (gl.zeros([G, M, N], gl.float32, layout=C),)
     taint = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
     for i in range(gl.minimum(per, images - chunk * per)):
         image = (chunk * per + i).to(gl.int64)
         rate = scale * LOG2E
         row = (image * heads + h) * n
         query = load_rows(q[0] + image * q[1] + h.to(gl.int64) * q[2], q_at, D, WD, LEFT)
-        from_k = k[0] + image * k[1] + (h // ratio).to(gl.int64) * k[2]
-        from_v = v[0] + image * v[1] + (h // ratio).to(gl.int64) * v[2]
+        from_k, from_v = k[0] + (h // ratio).to(gl.int64) * k[2], v[0] + (h // ratio).to(gl.int64) * v[2]
         g = load_rows(grad + row * DV, o_at, DV, WDV, LEFT_V)
-        if QUERIES:
-            end = gl.load(lse + row + some)
-            empty = end == -INF
-            end = gl.where(empty, INF, end * LOG2E)
-            share = gl.where(empty, 0.0, gl.load(grad_lse + row + some))
-            done = load_rows(out + row * DV, o_at, DV, WDV, LEFT_V)
-            delta = gl.sum(g.to(gl.float32) * done.to(gl.float32), 2)
-            share -= gl.convert_layout(delta, gl.SliceLayout(2, C))
-            gl.store(known + (row + mine) * 2, end, mask=own)
-            gl.store(known + (row + mine) * 2 + 1, share, mask=own)
-        else:
-            end = gl.load(known + (row + some) * 2)
-            share = gl.load(known + (row + some) * 2 + 1)
+        end = gl.load(lse + row + some)
+        empty = end == -INF
+        end = gl.where(empty, INF, end * LOG2E)
+        share = gl.where(empty, 0.0, gl.load(grad_lse + row + some))
+        done = load_rows(out + row * DV, o_at, DV, WDV, LEFT_V)
+        delta = gl.sum(g.to(gl.float32) * done.to(gl.float32), 2)
+        share -= gl.convert_layout(delta, gl.SliceLayout(2, C))
+        gl.store(known + (row + mine) * 2, end, mask=own)
+        gl.store(known + (row + mine) * 2 + 1, share, mask=own)
+        query, g = settled(query, per >> 30), settled(g, per >> 30)
         found = gl.zeros([G, M, WD], gl.float32, layout=C)
-        bad = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
+        keys, values = (from_k + image * k[1], k[3], k[4]), (from_v + image * v[1], v[3], v[4])
         added = ()
-        for c in gl.static_range(PIECES):
-            key = load_columns(from_k, key_at[c], D, WD, RIGHT)
-            values = load_columns(from_v, values_at[c], DV, WDV, RIGHT_V)
-            s = mma_v2(query, key, starts[c])
-            p = gl.exp2(s * rate - gl.expand_dims(end, 2))
-            lifted = gl.expand_dims(share, 2) + gl.zeros([G, M, WIDTH], gl.float32, layout=C)
-            ds = p * mma_v2(g, values, lifted)
-            if CAREFUL:
-                ds = gl.where(starts[c] == -INF, 0.0, ds)
-            if TABLE:
-                added = added + (sums[c] + ds,)
-            if QUERIES:
-                keys = load_pairs(from_k, rows_at[c], D, WD, G, M, WIDTH)
-                if CAREFUL:
-                    keys = clean(keys)
-                found = mma_v2(gl.convert_layout(ds.to(keys.dtype), operand(0, G, M, 2)), keys, found)
-            else:
-                bad += gl.sum(ds, 2)
+        if HELD:
+            for c in gl.static_range(PIECES):
+                found, ds = _for_queries(
+                    query, g, keys, values, seen[c], places[c], i, end, share, found, rate,
+                    D, DV, WD, WDV, G, M, N, CAREFUL,
+                )  # fmt: skip
+                if TABLE:
+                    added = added + (sums[c] + ds,)
+        else:
+            for c in range(PIECES):
+                start, place = piece_of(
+                    c, q_tokens, k_tokens, masks, group, count, h, table, scale, RIGHT, G, M, N, ALL, SPLIT
+                )  # fmt: skip
+                found, ds = _for_queries(
+                    query, g, keys, values, start, place, i, end, share, found, rate,
+                    D, DV, WD, WDV, G, M, N, CAREFUL,
+                )  # fmt: skip
         if TABLE:
             sums = added
-        if QUERIES:
-            store_rows(grad_q, found * scale, q_tokens, group, count, row * D, D, WD, G, M, SPLIT)
-            bad += gl.sum(found, 2)
-        taint += bad
+        store_rows(grad_q, found * scale, q_tokens, group, count, row * D, D, WD, G, M, SPLIT)
+        taint += gl.sum(found, 2)
     if TABLE:
-        place = (chunk * heads + h).to(gl.int64) * count * (M * N * SPLIT)
+        place = (chunk * heads + h).to(gl.int64) * count * (M * ALL * SPLIT)
         turn = group * G + gl.arange(0, G, layout=gl.SliceLayout(1, gl.SliceLayout(2, C)))
         turn = gl.expand_dims(gl.expand_dims(turn, 1), 2)
-        line = turn // SPLIT * M + gl.expand_dims(
-            gl.expand_dims(gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, C))), 0), 2
-        )
-        column = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, gl.SliceLayout(1, C)))
-        at = line * (N * SPLIT) + turn % SPLIT * N + gl.expand_dims(gl.expand_dims(column, 0), 1)
+        line = gl.arange(0, M, layout=gl.SliceLayout(0, gl.SliceLayout(2, C)))
+        line = turn // SPLIT * M + gl.expand_dims(gl.expand_dims(line, 0), 2)
+        column = gl.arange(0, N, layout=gl.SliceLayout(0, gl.SliceLayout(1, C)))
+        at = line * (ALL * SPLIT) + turn % SPLIT * ALL + gl.expand_dims(gl.expand_dims(column, 0), 1)
         for c in gl.static_range(PIECES):
-            gl.store(grad_table + place + c * WIDTH + at, sums[c], mask=turn // SPLIT < count)
+            gl.store(grad_table + place + c * N + at, sums[c], mask=turn // SPLIT < count)
     return taint
+
+
+@gluon.jit
+def _for_queries(
+    query, g, k, v, seen, place, i, end, share, found, rate,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, CAREFUL: gl.constexpr,
+):  # fmt: skip
+    """found [G, M, WD] with what N keys more add to it, and the gradient of their logits [G, M, N]."""
+    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
+    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
+    key = load_columns(k[0], across(place, i, k, WD, RIGHT), D, WD, RIGHT)
+    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
+    values = load_columns(v[0], across(place, i, v, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+    p = gl.exp2(logits(query, key, seen, G, M, N) * rate - gl.expand_dims(end, 2))
+    ds = p * mma_v2(g, values, gl.expand_dims(share, 2) + gl.zeros([G, M, N], gl.float32, layout=products(G, M)))
+    if CAREFUL:
+        ds, key = gl.where(seen == -INF, 0.0, ds), clean(key)
+    left = gl.convert_layout(ds.to(key.dtype), operand(0, G, M, 2))
+    return mma_v2(left, turned(key, G, M, N, WD), found), ds
 
 
 @gluon.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "nq", "nk"])
 def keys_kernel(
     q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, nq, nk,
-    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
-    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ALL: gl.constexpr, PIECES: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Arguments as in `backward_tiles.keys_kernel`; the tiles have SPLIT times N queries."""
+    """Arguments as in `backward_tiles.keys_kernel`; the tiles have SPLIT times ALL queries."""
     taint = _keys_program(
         q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
-        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, False,
+        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, G, M, N, ALL, PIECES, SPLIT, False,
     )  # fmt: skip
     if gl.max(gl.max(gl.where(gl.abs(taint) < INF, 0, 1), 1), 0) > 0:
         _keys_program(
             q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
-            heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, SAME, G, M, N, SPLIT, PIECES, True,
+            heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, G, M, N, ALL, PIECES, SPLIT, True,
         )  # fmt: skip
 
 
@@ -180,77 +188,86 @@ def keys_kernel(
 def _keys_program(
     q, k, v, grad, known, grad_k, grad_v, k_tokens, q_tokens, masks, table, scale,
     heads, ratio, images, per, count, groups, nq, nk,
-    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, SAME: gl.constexpr,
-    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, SPLIT: gl.constexpr, PIECES: gl.constexpr, CAREFUL: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr,
+    G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, ALL: gl.constexpr, PIECES: gl.constexpr, SPLIT: gl.constexpr,
+    CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """All images of a program; [G, M], not finite for a row that was not in some image."""
     C: gl.constexpr = products(G, M)
     LEFT: gl.constexpr = operand(0, G, M, along(WD))
     RIGHT: gl.constexpr = operand(1, G, M, along(WD))
     LEFT_V: gl.constexpr = operand(0, G, M, along(WDV))
-    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
-    WIDTH: gl.constexpr = N // PIECES
-    TWOS: gl.constexpr = twos(G, M, WIDTH)
     pid = gl.program_id(0)
     group = pid % groups
     h = (pid // groups) % heads
     first = (pid // groups) // heads * per
-    mine = tokens(k_tokens, group, count, G, M, M, SPLIT, gl.SliceLayout(2, C))[0]
     k_at = row_offsets(k_tokens, group, count, k, G, M, SPLIT, WD, LEFT)
     v_at = row_offsets(k_tokens, group, count, v, G, M, SPLIT, WDV, LEFT_V)
-    starts, query_at, rows_at, grad_at, grad_rows_at, ends_at = (), (), (), (), (), ()
-    for c in gl.static_range(PIECES):
-        part = q_tokens + c * WIDTH
-        theirs = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(1, C))[0]
-        start = table_of(masks + c * (WIDTH // 32), group, count, mine, theirs, h, table, scale, G, M, WIDTH, N, SPLIT)
-        starts = starts + (start,)
-        query_at = query_at + (column_offsets(part, group, count * SPLIT, q, G, WIDTH, N, WD, RIGHT),)
-        rows_at = rows_at + (pair_offsets(part, group, count * SPLIT, q, G, WIDTH, N, WD, paired(G, M, WIDTH, WD)),)
-        if SAME:
-            grad_at = grad_at + (query_at[c],)
-            grad_rows_at = grad_rows_at + (rows_at[c],)
-        else:
-            at = column_offsets(part, group, count * SPLIT, (grad, 0, 0, DV, 1), G, WIDTH, N, WDV, RIGHT_V)
-            grad_at = grad_at + (at,)
-            at = pair_offsets(
-                part, group, count * SPLIT, (grad, 0, 0, DV, 1), G, WIDTH, N, WDV, paired(G, M, WIDTH, WDV)
-            )
-            grad_rows_at = grad_rows_at + (at,)
-        some = tokens(part, group, count * SPLIT, G, WIDTH, N, 1, gl.SliceLayout(2, TWOS))[1]
-        side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, TWOS)))
-        ends_at = ends_at + (gl.expand_dims(some, 2) * 2 + gl.expand_dims(gl.expand_dims(side, 0), 0),)
+    if not CAREFUL:
+        seen, places = pieces_of(
+            k_tokens, q_tokens, masks, group, count, h, table, scale, RIGHT, G, M, N, ALL, PIECES, SPLIT, table is None
+        )
     taint = gl.zeros([G, M], gl.float32, layout=gl.SliceLayout(2, C))
     for i in range(gl.minimum(per, images - first)):
         image = (first + i).to(gl.int64)
         rate = scale * LOG2E
         row, place = (image * heads + h) * nq, (image * heads + h) * nk
-        key = load_rows(k[0] + image * k[1] + (h // ratio).to(gl.int64) * k[2], k_at, D, WD, LEFT)
-        values = load_rows(v[0] + image * v[1] + (h // ratio).to(gl.int64) * v[2], v_at, DV, WDV, LEFT_V)
-        from_q = q[0] + image * q[1] + h.to(gl.int64) * q[2]
+        from_k, from_v = k[0] + (h // ratio).to(gl.int64) * k[2], v[0] + (h // ratio).to(gl.int64) * v[2]
+        from_q = q[0] + h.to(gl.int64) * q[2]
+        key = load_rows(from_k + image * k[1], k_at, D, WD, LEFT)
+        values = load_rows(from_v + image * v[1], v_at, DV, WDV, LEFT_V)
+        key, values = settled(key, per >> 30), settled(values, per >> 30)
         for_k = gl.zeros([G, M, WD], gl.float32, layout=C)
         for_v = gl.zeros([G, M, WDV], gl.float32, layout=C)
-        for c in gl.static_range(PIECES):
-            end, share = gl.split(gl.load(known + row * 2 + ends_at[c]))
-            end = gl.convert_layout(end, gl.SliceLayout(1, C), assert_trivial=True)
-            share = gl.convert_layout(share, gl.SliceLayout(1, C), assert_trivial=True)
-            s = mma_v2(key, load_columns(from_q, query_at[c], D, WD, RIGHT), starts[c])
-            p = gl.exp2(s * rate - gl.expand_dims(end, 1))
-            g = load_pairs(grad + row * DV, grad_rows_at[c], DV, WDV, G, M, WIDTH)
-            weight = p
-            if CAREFUL:
-                p = gl.where(starts[c] == -INF, 0.0, p)
-                ill = gl.convert_layout(ill_rows(g), gl.SliceLayout(1, C))
-                weight = gl.where((starts[c] > -INF) & (gl.expand_dims(ill, 1) > 0), float("nan"), p)
-                g = clean(g)
-            for_v = mma_v2(gl.convert_layout(weight.to(g.dtype), operand(0, G, M, 2)), g, for_v)
-            lifted = gl.expand_dims(share, 1) + gl.zeros([G, M, WIDTH], gl.float32, layout=C)
-            ds = p * mma_v2(values, load_columns(grad + row * DV, grad_at[c], DV, WDV, RIGHT_V), lifted)
-            query = load_pairs(from_q, rows_at[c], D, WD, G, M, WIDTH)
-            if CAREFUL:
-                ds = gl.where(starts[c] == -INF, 0.0, ds)
-                query = clean(query)
-            for_k = mma_v2(gl.convert_layout(ds.to(query.dtype), operand(0, G, M, 2)), query, for_k)
+        queries, grads = (from_q + image * q[1], q[3], q[4]), (grad + row * DV, DV, 1)
+        if CAREFUL:
+            for c in range(PIECES):
+                start, some = piece_of(
+                    c, k_tokens, q_tokens, masks, group, count, h, table, scale, RIGHT, G, M, N, ALL, SPLIT
+                )  # fmt: skip
+                listing = listed(q_tokens + c * N, group, count * SPLIT, G, N, ALL, 1, gl.SliceLayout(2, twos(G, M, N)))
+                for_k, for_v = _for_keys(
+                    key, values, queries, grads, known + row * 2, start, some, listing, i, for_k, for_v, rate,
+                    D, DV, WD, WDV, G, M, N, True,
+                )  # fmt: skip
+        else:
+            for c in gl.static_range(PIECES):
+                listing = listed(q_tokens + c * N, group, count * SPLIT, G, N, ALL, 1, gl.SliceLayout(2, twos(G, M, N)))
+                for_k, for_v = _for_keys(
+                    key, values, queries, grads, known + row * 2, seen[c], places[c], listing, i, for_k, for_v, rate,
+                    D, DV, WD, WDV, G, M, N, False,
+                )  # fmt: skip
         store_rows(grad_v, for_v, k_tokens, group, count, place * DV, DV, WDV, G, M, SPLIT)
         store_rows(grad_k, for_k * scale, k_tokens, group, count, place * D, D, WD, G, M, SPLIT)
         taint += gl.sum(for_k, 2) + gl.sum(for_v, 2)
     return taint
+
+
+@gluon.jit
+def _for_keys(
+    key, values, q, grad, known, seen, place, listing, i, for_k, for_v, rate,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, CAREFUL: gl.constexpr,
+):  # fmt: skip
+    """for_k [G, M, WD] and for_v [G, M, WDV] with what N queries more add to them; listing: the queries in `twos`."""
+    C: gl.constexpr = products(G, M)
+    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
+    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
+    side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, twos(G, M, N))))
+    at = gl.expand_dims(gl.maximum(listing, 0), 2) * 2 + gl.expand_dims(gl.expand_dims(side, 0), 0)
+    end, share = gl.split(gl.load(known + at))  # what pads read is hidden
+    end = gl.convert_layout(end, gl.SliceLayout(1, C), assert_trivial=True)
+    share = gl.convert_layout(share, gl.SliceLayout(1, C), assert_trivial=True)
+    query = load_columns(q[0], across(place, i, q, WD, RIGHT), D, WD, RIGHT)
+    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
+    g = load_columns(grad[0], across(place, i, grad, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+    p = gl.exp2(logits(key, query, seen, G, M, N) * rate - gl.expand_dims(end, 1))
+    ds = p * mma_v2(values, g, gl.expand_dims(share, 1) + gl.zeros([G, M, N], gl.float32, layout=C))
+    if CAREFUL:
+        ds, p = gl.where(seen == -INF, 0.0, ds), gl.where(seen == -INF, 0.0, p)
+        ill = gl.convert_layout(ill_columns(g), gl.SliceLayout(1, C))
+        p = gl.where((seen > -INF) & (gl.expand_dims(ill, 1) > 0), float("nan"), p)
+        g, query = clean(g), clean(query)
+    p = gl.convert_layout(p.to(g.dtype), operand(0, G, M, 2))
+    ds = gl.convert_layout(ds.to(query.dtype), operand(0, G, M, 2))
+    return mma_v2(ds, turned(query, G, M, N, WD), for_k), mma_v2(p, turned(g, G, M, N, WDV), for_v)

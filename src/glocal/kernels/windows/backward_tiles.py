@@ -9,10 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glocal.kernels.windows.forward_tiles import LOG2E
 from glocal.kernels.windows.tile import (
     INF,
+    LOG2E,
     clean,
+    ends,
     ill_rows,
     load_across,
     load_rows,
@@ -114,11 +115,7 @@ def _queries_image(
     from_v = v[0] + image * v[1] + (h // ratio).to(tl.int64) * v[2]
     g = load_rows(grad + row * DV, at[1], DV, WDV)
     if QUERIES:
-        end = tl.load(lse + row + q_some)
-        empty = end == -INF
-        end = tl.where(empty, INF, end * LOG2E)
-        share = tl.where(empty, 0.0, tl.load(grad_lse + row + q_some))
-        share -= tl.sum(g.to(tl.float32) * load_rows(out + row * DV, at[1], DV, WDV).to(tl.float32), -1)
+        end, share = ends(lse + row, grad_lse + row, g, load_rows(out + row * DV, at[1], DV, WDV), q_some)
         tl.store(known + (row + q_token) * 2, end, mask=own)
         tl.store(known + (row + q_token) * 2 + 1, share, mask=own)
     else:

@@ -2,11 +2,10 @@
 
 Windows of a tile overlap those of its neighbours, so keys come from the first-level cache; what a copy through shared
 memory would cost is saved. A lane reads 16 bytes of a row of the left or right operand of a product over the head size.
-Where the product runs over tokens (P V, and gradients), a lane holds pairs of tokens and columns side by side, which
-permutes the columns of the result: `natural` undoes it in registers.
+Where the product runs over tokens (P V, and gradients), `turned` makes its right operand of the same registers.
 
-Tensors have an axis of G in front: tiles, each of one warp, or SPLIT equal parts of the columns of one tile; or G is 1
-and the M / 16 warps share a tile.
+Tensors have an axis of G in front: tiles, each of one warp, or SPLIT equal parts of the columns of one tile. A warp
+takes its columns in PIECES of N; ALL: columns of a part as the tables of tiles hold them.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -16,12 +15,15 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.runtime.jit import constexpr_function
 
 from glocal.kernels.gluon.masks import SELECT
 
 INF = gl.constexpr(float("inf"))
 LOG2E = gl.constexpr(1.4426950408889634)
+LN2 = gl.constexpr(0.6931471805599453)
+TURN = gl.constexpr("movmatrix.sync.aligned.m8n8.trans.b16 $0, $1;")
 
 
 @constexpr_function
@@ -49,21 +51,13 @@ def along(wide):
 
 
 @constexpr_function
-def paired(G, M, n, wide):
-    """[G, n, 8, wide / 8]: rows of n tokens, a right operand of a product over tokens but for the order of columns."""
-    registers = [[0, 0, 0, s] for s in _steps(wide // 8)]
-    registers += [[0, 1, 0, 0], [0, 8, 0, 0]] + [[0, 16 * s, 0, 0] for s in _steps(n // 16)]
-    lanes = [[0, 2, 0, 0], [0, 4, 0, 0], [0, 0, 1, 0], [0, 0, 2, 0], [0, 0, 4, 0]]
-    warps = [[0, 0, 0, 0] for _ in _steps(M // 16)] + [[s, 0, 0, 0] for s in _steps(G)]
-    return gl.DistributedLinearLayout(registers, lanes, warps, [], [G, n, 8, wide // 8])
-
-
-@constexpr_function
 def natural_layout(G, M, wide):
-    """[G, M, wide] as `natural` returns it, with 2 wide / 8 columns side by side in a lane."""
-    side = wide // 8
-    registers = [[0, 0, s] for s in _steps(side)] + [[0, 0, side], [0, 8, 0]]
-    lanes = [[0, 0, 2 * side], [0, 0, 4 * side], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
+    """[G, M, wide] as `natural` returns it, with `along(wide)` columns side by side in a lane."""
+    side = along(wide)
+    registers = (
+        [[0, 0, s] for s in _steps(side)] + [[0, 8, 0]] + [[0, 0, 4 * side * s] for s in _steps(wide // side // 4)]
+    )
+    lanes = [[0, 0, side], [0, 0, 2 * side], [0, 1, 0], [0, 2, 0], [0, 4, 0]]
     warps = [[0, 16 * s, 0] for s in _steps(M // 16)] + [[s, 0, 0] for s in _steps(G)]
     return gl.DistributedLinearLayout(registers, lanes, warps, [], [G, M, wide])
 
@@ -78,17 +72,26 @@ def twos(G, M, n):
 
 
 @gluon.jit
-def tokens(
+def listed(
     table, group, count, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr
 ):
-    """Tokens [G, SIZE] of a group of tiles, -1 where there is none; and the same with some token of the tile there.
+    """Tokens [G, SIZE] of a group of tiles, -1 for pads; tiles beyond the last hold its tokens.
 
     ALL: tokens from one tile to the next. SPLIT: how often each tile stands in a row.
     """
     place = (group * G + gl.arange(0, G, layout=gl.SliceLayout(1, L))) // SPLIT
     slot = gl.arange(0, SIZE, layout=gl.SliceLayout(0, L))
+    return gl.load(table + (gl.expand_dims(gl.minimum(place, count - 1) * ALL, 1) + gl.expand_dims(slot, 0)))
+
+
+@gluon.jit
+def tokens(
+    table, group, count, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, SPLIT: gl.constexpr, L: gl.constexpr
+):
+    """As `listed`, -1 in tiles beyond the last too; and the same with some token of the tile where there is none."""
+    place = (group * G + gl.arange(0, G, layout=gl.SliceLayout(1, L))) // SPLIT
+    found = listed(table, group, count, G, SIZE, ALL, SPLIT, L)
     first = gl.expand_dims(gl.minimum(place, count - 1) * ALL, 1)
-    found = gl.load(table + first + gl.expand_dims(slot, 0))
     some = gl.where(found < 0, gl.maximum(gl.load(table + first), 0), found)
     return gl.where(gl.expand_dims(place < count, 1), found, -1), some
 
@@ -105,27 +108,14 @@ def row_offsets(
 
 
 @gluon.jit
-def column_offsets(
-    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
-):
-    """The same as columns, [G, WIDE, SIZE]."""
-    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(1, L))[1]
+def across(some, i, t, WIDE: gl.constexpr, L: gl.constexpr):
+    """Offsets [G, WIDE, SIZE] of columns in the layout L for tokens [G, SIZE]; t: (pointer, strides of token, column).
+
+    As if they depended on the loop variable i: made in each round, they take no registers from one to the next.
+    """
+    some = gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [some, i], some.dtype, is_pure=True, pack=1)
     row = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(2, L)))
-    return (gl.expand_dims(some, 1) * t[3] + gl.expand_dims(gl.expand_dims(row, 0), 2) * t[4]).to(gl.uint32)
-
-
-@gluon.jit
-def pair_offsets(
-    table, group, count, t, G: gl.constexpr, SIZE: gl.constexpr, ALL: gl.constexpr, WIDE: gl.constexpr, L: gl.constexpr
-):
-    """The same as `paired`, [G, SIZE, 8, WIDE / 8]."""
-    S: gl.constexpr = WIDE // 8
-    some = tokens(table, group, count, G, SIZE, ALL, 1, gl.SliceLayout(2, gl.SliceLayout(3, L)))[1]
-    eighth = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L))))
-    column = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
-    eighth = gl.expand_dims(gl.expand_dims(gl.expand_dims(eighth, 0), 0), 3) * (S * t[4])
-    column = gl.expand_dims(gl.expand_dims(gl.expand_dims(column, 0), 0), 0) * t[4]
-    return (gl.expand_dims(gl.expand_dims(some, 2), 3) * t[3] + (eighth + column)).to(gl.uint32)
+    return (gl.expand_dims(some, 1) * t[1] + gl.expand_dims(gl.expand_dims(row, 0), 2) * t[2]).to(gl.uint32)
 
 
 @gluon.jit
@@ -149,27 +139,77 @@ def load_columns(t, offset, SIZE: gl.constexpr, WIDE: gl.constexpr, L: gl.conste
 
 
 @gluon.jit
-def load_pairs(t, offset, SIZE: gl.constexpr, WIDE: gl.constexpr, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
-    """Rows [G, N, WIDE] as a right operand of a product over tokens, columns in the order that `natural` undoes."""
-    L: gl.constexpr = paired(G, M, N, WIDE)
-    S: gl.constexpr = WIDE // 8
-    if SIZE < WIDE:
-        eighth = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(3, L))))
-        column = gl.arange(0, S, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, L))))
-        eighth = gl.expand_dims(gl.expand_dims(gl.expand_dims(eighth, 0), 0), 3) * S
-        inside = (eighth + gl.expand_dims(gl.expand_dims(gl.expand_dims(column, 0), 0), 0)) < SIZE
-        found = gl.load(t + offset, mask=inside & (offset >= 0), other=0.0)
+def piece_of(
+    c, rows, columns, masks, group, count, head, table, scale, RIGHT: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, ALL: gl.constexpr, SPLIT: gl.constexpr,
+):  # fmt: skip
+    """Of piece c of the columns: who sees it, as in `table_of`, and some tokens as `across` takes them.
+
+    rows [count, M], columns [count, SPLIT * ALL], masks: the tables of tiles. table, scale: as in `table_of`.
+    """
+    C: gl.constexpr = products(G, M)
+    mine = tokens(rows, group, count, G, M, M, SPLIT, gl.SliceLayout(2, C))[0]
+    theirs = tokens(columns + c * N, group, count * SPLIT, G, N, ALL, 1, gl.SliceLayout(1, C))[0]
+    start = table_of(masks + c * (N // 32), group, count, mine, theirs, head, table, scale, G, M, N, ALL, SPLIT)
+    return start, tokens(columns + c * N, group, count * SPLIT, G, N, ALL, 1, gl.SliceLayout(1, RIGHT))[1]
+
+
+@gluon.jit
+def pieces_of(
+    rows, columns, masks, group, count, head, table, scale, RIGHT: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
+    N: gl.constexpr, ALL: gl.constexpr, PIECES: gl.constexpr, SPLIT: gl.constexpr, WORDS: gl.constexpr,
+):  # fmt: skip
+    """Of all pieces, to be held in registers: who sees them, as `logits` takes it, and tokens."""
+    seen, places = (), ()
+    for c in gl.static_range(PIECES):
+        start, place = piece_of(
+            c, rows, columns, masks, group, count, head, table, scale, RIGHT, G, M, N, ALL, SPLIT
+        )  # fmt: skip
+        seen = seen + (bits_of(start, G, M, N) if WORDS else start,)
+        places = places + (place,)
+    return seen, places
+
+
+@gluon.jit
+def logits(left, right, seen, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr):
+    """Products [G, M, N] of left [G, M, any] and right [G, any, N], -inf where a pair is hidden.
+
+    seen: words as of `bits_of`, or a table as of `table_of`.
+    """
+    if seen.dtype == gl.int32:
+        s = mma_v2(left, right, gl.zeros([G, M, N], gl.float32, layout=products(G, M)))
+        s = hidden(s, seen, G, M, N)
     else:
-        found = gl.load(t + offset)
-    turned = gl.reshape(gl.permute(found, [0, 1, 3, 2]), [G, N, WIDE])
-    return gl.convert_layout(turned, operand(1, G, M, 2), assert_trivial=True)
+        s = mma_v2(left, right, seen)
+    return s
+
+
+@gluon.jit
+def settled(x, zero):
+    """x, of 16-bit numbers. Left operands lie in four registers in a row, which else are filled before each product."""
+    nothing = gl.full(x.shape, 0, gl.int16, layout=x.type.layout) + zero.to(gl.int16)
+    return gl.inline_asm_elementwise("xor.b32 $0, $1, $2;", "=r,r,r", [x, nothing], x.dtype, is_pure=True, pack=2)
+
+
+@gluon.jit
+def turned(x, G: gl.constexpr, M: gl.constexpr, N: gl.constexpr, WIDE: gl.constexpr):
+    """Columns [G, WIDE, N], the right operand of a product over the head size -> rows [G, N, WIDE], that of a product
+    over tokens, with columns in an order that `natural` undoes. An instruction turns 8 x 8 numbers of a warp.
+    """
+    SIDE: gl.constexpr = along(WIDE)
+    BLOCKS: gl.constexpr = WIDE // SIDE // 4
+    x = gl.inline_asm_elementwise(TURN, "=r,r", [x], x.dtype, is_pure=True, pack=2)
+    seven = gl.reshape(x, [G, BLOCKS, 4, SIDE // 2, 2, N // 8, 8])
+    x = gl.reshape(gl.permute(seven, [0, 5, 2, 4, 1, 3, 6]), [G, N, WIDE])
+    return gl.convert_layout(x, operand(1, G, M, 2), assert_trivial=True)
 
 
 @gluon.jit
 def natural(x, G: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr):
-    """Products [G, M, WIDE] with the columns of `load_pairs` -> the same in their own order."""
-    turned = gl.permute(gl.reshape(x, [G, M, WIDE // 8, 8]), [0, 1, 3, 2])
-    return gl.convert_layout(gl.reshape(turned, [G, M, WIDE]), natural_layout(G, M, WIDE), assert_trivial=True)
+    """Products [G, M, WIDE] with the columns of `turned` -> the same in their own order."""
+    SIDE: gl.constexpr = along(WIDE)
+    six = gl.permute(gl.reshape(x, [G, M, WIDE // SIDE // 4, SIDE // 2, 4, 2]), [0, 1, 2, 4, 3, 5])
+    return gl.convert_layout(gl.reshape(six, [G, M, WIDE]), natural_layout(G, M, WIDE), assert_trivial=True)
 
 
 @gluon.jit
@@ -177,7 +217,7 @@ def store_rows(
     t, x, table, group, count, n_from,
     SIZE: gl.constexpr, WIDE: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Write x [G, M, WIDE], columns as in `load_pairs`, as rows of SIZE at t + n_from; tokens from the table of tiles.
+    """Write x [G, M, WIDE], columns as `turned` has them, as rows of SIZE at t + n_from; table: the tokens of tiles.
 
     SPLIT: x of so many neighbours on the first axis is added up.
     """
@@ -201,15 +241,22 @@ def store_rows(
 
 
 @gluon.jit
+def quick(x, WHAT: gl.constexpr):
+    """WHAT of float32 x, "rcp" or "lg2", as one instruction: right to 2^-22."""
+    NAME: gl.constexpr = WHAT + ".approx.ftz.f32 $0, $1;"
+    return gl.inline_asm_elementwise(NAME, "=f,f", [x], gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def clean(x):
     """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
     return gl.where(gl.abs(x.to(gl.float32)) < INF, x, 0.0).to(x.dtype)
 
 
 @gluon.jit
-def ill_rows(x):
-    """Whether a row of [G, n, WIDE] holds an entry that is not finite, int32 [G, n]."""
-    return gl.max(gl.where(gl.abs(x.to(gl.float32)) < INF, 0, 1), 2)
+def ill_columns(x):
+    """Whether a column of [G, WIDE, n] holds an entry that is not finite, int32 [G, n]."""
+    return gl.max(gl.where(gl.abs(x.to(gl.float32)) < INF, 0, 1), 1)
 
 
 @gluon.jit
@@ -268,12 +315,3 @@ def _places(L: gl.constexpr, N: gl.constexpr):
     pair = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(pair, 0), 1), 3), 4)
     side = gl.expand_dims(gl.expand_dims(gl.expand_dims(gl.expand_dims(side, 0), 1), 2), 3)
     return gl.full([1, 1, 1, 1, 1], 1, gl.int32, layout=L) << (pair * 2 + side)
-
-
-@gluon.jit
-def ahead(t, offset):
-    """Fetch what lies at t + offset into the first-level cache."""
-    gl.inline_asm_elementwise(
-        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [(t + offset).to(gl.int64, bitcast=True)], gl.int32,
-        is_pure=False, pack=1,
-    )  # fmt: skip

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from glocal.kernels.windows.tile import (
     INF,
+    LOG2E,
     clean,
     ill_rows,
     load_across,
@@ -21,8 +22,6 @@ from glocal.kernels.windows.tile import (
     table_of,
     tile_rows,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "n"])

@@ -18,17 +18,25 @@ from glocal.kernels.call import Call, Grads, TableBias
 from glocal.kernels.capability import installed
 from glocal.kernels.triton.defaults import padded
 from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
+from glocal.kernels.windows.backward_whole import whole_kernel
+from glocal.kernels.windows.entries import entries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
-STAGES = 2  # of the loop over images, forward. Of bench/small_windows.py, as are the next ones.
-WARPS = 8  # of a multiprocessor at once: a warp takes all registers that it can
+# Chosen on an H100 for the cases of bench/small_windows.py.
 SETUP = 1.5  # images that a program could do while it makes its tables
-DIRECT_COLUMNS = 128  # of the widest tiles of 16 rows whose operands are read straight into registers
-# Columns of such a tile that one warp takes; with more, warps share the tile.
-WARP_COLUMNS = {"forward": 128, "queries": 128, "table": 64, "keys": 64}
-PIECE = 64  # columns that backward takes at once
-TABLE_COLUMNS = 64  # of a program that sums up the gradient of the logits in registers
+STAGES = (
+    3  # of the loop over images of kernels in Triton whose tiles are windows; else 2, or 1 for two passes of backward
+)
+STAGED, WHOLE_BYTES = 64, 256  # bytes of the longest rows that fit shared memory so often, and in one pass of backward
+DIRECT_ROWS, DIRECT_COLUMNS = 16, 512  # of the largest tiles that kernels in Gluon take
+PIECES = {"forward": 64, "queries": 32, "keys": 32}  # columns that a warp of those takes at once
+REGISTERS = 168  # of a thread then, where it holds no table; backward of wide heads takes all
+# Columns of a warp that holds a table; forward takes no wider tiles, backward shares them between warps.
+TABLE_COLUMNS = {"forward": 256, "queries": 64, "keys": 128}
+PIECE = 64  # columns that kernels in Triton take at once, backward
+WHOLE_COLUMNS = 64  # of the widest tiles that one pass of backward takes, and of those whose program sums up a table
+_ALL_REGISTERS = 65536
 _ENTRIES: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _TURNED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -63,6 +71,7 @@ class _Work:
     heads: int
     ratio: int
     sizes: dict[str, Any]
+    itemsize: int
     precision: str
     processors: int
     direct: bool
@@ -73,34 +82,54 @@ class _Work:
         """The table for rows that are keys."""
         return None if self.table is None else (*self.table[:3], *_turned(*self.table[3:]))
 
+    @property
+    def row(self) -> int:
+        """Bytes of a row of a head, padded."""
+        return max(self.sizes["WD"], self.sizes["WDV"]) * self.itemsize
+
     def serves(self, t: Tiles, part: str) -> bool:
-        """Whether the kernels in Gluon take these tiles; forward has too few registers for a table or wide heads."""
-        rows, columns = t.rows.shape[1], t.columns.shape[1]
-        wide = columns > WARP_COLUMNS["forward"] or max(self.sizes["WD"], self.sizes["WDV"]) > 32
-        if part == "forward" and (wide or self.table is not None):
+        """Whether the kernels in Gluon take these tiles."""
+        (_, rows), columns = t.rows.shape, t.columns.shape[1]
+        if not self.direct or part not in PIECES or rows > DIRECT_ROWS or columns > DIRECT_COLUMNS:
             return False
-        return self.direct and rows <= 16 and columns <= DIRECT_COLUMNS
+        return part != "forward" or self.table is None or columns <= TABLE_COLUMNS[part]
 
     def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
         """Each set of tiles with all that its launch needs."""
         for t in tiles:
-            (count, rows), n = t.rows.shape, t.columns.shape[1]
-            direct = self.serves(t, part)
-            if direct:
-                split = max(1, n // WARP_COLUMNS[part]) if rows <= 16 else 1
-                warps = max(4, split)
-                group = warps // split if rows <= 16 else 1
-                constants = {"G": group * split, "M": rows, "N": n // split, "SPLIT": split, "num_warps": warps}
-            else:
-                group = 4 if n <= 128 and rows <= 16 else 1  # wider tiles do not fit the registers of one warp
-                warps = 4 if rows > 16 else group if group > 1 else max(1, n // 128)
-                constants = {"G": group, "M": rows, "N": n, "PRECISION": self.precision, "num_warps": warps}
-                constants["num_stages"] = STAGES if part == "forward" else 1
-            groups = -(-count // group)
-            at_once = self.processors * max(1, WARPS // warps)
-            per = images_a_program(self.batch, self.heads * groups, at_once)
+            direct, count = self.serves(t, part), len(t.rows)
+            constants, together = (self._straight if direct else self._tiled)(t, part)
+            groups = -(-count // together)
+            threads = 32 * constants["num_warps"]
+            at_once = self.processors * max(1, _ALL_REGISTERS // (threads * constants.get("maxnreg", 256)))
+            setup = SETUP * 2 if self.table is not None and part != "forward" else SETUP  # sums of tables leave too
+            per = images_a_program(self.batch, self.heads * groups, at_once, setup)
             constants |= self.sizes
             yield Launch(t, direct, constants, (self.heads, self.ratio, self.batch, per, count, groups))
+
+    def _straight(self, t: Tiles, part: str) -> tuple[dict[str, Any], int]:
+        """Constants of a kernel in Gluon, and tiles a program."""
+        (_, rows), n = t.rows.shape, t.columns.shape[1]
+        split = 1 if self.table is None else max(1, n // TABLE_COLUMNS[part])
+        warps, each = max(4, split), n // split
+        piece = min(PIECES[part] if self.table is None else 32, each)
+        constants = {"G": warps, "M": rows, "N": piece, "ALL": each, "SPLIT": split, "num_warps": warps}
+        constants["PIECES"] = -(-t.used // piece) if split == 1 else each // piece
+        if self.table is None and (part == "forward" or max(self.sizes["WD"], self.sizes["WDV"]) <= 32):
+            constants["maxnreg"] = REGISTERS
+        return constants, warps // split
+
+    def _tiled(self, t: Tiles, part: str) -> tuple[dict[str, Any], int]:
+        """Constants of a kernel in Triton, and tiles a program."""
+        (_, rows), n = t.rows.shape, t.columns.shape[1]
+        group = 4 if n <= 128 and rows <= 16 else 1  # wider tiles do not fit the registers of one warp
+        warps = 4 if rows > 16 else group if group > 1 else max(1, n // 128)
+        constants = {"G": group, "M": rows, "N": n, "PRECISION": self.precision, "num_warps": warps}
+        staged = rows > 16 and self.row <= STAGED
+        constants["num_stages"] = 1 if part not in ("forward", "whole") else STAGES if staged else 2
+        if part in ("queries", "keys", "table"):
+            constants["PIECES"] = max(1, n // PIECE)  # two products of a piece are held at once
+        return constants, group
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
@@ -135,79 +164,95 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
     covered = all_rows(w.tables.forward, nq)
     make = torch.empty if covered else torch.zeros
     grad_q = make(b, h, nq, d, dtype=q.dtype, device=q.device)
-    rows = make(b, h, nq, 2, dtype=torch.float32, device=q.device)
     grad, out = known.grad_out.contiguous(), known.out.contiguous()
-    given = (
-        _strided(q),
-        _strided(k),
-        _strided(v),
-        out,
-        grad,
-        known.grad_lse.float().contiguous(),
-        known.lse,
-        rows,
-        grad_q,
-    )
-    # Whether a warp has room for the sums of a table beside everything else.
-    narrow = all(t.columns.shape[1] <= TABLE_COLUMNS or w.serves(t, "table") for t in w.tables.forward)
+    given = (_strided(q), _strided(k), _strided(v), out, grad, known.grad_lse.float().contiguous(), known.lse)
     partial: list[tuple[Tiles, Tensor]] = []
+    narrow = all(t.columns.shape[1] <= WHOLE_COLUMNS for t in w.tables.forward) and w.row <= WHOLE_BYTES
+    if w.tables.apart and narrow:
+        grad_k, grad_v = _for_keys(w, k, v)
+        with _device(q):
+            for one in w.launches(w.tables.forward, "whole"):
+                t, sums = one.tiles, _sums(one, bool(call.bias))
+                _start(
+                    "whole", one, *given, grad_q, grad_k, grad_v, sums, t.rows, t.columns, t.masks, w.table,
+                    float(call.scale), *one.numbers, nq, k.shape[2], TABLE=bool(call.bias), **one.constants,
+                )  # fmt: skip
+                partial.append((t, sums))
+            grad_k, grad_v = _added(w, grad_k, k), _added(w, grad_v, v)
+            return Grads(grad_q, grad_k, grad_v, tuple(_of_table(bias, partial) for bias in call.bias))
+    rows = make(b, h, nq, 2, dtype=torch.float32, device=q.device)
 
-    def run(sets: Iterable[Tiles], queries: bool, table: bool) -> None:
-        for one in w.launches(sets, "table" if table else "queries"):
-            t = one.tiles
-            chunks, count = -(-b // one.numbers[3]), len(t.rows)
-            sums = torch.empty(chunks if table else 0, h, count, t.rows.shape[1], t.columns.shape[1], device=q.device)
-            _start(
-                "queries", one,
-                *given, sums, t.rows, t.columns, t.masks, w.table, float(call.scale), *one.numbers, nq,
-                QUERIES=queries, TABLE=table, SAME=k.stride() == v.stride() and d == dv, **_pieces(one.constants),
-            )  # fmt: skip
-            if table:
-                partial.append((t, sums.sum(0)))
+    def run(one: Launch, queries: bool, table: bool) -> None:
+        t, sums = one.tiles, _sums(one, table)
+        same = {} if one.direct else {"QUERIES": queries, "SAME": k.stride() == v.stride() and d == dv}
+        _start(
+            "queries", one, *given, rows, grad_q, sums, t.rows, t.columns, t.masks, w.table,
+            float(call.scale), *one.numbers, nq, TABLE=table, **same, **one.constants,
+        )  # fmt: skip
+        if table:
+            partial.append((t, sums))
 
     with _device(q):
-        run(w.tables.forward, True, bool(call.bias) and narrow)
-        if call.bias and not narrow:
-            run([piece for t in w.tables.forward for piece in t.split(TABLE_COLUMNS)], False, True)
+        for one in w.launches(w.tables.forward, "queries"):
+            # Whether a warp has room for the sums of a table beside everything else.
+            narrow = one.direct or one.tiles.columns.shape[1] <= WHOLE_COLUMNS
+            run(one, True, bool(call.bias) and narrow)
+            if call.bias and not narrow:
+                for piece in w.launches(one.tiles.split(WHOLE_COLUMNS), "table"):
+                    run(piece, False, True)
         grad_k, grad_v = _keys(w, q, k, v, grad, rows)
-    return Grads(grad_q, grad_k, grad_v, tuple(_of_table(bias, partial) for bias in call.bias))
+        return Grads(grad_q, grad_k, grad_v, tuple(_of_table(bias, partial) for bias in call.bias))
+
+
+def _sums(one: Launch, table: bool) -> Tensor:
+    """Room for the gradient of the logits [programs over images, heads, tiles, M, N], nothing without a table."""
+    heads, _, images, per, count, _ = one.numbers
+    t = one.tiles
+    return t.rows.new_empty(
+        -(-images // per) if table else 0, heads, count, t.rows.shape[1], t.columns.shape[1], dtype=torch.float32
+    )
+
+
+def _for_keys(w: _Work, k: Tensor, v: Tensor, make: Any = torch.empty) -> tuple[Tensor, Tensor]:
+    """Room for grad_k and grad_v; where several query heads share a key head, for each in float32."""
+    dtype = k.dtype if w.ratio == 1 else torch.float32
+    sizes = (k.shape[0], w.heads, k.shape[2])
+    return tuple(make(*sizes, t.shape[3], dtype=dtype, device=t.device) for t in (k, v))  # type: ignore[return-value]
+
+
+def _added(w: _Work, grad: Tensor, like: Tensor) -> Tensor:
+    """Gradients of query heads added up for each key head."""
+    return grad if w.ratio == 1 else grad.unflatten(1, (-1, w.ratio)).sum(2).to(like.dtype)
 
 
 def _keys(w: _Work, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """grad_k and grad_v; where several query heads share a key head, made for each in float32 and added up."""
-    b, h, nq, d = q.shape
-    nk, dv = k.shape[2], v.shape[3]
-    dtype = k.dtype if w.ratio == 1 else torch.float32
-    make = torch.empty if all_rows(w.tables.backward, nk) else torch.zeros
-    grad_k = make(b, h, nk, d, dtype=dtype, device=k.device)
-    grad_v = make(b, h, nk, dv, dtype=dtype, device=k.device)
+    """grad_k and grad_v."""
+    nq, nk, same = q.shape[2], k.shape[2], q.stride() == grad.stride() and q.shape[3] == v.shape[3]
+    grad_k, grad_v = _for_keys(w, k, v, torch.empty if all_rows(w.tables.backward, nk) else torch.zeros)
     for one in w.launches(w.tables.backward, "keys"):
         t = one.tiles
         _start(
             "keys", one,
             _strided(q), _strided(k), _strided(v), grad, rows, grad_k, grad_v, t.rows, t.columns, t.masks,
             w.turned, float(w.call.scale), *one.numbers, nq, nk,
-            SAME=q.stride() == grad.stride() and d == dv, **_pieces(one.constants),
+            **({} if one.direct else {"SAME": same}), **one.constants,
         )  # fmt: skip
-    if w.ratio == 1:
-        return grad_k, grad_v
-    return tuple(t.unflatten(1, (-1, w.ratio)).sum(2).to(k.dtype) for t in (grad_k, grad_v))  # type: ignore[return-value]
-
-
-def _pieces(constants: dict[str, Any]) -> dict[str, Any]:
-    """Backward holds two products of a piece at once."""
-    return constants | {"PIECES": max(1, constants["N"] // PIECE)}
+    return _added(w, grad_k, k), _added(w, grad_v, v)
 
 
 def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
     """The gradient of a table: each entry adds up its pairs in a fixed order."""
     assert isinstance(bias, TableBias)
-    total = torch.zeros(partial[0][1].shape[0], bias.table.shape[1], device=bias.table.device)
+    heads = partial[0][1].shape[1]
+    total = torch.zeros(heads, bias.table.shape[1], device=bias.table.device)
     for t, sums in partial:
-        entry, pair = _pairs(t, bias)
-        flat = sums.flatten(1)  # [H, tiles * M * N]
-        found = torch.where(pair >= 0, flat[:, pair.clamp(min=0)], 0).sum(-1)  # [H, entries that occur]
-        total[:, entry] += found
+        entries, pairs = _pairs(t, bias)
+        flat = (sums[0] if len(sums) == 1 else sums.sum(0)).flatten(1)  # [H, tiles * M * N]
+        numbers, (_, most), width = flat.shape[1], pairs.shape, total.shape[1]
+        if len(entries):
+            _kernels(False)["entries"][(len(entries), heads)](
+                flat, entries, pairs, total, numbers, most, width, BLOCK=1024
+            )
     if bias.table.shape[0] == 1:
         total = total.sum(0, keepdim=True)
     return total.to(bias.table.dtype)
@@ -272,6 +317,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
             "WD": widths[0],
             "WDV": widths[1],
         },
+        itemsize=q.element_size(),
         precision="ieee" if q.dtype == torch.float32 else "tf32",
         processors=_processors(q.device),
         direct=q.dtype in (torch.bfloat16, torch.float16) and max(widths) <= 64 and _direct(q.device),
@@ -285,11 +331,11 @@ def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
 
 
 @lru_cache
-def images_a_program(batch: int, programs: int, at_once: int) -> int:
+def images_a_program(batch: int, programs: int, at_once: int, setup: float = SETUP) -> int:
     """Images that a program walks over: rounds of `at_once` programs then take the least time. programs: an image."""
 
     def time(images: int) -> float:
-        return -(-programs * -(-batch // images) // at_once) * (images + SETUP)
+        return -(-programs * -(-batch // images) // at_once) * (images + setup)
 
     return min(range(1, min(batch, 256) + 1), key=time)
 
@@ -302,7 +348,13 @@ def _processors(device: torch.device) -> int:
 @cache
 def _kernels(direct: bool) -> dict[str, Any]:
     if not direct:
-        return {"forward": forward_kernel, "queries": queries_kernel, "keys": keys_kernel}
+        return {
+            "forward": forward_kernel,
+            "queries": queries_kernel,
+            "keys": keys_kernel,
+            "whole": whole_kernel,
+            "entries": entries_kernel,
+        }
     from glocal.kernels.windows import backward_direct, forward_direct
 
     return {

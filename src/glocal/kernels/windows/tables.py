@@ -24,13 +24,14 @@ class Tiles:
 
     Neighbouring tiles share tokens. masks: int32 [tiles, M, N / 32], bit j % 32 of word j // 32 says whether the pair
         is seen.
-    tokens: how many `rows` holds.
+    tokens: how many `rows` holds. used: columns that hold tokens come first; so many at most.
     """
 
     rows: Tensor
     columns: Tensor
     masks: Tensor
     tokens: int
+    used: int
     _pieces: dict[int, list[Tiles]] = field(default_factory=dict, repr=False)
 
     def split(self, width: int) -> list[Tiles]:
@@ -45,6 +46,7 @@ class Tiles:
                     self.columns[:, at : at + width].contiguous(),
                     self.masks[:, :, at // 32 : (at + width) // 32].contiguous(),
                     self.tokens,
+                    min(width, self.used - at),
                 )
                 for at in range(0, n, width)
             ]
@@ -53,10 +55,14 @@ class Tiles:
 
 @dataclass(frozen=True, eq=False)
 class Tables:
-    """forward: tiles of queries with their keys. backward: tiles of keys with their queries; by width of the tables."""
+    """forward: tiles of queries with their keys. backward: tiles of keys with their queries; by width of the tables.
+
+    apart: each key stands in one tile of queries, so that one pass over these makes all gradients.
+    """
 
     forward: tuple[Tiles, ...]
     backward: tuple[Tiles, ...]
+    apart: bool
 
 
 def tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
@@ -92,6 +98,7 @@ def _tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tab
     if len(pair.unique()) != len(pair) or len(rows[rows >= 0].unique()) != int((rows >= 0).sum()):
         raise ValueError("backend='windows': the plan lists a query or a pair twice; legal: each once.")
     forward = _by_width(rows.int(), columns.int(), seen)
+    apart = torch.equal(columns[columns >= 0].sort().values.long(), torch.arange(nk, device=rows.device))
 
     # The other way round: keys tiled as the queries are where both sides are the same tokens, else in their order.
     like = rows if nq == nk and int((rows >= 0).sum()) == nk else _plain(nk, q_block, rows.device)
@@ -107,25 +114,29 @@ def _tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tab
     columns[owner, place] = (touched % nq).int()
     seen = torch.zeros(len(like), q_block, most, dtype=torch.bool, device=rows.device)
     seen[tile, m, place[which]] = True
-    return Tables(forward, _by_width(like.int(), columns, seen))
+    return Tables(forward, _by_width(like.int(), columns, seen), apart)
 
 
 def _by_width(rows: Tensor, columns: Tensor, seen: Tensor) -> tuple[Tiles, ...]:
-    """Tiles in groups of equal padded width, a power of two of at least 32."""
+    """Tiles in groups of like numbers of columns, padded to a power of two of at least 32."""
     last = torch.arange(1, columns.shape[1] + 1, device=rows.device) * (columns >= 0)
-    widths = [max(32, 1 << (int(n) - 1).bit_length()) for n in last.amax(1).tolist()] if columns.shape[1] else []
+    lasts = last.amax(1).tolist() if columns.shape[1] else []
+    widths = [max(32, 1 << (n - 1).bit_length()) if n <= 256 else -(-n // 128) * 128 for n in lasts]
     found = []
     for width in sorted(set(widths)):
         if width > MOST:
             raise ValueError(f"backend='windows': a tile touches {width} tokens; legal: up to {MOST}.")
-        chosen = torch.tensor([i for i, w in enumerate(widths) if w == width], device=rows.device)
-        more = max(0, width - columns.shape[1])
+        picked = [i for i, w in enumerate(widths) if w == width]
+        chosen = torch.tensor(picked, device=rows.device)
+        room = 1 << (width - 1).bit_length()
+        more = max(0, room - columns.shape[1])
         found.append(
             Tiles(
                 rows[chosen].contiguous(),
-                pad(columns[chosen], (0, more), value=-1)[:, :width].contiguous(),
-                pack(pad(seen[chosen], (0, more))[:, :, :width]).contiguous(),
+                pad(columns[chosen], (0, more), value=-1)[:, :room].contiguous(),
+                pack(pad(seen[chosen], (0, more))[:, :, :room]).contiguous(),
                 int((rows[chosen] >= 0).sum()),
+                max(lasts[i] for i in picked),
             )
         )
     return tuple(found)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -59,6 +60,18 @@ def load_across(t, offset, SIZE: tl.constexpr, WIDE: tl.constexpr):
     if SIZE < WIDE:
         return tl.load(t + offset, mask=(tl.arange(0, WIDE) < SIZE)[:, None] & (offset >= 0), other=0.0)
     return tl.load(t + offset)
+
+
+@triton.jit
+def ends(lse, grad_lse, grad, out, token):
+    """Of rows [G, n] at lse + token: the LSE in base 2, inf where nothing is seen, and minus the sum of grad * out
+    (rows [G, n, WIDE]) and the gradient of the LSE, with which gradients of logits begin.
+    """
+    end = tl.load(lse + token)
+    empty = end == -INF
+    share = tl.where(empty, 0.0, tl.load(grad_lse + token))
+    share -= tl.sum(grad.to(tl.float32) * out.to(tl.float32), -1)
+    return tl.where(empty, INF, end * LOG2E), share
 
 
 @triton.jit
