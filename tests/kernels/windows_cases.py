@@ -79,12 +79,12 @@ class Inputs:
 Five = tuple[Tensor, Tensor, Grads]
 
 
-def run(case: Case, x: Inputs, name: str) -> Five:
+def run(case: Case, x: Inputs, name: str, scale: float = 0.35) -> Five:
     """Forward and backward by the backend or by the definition."""
     module: Any = {"windows": backend, "reference": reference}[name]
     made = case.plan()
     bias = (Relative(x.table).lower(made.layout),) if case.bias else ()
-    given: dict[str, Any] = {"scale": 0.35, "bias": bias}
+    given: dict[str, Any] = {"scale": scale, "bias": bias}
     if name == "windows":
         plan_ = PlanTensors(**made.tensors())
         call = Call(name, q_block=made.q_block, kv_block=made.kv_block, plan=plan_, **given)
@@ -103,9 +103,9 @@ def same(found: Five, want: Five, tolerance: float = 2e-5) -> None:
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def compared(case: Case, x: Inputs, tolerance: float = 2e-5) -> Five:
-    found = run(case, x, "windows")
-    same(found, run(case, x, "reference"), tolerance)
+def compared(case: Case, x: Inputs, tolerance: float = 2e-5, scale: float = 0.35) -> Five:
+    found = run(case, x, "windows", scale)
+    same(found, run(case, x, "reference", scale), tolerance)
     return found
 
 
@@ -136,6 +136,12 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_definition(name: str, generator: torch.Generator) -> None:
     compared(CASES[name], Inputs.random(CASES[name], generator))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(scale: float, generator: torch.Generator) -> None:
+    case = CASES["2-D"]
+    compared(case, Inputs.random(case, generator), scale=scale)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -7,6 +7,8 @@ from `glocal.plan.windows`. Triton, and Gluon inside it, are imported on the fir
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
     from glocal.kernels.windows import launch
 
+    q, call, _ = _upward(q, call)
     return launch.forward(q, k, v, call)
 
 
@@ -50,4 +53,17 @@ def backward(
     """Gradients through out and LSE; equal bits from call to call."""
     from glocal.kernels.windows import launch
 
-    return launch.backward(launch.Known(grad_out, grad_lse, out, lse), q, k, v, call)
+    q, call, sign = _upward(q, call)
+    found = launch.backward(launch.Known(grad_out, grad_lse, out, lse), q, k, v, call)
+    return found if sign > 0 else replace(found, q=found.q * sign)
+
+
+def _upward(q: Tensor, call: Call) -> tuple[Tensor, Call, int]:
+    """The same attention by a scale above 0, since kernels take the largest logit of a row before they scale, and what
+    its gradient of q is to be multiplied with.
+    """
+    if call.scale > 0:
+        return q, call, 1
+    if call.scale < 0:
+        return -q, replace(call, scale=-call.scale), -1
+    return torch.zeros_like(q), replace(call, scale=1.0), 0
