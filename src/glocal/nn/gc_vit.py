@@ -7,11 +7,12 @@ and values of each window. They are used as they are: no projection, norm or bia
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._heads import check_heads, split_heads
-from glocal.nn.blocks.layout import conv, to_nchw, to_nhwc
+from glocal.nn.blocks.layout import conv
 from glocal.nn.mixer import register_mixer
 from glocal.nn.window_attention import WindowAttention, WindowSpec
 
@@ -74,8 +75,17 @@ class GlobalQueries(nn.Module):
         y = self.to_q_global(x)
         sides = (self.window, self.window)
         if tuple(y.shape[1:3]) != sides:
-            y = to_nhwc(F.interpolate(to_nchw(y), size=sides, mode="bicubic", align_corners=False))
+            down, across = (_bicubic(y, axis, self.window) for axis in (1, 2))
+            y = torch.einsum("mh,bhwc,nw->bmnc", down, y, across)
         return y.reshape(y.shape[0], 1, self.window**2, self.heads, y.shape[-1] // self.heads).transpose(2, 3)
+
+
+def _bicubic(y: Tensor, axis: int, size: int) -> Tensor:
+    """Bicubic interpolation of an axis of y to `size` as a matrix [size, length]: torch's own kernel for maps uses as
+    many threads of a GPU as there are pixels, and there are few.
+    """
+    unit = torch.eye(y.shape[axis], device=y.device)[None, :, :, None]
+    return F.interpolate(unit, size=(size, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T.to(y.dtype)
 
 
 class GlobalQueryAttention(WindowAttention):
