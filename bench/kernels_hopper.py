@@ -189,12 +189,7 @@ def main() -> int:
     parser.add_argument("--skip", default="", help="names of cases to leave out")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--variants", default="", help="changes to the tuning, as in 'stages=3 persistent=0,held=1'")
-    parser.add_argument("--halves", action="store_true", help="cut key blocks of 128 in halves where that pays")
     asked = parser.parse_args()
-    if asked.halves:
-        from glocal.kernels.gluon import launch
-
-        launch.HALVES = True
     wrong = 0
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with asked.out.open("w", newline="") as file:

@@ -177,6 +177,7 @@ KERNELS = {
     "64 x 64, boxes": Kernel((64, 64), boxes=True),
     "128 x 64, held": Kernel((128, 64), changes=(("keys", 64), ("stages", 4), ("held", True), ("pinned", True))),
     "64 x 64 twice, pads": Kernel((64, 64), pads=True, changes=(("keys", 128), ("most", 168), ("held", False))),
+    "128 x 64 twice, boxes": Kernel((128, 64), boxes=True),
     "128 x 64 twice, D 64, boxes": Kernel((128, 64), dims=(64, 64), boxes=True, changes=(("keys", 128),)),
     "128 x 128, pads": Kernel(pads=True),
     "128 x 128, soft-cap": Kernel(softcap=True),
@@ -404,13 +405,9 @@ def test_joined_query_blocks(generator: torch.Generator) -> None:
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 32)], ids=str)
-def test_key_blocks_in_halves(
-    dims: tuple[int, int], generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from glocal.kernels.gluon import launch
+def test_key_blocks_in_halves(dims: tuple[int, int], generator: torch.Generator) -> None:
     from glocal.kernels.gluon.reblocked import halved
 
-    monkeypatch.setattr(launch, "HALVES", True)
     for pattern, shape in ((Neighborhood(17), (48, 64)), (Neighborhood((9, 11)), (23, 31))):
         made = plan(pattern, Canvas(shape), PlanSpec(128, 128))
         assert halved(PlanTensors(**made.tensors()), 128) is not None

@@ -2,12 +2,14 @@
 attention (arXiv 2504.16922) then costs nothing.
 
 A descriptor has five axes: two that hold samples, heads and the first axis of the grid, two more of the grid, and the
-head size. What a box has beyond the edge of the grid reads as 0.
+head size. Axes of the grid come in the order in which a tile runs through them, whichever that is. What a box has
+beyond the edge of the grid reads as 0.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,12 +24,14 @@ _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @dataclass(frozen=True, eq=False)
 class Boxes:
-    """grid, box: tokens along three axes, the last one innermost; axes may be 1. corners: int64 [tiles], the first
-    token of each tile as x + (y << BITS) + (t << 2 * BITS). raster: int32 [1, 1, tokens], the tokens as they lie.
+    """grid, box: tokens along three axes in the order in which a tile runs, the last one fastest; axes may be 1. steps:
+    tokens from one place of an axis to the next. corners: int64 [tiles], the first token of each tile as
+    x + (y << BITS) + (t << 2 * BITS). raster: int32 [1, 1, tokens], the tokens as they lie.
     """
 
     grid: Three
     box: Three
+    steps: Three
     corners: Tensor
     raster: Tensor
 
@@ -65,34 +69,34 @@ def _found(order: Tensor, tokens: int, rows: int) -> Boxes | None:
         return None
     slots = order[0, 0].cpu().long()
     for size in (rows, 2 * rows):  # a tile may show the grid only together with its neighbour
-        shape = _shape(slots, tokens, size)
-        if shape is None:
+        axes = _axes(slots, tokens, size)
+        if axes is None:
             continue
-        box, grid = shape
+        grid, box, steps = axes
         if size > rows:
-            halved = next(i for i, n in enumerate(box) if n > 1)
-            box = tuple(n // 2 if i == halved else n for i, n in enumerate(box))
-        corners = _corners(slots.reshape(-1, rows), box, grid)
+            cut = next(i for i, n in enumerate(box) if n > 1)
+            box = tuple(n // 2 if i == cut else n for i, n in enumerate(box))
+        corners = _corners(slots.reshape(-1, rows), grid, box, steps)
         if corners is not None:
             raster = torch.arange(tokens, dtype=torch.int32)[None, None]
-            return Boxes(grid, box, corners.to(order.device), raster.to(order.device))  # type: ignore[arg-type]
+            return Boxes(grid, box, steps, corners.to(order.device), raster.to(order.device))  # type: ignore[arg-type]
     return None
 
 
-def _corners(tiles: Tensor, box: tuple[int, ...], grid: tuple[int, ...]) -> Tensor | None:
+def _corners(tiles: Tensor, grid: tuple[int, ...], box: tuple[int, ...], steps: tuple[int, ...]) -> Tensor | None:
     """Corners int64 [tiles] if every tile [tiles, rows] is a box of the grid, with -1 beyond its edge."""
-    step = torch.tensor([grid[1] * grid[2], grid[2], 1])
-    at = tiles[:, :1] // step % torch.tensor(grid)  # [tiles, 3]
+    ends, step = torch.tensor(grid), torch.tensor(steps)
+    at = tiles[:, :1] // step % ends  # [tiles, 3]
     place = at[:, None] + torch.cartesian_prod(*(torch.arange(n) for n in box))  # [tiles, rows, 3]
-    want = torch.where((place < torch.tensor(grid)).all(2), (place * step).sum(2), -1)
+    want = torch.where((place < ends).all(2), (place * step).sum(2), -1)
     none = (tiles < 0).all(1)
     if not bool(((want == tiles).all(1) | none).all()):
         return None
     return torch.where(none, grid[1] << BITS, at[:, 2] + (at[:, 1] << BITS) + (at[:, 0] << 2 * BITS))
 
 
-def _shape(slots: Tensor, tokens: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """The box that the first whole tile is, from the nested runs of its tokens, and the grid, three axes each."""
+def _axes(slots: Tensor, tokens: int, rows: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """Grid, box and steps of the first whole tile, from the nested runs of its tokens, three axes each."""
     tiles = slots.reshape(-1, rows) if len(slots) % rows == 0 else slots[:0, None]
     whole = (tiles >= 0).all(1).nonzero()
     if not len(whole):
@@ -105,23 +109,23 @@ def _shape(slots: Tensor, tokens: int, rows: int) -> tuple[tuple[int, ...], tupl
         box.append(len(heads) if bool(equal.all()) else int((~equal).nonzero()[0, 0]))
         steps.append(int(heads[1]))
         inner *= box[-1]
-    above = [*steps[1:], tokens]
-    if steps[0] != 1 or len(box) > 3 or any(a <= 0 or b % a for a, b in zip(steps, above, strict=True)):
+    above = dict(pairwise([*sorted(steps), tokens]))
+    if inner != rows or len(box) > 3 or min(steps) != 1 or any(above[s] % s for s in above) or len(above) < len(steps):
         return None
-    fill = (1,) * (3 - len(box))
-    grid = (*fill, *(b // a for a, b in zip(steps[::-1], above[::-1], strict=True)))
-    return None if max(grid) >> BITS else ((*fill, *box[::-1]), grid)
+    grid = [above[s] // s for s in steps]
+    fill = [1] * (3 - len(box))
+    return None if max(grid) >> BITS else tuple((*fill, *axis[::-1]) for axis in (grid, box, steps))  # type: ignore
 
 
 def seen(t: Tensor, boxes: Boxes) -> Seen | None:
     """How a descriptor reads boxes of t [B, H, N, D], rows contiguous and steps of 16 bytes; None: it cannot."""
     b, h = t.shape[:2]
     sb, sh, sn = t.stride()[:3]
-    length, rows, columns = boxes.grid
-    steps = (length, rows * columns * sn), (rows, columns * sn), (columns, sn)
+    axes = tuple((n, step * sn) for n, step in zip(boxes.grid, boxes.steps, strict=True))
     first, second, lead = (b, sb), (h, sh), (1, 0, 0, 1)
+    length = boxes.grid[0]
     if length > 1:
-        second = steps[0]
+        second = axes[0]
         if h == 1:
             lead = (1, 0, 0, 0)
         elif b == 1 or sb == h * sh:
@@ -130,5 +134,5 @@ def seen(t: Tensor, boxes: Boxes) -> Seen | None:
             first, second, lead = (h, sh), (b * length, second[1]), (0, 1, length, 0)
         else:
             return None
-    shape, strides = zip(first, second, *steps[1:], strict=True)
+    shape, strides = zip(first, second, *axes[1:], strict=True)
     return Seen(shape, strides, (1, *boxes.box), lead)

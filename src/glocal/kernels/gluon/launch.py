@@ -25,9 +25,6 @@ from glocal.kernels.triton.permute import gather_rows
 from glocal.kernels.triton.work import Work, on_device, prepare, start
 from glocal.plan.facts import OrderFacts, worth_a_look
 
-# Whether key blocks of 128 are cut in halves where that pays. Two halves a step, read in boxes, wait for their check on
-# a card (test_key_blocks_in_halves; bench/kernels_hopper.py --halves).
-HALVES = False
 # Per plan, by its full lists: lengths of the lists, whether all are equal, and tiles by falling length.
 _ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -105,7 +102,7 @@ def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     plan = None
     if blocks == (64, 64) and 64 < wide <= 128:
         plan, blocks = paired(w.plan, blocks[1]), (128, 64)
-    elif HALVES and blocks == (128, 128) and wide <= 128:
+    elif blocks == (128, 128) and wide <= 128:
         plan, blocks = halved(w.plan, blocks[1]), (128, 64)
     if plan is None:
         return w

@@ -25,6 +25,7 @@ MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
 FEWER = 0.98  # the same after cutting
 _MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
 
+# Per plan, by its full lists: its tensors as they were, and what each way made of it.
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
@@ -44,10 +45,13 @@ def _once(
     tensors = tuple(vars(plan).values())
     known = _KNOWN.get(plan.full_index)
     if known is None or not known[0].still(tensors):
+        known = (Seen.of(tensors), {})
+    if make not in known[1]:
         if plan.owner.is_cuda and torch.cuda.is_current_stream_capturing():
             return None
-        known = _KNOWN[plan.full_index] = (Seen.of(tensors), make(plan, kv_block))
-    return known[1]
+        known[1][make] = make(plan, kv_block)
+        _KNOWN[plan.full_index] = known
+    return known[1][make]
 
 
 def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
