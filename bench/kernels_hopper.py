@@ -1,6 +1,6 @@
 """Check, then time, block-sparse forward kernels on the shapes of record: aligned windows, stride 1, 64-token blocks.
 
-    python3 bench/kernels_hopper.py --out FILE.csv [--cases video,image256] [--repeat 5]
+    python3 bench/kernels_hopper.py --out FILE.csv [--names "video;image256 stride"] [--repeat 5]
 
 Every variant is first compared with float32 on sampled query blocks; one that fails prints no time.
 """
@@ -185,8 +185,7 @@ def main() -> int:
     """See the top of the file."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cases", default="", help="words, any of which a case must hold")
-    parser.add_argument("--skip", default="", help="names of cases to leave out")
+    parser.add_argument("--names", default="", help="how names of cases begin, parted by ;")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--variants", default="", help="changes to the tuning, as in 'stages=3 persistent=0,held=1'")
     asked = parser.parse_args()
@@ -196,8 +195,7 @@ def main() -> int:
         writer = csv.writer(file)
         writer.writerow([f.name for f in fields(Row)])
         for name, case in CASES.items():
-            wanted = not asked.cases or any(word in name for word in asked.cases.split(","))
-            if not wanted or name in asked.skip.split(","):
+            if not name.startswith(tuple(asked.names.split(";"))):
                 continue
             bench = Bench(name, case, asked.repeat)
             print(f"{name}: {bench.plan}", flush=True)

@@ -164,7 +164,8 @@ class Kernel:
             fixed[(names.index("masks"), 1)] = None
         if not self.softcap:
             fixed[(names.index("score"), 1)] = None
-        source = GluonASTSource(forward_kernel, {name: taken[name] for name in names}, fixed)
+        aligned = {(names.index("out"), i): [["tt.divisibility", 16]] for i in range(2)}
+        source = GluonASTSource(forward_kernel, {name: taken[name] for name in names}, fixed, aligned)
         options = {"num_warps": 4, "maxnreg": tuned.most}
         return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

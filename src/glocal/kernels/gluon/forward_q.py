@@ -171,11 +171,18 @@ def put(acc, top, total, out, at, first, heads, ill, C: gl.constexpr):
     acc = acc * gl.expand_dims(1.0 / gl.where(total == 0, 1.0, total), 1)
     if ill is not None:
         gl.store(ill + token * 0, token * 0 + 1, mask=(token >= 0) & (gl.sum(acc, 1) * 0.0 != 0))
-    column = gl.arange(0, DV, layout=gl.SliceLayout(0, wide))
     to = (at[0].to(gl.int64) * heads + at[1]) * n + token
-    there = gl.expand_dims(token >= 0, 1) & gl.expand_dims(column < REAL, 0)
-    gl.store(values + gl.expand_dims(to * REAL, 1) + gl.expand_dims(column, 0), acc.to(values.dtype.element_ty), there)
     gl.store(lse + to, top * LN2 + gl.log(total), mask=token >= 0)
+    acc = acc.to(values.dtype.element_ty)
+    if C.wide:
+        row: gl.constexpr = gl.SliceLayout(1, layouts.lines(DV))
+        column = gl.arange(0, DV, layout=gl.SliceLayout(0, layouts.lines(DV)))
+        acc = gl.convert_layout(acc, layouts.lines(DV))
+        to, token = gl.convert_layout(to, row), gl.convert_layout(token, row)
+    else:
+        column = gl.arange(0, DV, layout=gl.SliceLayout(0, wide))
+    there = gl.expand_dims(token >= 0, 1) & gl.expand_dims(column < REAL, 0)
+    gl.store(values + gl.expand_dims(to * REAL, 1) + gl.expand_dims(column, 0), acc, there)
 
 
 @gluon.jit

@@ -40,6 +40,21 @@ def quads(columns):
 
 
 @constexpr_function
+def lines(columns):
+    """Accumulators [64, columns] in which a lane holds eight columns in a row: 16 bytes of a result of 16 bits.
+
+    Rows stay with their warp, so that lanes need only exchange registers.
+    """
+    registers = [[0, 1], [0, 2], [0, 4], [8, 0]]
+    step = 32
+    while step < columns:
+        registers.append([0, step])
+        step *= 2
+    lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, columns])
+
+
+@constexpr_function
 def words(columns):
     """One word a row and lane of four, [64, 4], that broadcasts to `quads(columns)`."""
     return gl.SliceLayout(1, gl.SliceLayout(3, quads(columns)))

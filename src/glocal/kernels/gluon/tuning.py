@@ -23,6 +23,7 @@ class Tuning:
     most: int = 168
     held: bool = False
     pinned: bool = False
+    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Shape:
     registers: int
     held: bool
     pinned: bool
+    wide: bool
 
     @staticmethod
     def of(blocks: tuple[int, int], dims: tuple[int, int], masked: bool, tuned: Tuning) -> Shape:
@@ -62,6 +64,7 @@ class Shape:
             registers=tuned.registers,
             held=bool(tuned.held),
             pinned=bool(tuned.pinned),
+            wide=bool(tuned.wide),
         )
 
 
