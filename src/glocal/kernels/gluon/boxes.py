@@ -9,6 +9,7 @@ beyond the edge of the grid reads as 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -36,7 +37,7 @@ class Boxes:
     raster: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Seen:
     """A tensor [B, H, N, D] as a descriptor reads its boxes: sizes and strides of the four axes before the head size,
     a box of them, and the coordinates (b * lead[0] + h * lead[1], b * lead[2] + h * lead[3] + t, y, x) of a corner.
@@ -119,11 +120,15 @@ def _axes(slots: Tensor, tokens: int, rows: int) -> tuple[tuple[int, ...], tuple
 
 def seen(t: Tensor, boxes: Boxes) -> Seen | None:
     """How a descriptor reads boxes of t [B, H, N, D], rows contiguous and steps of 16 bytes; None: it cannot."""
-    b, h = t.shape[:2]
-    sb, sh, sn = t.stride()[:3]
-    axes = tuple((n, step * sn) for n, step in zip(boxes.grid, boxes.steps, strict=True))
+    return _seen(*t.shape[:2], t.stride()[:3], boxes.grid, boxes.box, boxes.steps)
+
+
+@lru_cache
+def _seen(b: int, h: int, strides: Three, grid: Three, box: Three, steps: Three) -> Seen | None:
+    sb, sh, sn = strides
+    axes = tuple((n, step * sn) for n, step in zip(grid, steps, strict=True))
     first, second, lead = (b, sb), (h, sh), (1, 0, 0, 1)
-    length = boxes.grid[0]
+    length = grid[0]
     if length > 1:
         second = axes[0]
         if h == 1:
@@ -134,5 +139,5 @@ def seen(t: Tensor, boxes: Boxes) -> Seen | None:
             first, second, lead = (h, sh), (b * length, second[1]), (0, 1, length, 0)
         else:
             return None
-    shape, strides = zip(first, second, *axes[1:], strict=True)
-    return Seen(shape, strides, (1, *boxes.box), lead)
+    sizes, steps_of = zip(first, second, *axes[1:], strict=True)
+    return Seen(sizes, steps_of, (1, *box), lead)

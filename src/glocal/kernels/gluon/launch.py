@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from glocal.kernels.call import Call
+from glocal.kernels.call import Call, PlanTensors
 from glocal.kernels.gluon.boxes import Boxes, Seen, boxes_of, seen
 from glocal.kernels.gluon.forward_q import forward_kernel
 from glocal.kernels.gluon.masks import by_query, kept
@@ -25,8 +24,6 @@ from glocal.kernels.triton.permute import gather_rows
 from glocal.kernels.triton.work import Work, on_device, prepare, start
 from glocal.plan.facts import OrderFacts, worth_a_look
 
-# Per plan, by its full lists: lengths of the lists, whether all are equal, and tiles by falling length.
-_ORDERS: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 
@@ -39,14 +36,9 @@ class Source:
     seen: Seen | None = None
 
     def described(self, rows: int, columns: int) -> TensorDescriptor:
-        """Of tiles of so many rows and columns; where there is one step only, its stride does not count."""
-        t, any_step = self.t, 16 // self.t.element_size()
-        shape, strides, box = t.shape[:3], t.stride()[:3], (1, 1, rows)
-        if self.seen is not None:
-            shape, strides, box = self.seen.shape, self.seen.strides, self.seen.box
-        strides = [s if n > 1 else any_step for s, n in zip(strides, shape, strict=True)]
-        box = (*box, columns)
-        return TensorDescriptor(t, [*shape, t.shape[3]], [*strides, 1], list(box), _layout(box, t.dtype))
+        """Of tiles of so many rows and columns."""
+        t = self.t
+        return TensorDescriptor(t, *_form(t.shape, t.stride(), t.dtype, self.seen, rows, columns))
 
     @property
     def where(self) -> tuple[Tensor, tuple[int, ...]] | None:
@@ -95,18 +87,28 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, tuned: Tuning | None = 
 def work_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
     """The call as the kernel takes it, query blocks in pairs, or key blocks in halves, where that pays."""
     w = prepare(q, k, v, call)
-    blocks = w.call.q_block, w.call.kv_block
-    wide = max(w.sizes["WD"], w.sizes["WDV"])
-    if not worth_a_look(w.plan.full_index):
+    found = w.noted("reblocked", lambda: _reblocked(w))
+    if found is None:
         return w
+    plan, (q_block, kv_block) = found
+    return replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=q_block, kv_block=kv_block))
+
+
+def _reblocked(w: Work) -> tuple[PlanTensors, tuple[int, int]] | None:
+    """The plan in other blocks and those; that waits for the device, so lists made for one call are not looked at."""
+    if not _may_look(w.plan.full_index):
+        return None
+    blocks, wide = (w.call.q_block, w.call.kv_block), max(w.sizes["WD"], w.sizes["WDV"])
     plan = None
     if blocks == (64, 64) and 64 < wide <= 128:
-        plan, blocks = paired(w.plan, blocks[1]), (128, 64)
+        plan = paired(w.plan, 64)
     elif blocks == (128, 128) and wide <= 128:
-        plan, blocks = halved(w.plan, blocks[1]), (128, 64)
-    if plan is None:
-        return w
-    return replace(w, plan=plan, call=replace(w.call, plan=plan, q_block=blocks[0], kv_block=blocks[1]))
+        plan = halved(w.plan, 128)
+    return None if plan is None else (plan, (128, 64))
+
+
+def _may_look(lists: Tensor) -> bool:
+    return worth_a_look(lists) and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _attended(w: Work, qkv: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Tensor], tuned: Tuning | None) -> None:
@@ -192,7 +194,7 @@ def run(
             p.masks.shape[0],
         ),
         (by_query(p.masks, blocks[1]), w.row(kept(p.kv_order, blocks[1])) if w.kv_facts.holes else None),
-        (_longest_first(w), w.heads, w.q_blocks), w.heads // k.t.shape[1],
+        (w.noted("longest first", lambda: _longest_first(w)), w.heads, w.q_blocks), w.heads // k.t.shape[1],
         (float(scale), None if w.call.softcap is None else float(w.call.softcap)), tiles, flags,
         C=shape, num_warps=4, maxnreg=tuned.most,
     )  # fmt: skip
@@ -200,27 +202,16 @@ def run(
 
 def _longest_first(w: Work) -> Tensor | None:
     """Tiles by falling number of key blocks, int32 [B * H * blocks], equal ones in the order of memory; None: as they
-    lie, because all are equal or the plan is not known to stay.
-
-    Looked at once for each plan, unless it changes; that waits for the device, so lists made for one call are not.
+    lie, because all are equal or the plan is not known to stay. Looking waits for the device.
     """
     p = w.plan
-    mark = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in (p.owner, p.full_count, p.part_count))
-    known = _ORDERS.get(p.full_index)
-    if known is None or known[0] != mark:
-        if not worth_a_look(p.full_index) or torch.cuda.is_current_stream_capturing():
-            return None
-        visits = p.full_count + p.part_count  # [U, blocks]
-        known = _ORDERS[p.full_index] = (mark, visits, bool((visits == visits.flatten()[:1]).all()), {})
-    _, visits, even, made = known
-    if even:
+    if not _may_look(p.full_index):
         return None
-    if (w.batch, w.heads) not in made:
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        of = p.owner.long().repeat_interleave(w.heads // p.owner.shape[1], 1).expand(w.batch, w.heads)
-        made[w.batch, w.heads] = visits[of].flatten().argsort(descending=True, stable=True).int()
-    return made[w.batch, w.heads]
+    visits = p.full_count + p.part_count  # [U, blocks]
+    if bool((visits == visits.flatten()[:1]).all()):
+        return None
+    of = p.owner.long().repeat_interleave(w.heads // p.owner.shape[1], 1).expand(w.batch, w.heads)
+    return visits[of].flatten().argsort(descending=True, stable=True).int()
 
 
 def _tuned(w: Work) -> Tuning:
@@ -240,8 +231,16 @@ def _legal(t: Tensor) -> bool:
 
 
 @lru_cache
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    return gl.NVMMASharedLayout.get_default_for(list(box), _DTYPES[dtype])
+def _form(
+    sizes: tuple[int, ...], steps: tuple[int, ...], dtype: torch.dtype, seen: Seen | None, rows: int, columns: int
+) -> tuple[list[int], list[int], list[int], Any]:
+    """Sizes, strides, box and layout of a descriptor; where there is one step only, its stride does not count."""
+    shape, strides, box = sizes[:3], steps[:3], (1, 1, rows)
+    if seen is not None:
+        shape, strides, box = seen.shape, seen.strides, seen.box
+    strides = [s if n > 1 else 16 // dtype.itemsize for s, n in zip(strides, shape, strict=True)]
+    box = [*box, columns]
+    return [*shape, sizes[3]], [*strides, 1], box, gl.NVMMASharedLayout.get_default_for(box, _DTYPES[dtype])
 
 
 @lru_cache

@@ -10,14 +10,11 @@ step of the kernel takes any two halves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.plan.blockplan import BlockLists
 
@@ -25,36 +22,9 @@ MORE = 1.1  # visited pairs after joining, of those before, up to which it pays
 FEWER = 0.98  # the same after cutting
 _MOST = 1 << 27  # entries of the table of all block pairs, four bytes each while it is made
 
-# Per plan, by its full lists: its tensors as they were, and what each way made of it.
-_KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
 
 def paired(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
-    """The plan with query blocks twice as long, or None where that does not pay. Looked at once for each plan."""
-    return _once(plan, kv_block, _joined)
-
-
-def halved(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
-    """The plan with key blocks half as long, or None where that does not pay. Looked at once for each plan."""
-    return _once(plan, kv_block, _cut)
-
-
-def _once(
-    plan: PlanTensors, kv_block: int, make: Callable[[PlanTensors, int], PlanTensors | None]
-) -> PlanTensors | None:
-    tensors = tuple(vars(plan).values())
-    known = _KNOWN.get(plan.full_index)
-    if known is None or not known[0].still(tensors):
-        known = (Seen.of(tensors), {})
-    if make not in known[1]:
-        if plan.owner.is_cuda and torch.cuda.is_current_stream_capturing():
-            return None
-        known[1][make] = make(plan, kv_block)
-        _KNOWN[plan.full_index] = known
-    return known[1][make]
-
-
-def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    """The plan with query blocks twice as long, or None where that does not pay. Waits for the device."""
     lists, rows = plan.full_count.shape
     columns, masks = plan.kv_order.shape[-1] // kv_block, plan.masks.shape[0]
     if rows % 2 or lists * rows * columns > _MOST:
@@ -78,7 +48,8 @@ def _joined(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
     return _listed(plan, full, part, row, both)
 
 
-def _cut(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+def halved(plan: PlanTensors, kv_block: int) -> PlanTensors | None:
+    """The plan with key blocks half as long, or None where that does not pay. Waits for the device."""
     lists, rows = plan.full_count.shape
     columns, masks = plan.kv_order.shape[-1] // kv_block, plan.masks.shape[0]
     if not masks or lists * rows * columns > _MOST // 2:
