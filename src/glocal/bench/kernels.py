@@ -135,7 +135,7 @@ def _case(case: Case, options: Options, checked: dict[Any, dict[str, str]]) -> l
                 errors[name] = 0.0  # dense attention beside a pattern computes something else
             else:
                 with torch.no_grad():
-                    errors[name] = _error(case, fn(q, k, v), (q, k, v), made)
+                    errors[name] = largest_error(case, fn(q, k, v), (q, k, v), made)
             if not errors[name] <= LIMIT:
                 notes[name] = f"off by {errors[name]:.1e} of the largest entry; limit {LIMIT:g}"
                 continue
@@ -191,7 +191,7 @@ def _checked(case: Case, options: Options) -> dict[str, str]:
     return notes
 
 
-def _error(case: Case, out: Tensor, qkv: tuple[Tensor, ...], made: BlockPlan | None) -> float:
+def largest_error(case: Case, out: Tensor, qkv: tuple[Tensor, ...], made: BlockPlan | None) -> float:
     """Largest error on some queries against exact attention in float32, over the largest entry."""
     q, k, v = qkv
     some = torch.arange(0, case.tokens, case.tokens // 31, device=q.device)[:32]
