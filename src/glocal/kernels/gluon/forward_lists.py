@@ -45,6 +45,13 @@ def lengths(lists, b, h, block, blocks, C: gl.constexpr):
 
 
 @gluon.jit
+def head_of(tile, lists, work, C: gl.constexpr):
+    """Sample, query head and query block of a tile, and its `lengths`."""
+    b, h, block = place_of(tile, work)
+    return (b, h, block), lengths(lists, b, h, block, work[2], C)
+
+
+@gluon.jit
 def entry_of(row, step, J: gl.constexpr, C: gl.constexpr):
     """Number in the list of the key block number J of a step; -1 for the one that is lacking."""
     if C.keys > C.block:

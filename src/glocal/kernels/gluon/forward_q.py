@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from glocal.kernels.gluon import layouts
 from glocal.kernels.gluon.forward_fetch import after, fetch
-from glocal.kernels.gluon.forward_lists import block_of, entry_of, lengths, masks_of, place_of, row_of
+from glocal.kernels.gluon.forward_lists import block_of, entry_of, head_of, masks_of, row_of
 from glocal.kernels.gluon.forward_tile import capped, factor, opened, packed, scores, weigh
 from glocal.kernels.gluon.masks import hidden, load_words, pad_words
 
@@ -104,9 +104,9 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
     zero = gl.to_tensor(0)
     slots = (zero, zero, zero, zero)  # slot and phase of keys, of values
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
+    at, line = head_of(gl.program_id(0), lists, work, C)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, h, block = place_of(tile, work)
-        line = lengths(lists, b, h, block, work[2], C)
+        coming = gl.minimum(tile + gl.num_programs(0), tiles - 1)
         count = line[4]
         hiding = count if masks[1] is not None else line[3]
         top = gl.full([64], float("-inf"), gl.float32, layout=row)
@@ -114,6 +114,9 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
         acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
         if count > 0:
             k_slot, k_phase, v_slot, v_phase = slots
+            if HIDES:
+                numbers = masks_of(lists, line, 0, C)
+                word = words_of(lists, masks, line, 0, numbers, at, PART * 64, C)
             mbarrier.wait(q_ready.index(q_slot), q_phase)
             q = shared[0].index(q_slot * PARTS + PART).reshape([64, D])
             if C.held:
@@ -125,15 +128,14 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
             k_slot, k_phase = after(k_slot, k_phase, STAGES)
             s = capped(s, score)
             if HIDES:
-                numbers = masks_of(lists, line, 0, C)
-                s = hidden(s, words_of(lists, masks, line, 0, numbers, (b, h), PART * 64, C), KEYS)
+                s = hidden(s, word, KEYS)
             p, top, total, _ = weigh(s, top, total, factor(score), KEYS)
             p = packed(p, shared[2].dtype, KEYS)
             slots = (k_slot, k_phase, v_slot, v_phase)
             if HIDES:
                 numbers = masks_of(lists, line, 1, C)
                 for i in range(1, hiding):
-                    word = words_of(lists, masks, line, i, numbers, (b, h), PART * 64, C)
+                    word = words_of(lists, masks, line, i, numbers, at, PART * 64, C)
                     numbers = masks_of(lists, line, i + 1, C)
                     acc, p, top, total, slots = advance(
                         acc, p, top, total, slots, q, shared, ready, word, score, C, True
@@ -146,12 +148,16 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
             acc = warpgroup_mma(left, shared[2].index(v_slot), acc, is_async=True)
             if not C.held:
                 mbarrier.arrive(q_free.index(q_slot))
+            next_at, line = head_of(coming, lists, work, C)  # while the last product is made
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_free.index(v_slot))
             v_slot, v_phase = after(v_slot, v_phase, STAGES)
             slots = (k_slot, k_phase, v_slot, v_phase)
             q_slot, q_phase = after(q_slot, q_phase, QUERIES)
-        put(acc, top, total, out, (b, h, block), block * ROWS + PART * 64, work[1], ill, C)
+        else:
+            next_at, line = head_of(coming, lists, work, C)
+        put(acc, top, total, out, at, at[2] * ROWS + PART * 64, work[1], ill, C)
+        at = next_at
 
 
 @gluon.jit
