@@ -380,9 +380,7 @@ def test_two_key_blocks_in_a_step(keys: int, generator: torch.Generator) -> None
     from glocal.kernels.gluon.tuning import tuning
 
     for blocks, dims in (((64, 64), (64, 64)), ((64, 64), (128, 128)), ((128, 64), (128, 128)), ((128, 64), (32, 80))):
-        tuned = replace(tuning(blocks, max(dims)), keys=keys, stages=2)
-        if max(dims) > 64:
-            tuned = replace(tuned, most=168, held=False)
+        tuned = replace(tuning(blocks, max(dims)), keys=keys, stages=2, most=168, held=False)
         causal = plan(CausalWindow(190), Canvas((410,)), PlanSpec(*blocks))
         for made in (window(500, 301, blocks), window(450, 70, blocks), causal):
             x = inputs(made, Sizes((2, 1), dims), generator)
