@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Shape:
     wide: bool
 
     @staticmethod
+    @lru_cache
     def of(blocks: tuple[int, int], dims: tuple[int, int], masked: bool, tuned: Tuning) -> Shape:
         """For (query, key) block sizes and (key, value) head sizes."""
         return Shape(
@@ -68,6 +70,7 @@ class Shape:
         )
 
 
+@lru_cache
 def tuning(blocks: tuple[int, int], width: int) -> Tuning:
     """For (query, key) blocks of 64 or 128 and the larger padded head size, as `bench/kernels_hopper.py` found best."""
     if blocks[0] == 64:
