@@ -180,7 +180,7 @@ def put(acc, top, total, out, at, first, heads, ill, C: gl.constexpr):
     to = (at[0].to(gl.int64) * heads + at[1]) * n + token
     gl.store(lse + to, top * LN2 + gl.log(total), mask=token >= 0)
     acc = acc.to(values.dtype.element_ty)
-    if C.wide:
+    if DV >= 32:  # whole sectors of memory at once
         row: gl.constexpr = gl.SliceLayout(1, layouts.lines(DV))
         column = gl.arange(0, DV, layout=gl.SliceLayout(0, layouts.lines(DV)))
         acc = gl.convert_layout(acc, layouts.lines(DV))

@@ -24,7 +24,6 @@ class Tuning:
     most: int = 168
     held: bool = False
     pinned: bool = False
-    wide: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,6 @@ class Shape:
     registers: int
     held: bool
     pinned: bool
-    wide: bool
 
     @staticmethod
     @lru_cache
@@ -66,7 +64,6 @@ class Shape:
             registers=tuned.registers,
             held=bool(tuned.held),
             pinned=bool(tuned.pinned),
-            wide=bool(tuned.wide),
         )
 
 
@@ -80,7 +77,9 @@ def tuning(blocks: tuple[int, int], width: int) -> Tuning:
         return replace(small, held=True, most=80 if width <= 64 else 128)
     if width > 128:
         return Tuning(keys=64)
-    return Tuning(keys=blocks[1], stages=3, queries=2) if width <= 64 else Tuning()
+    if width <= 64:
+        return Tuning(keys=blocks[1], stages=3, queries=2)
+    return Tuning(queries=2) if blocks[1] == 64 else Tuning()  # lists of blocks of 64 may be short
 
 
 def padded(size: int) -> int:

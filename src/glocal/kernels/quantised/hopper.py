@@ -23,6 +23,10 @@ from glocal.kernels.gluon.powers import powers
 
 LOG2E = gl.constexpr(1.4426950408889634)
 LN2 = gl.constexpr(0.6931471805599453)
+PACK = gl.constexpr(
+    "{ .reg .b16 a, b; cvt.rn.satfinite.e4m3x2.f32 a, $2, $1; cvt.rn.satfinite.e4m3x2.f32 b, $4, $3; "
+    "mov.b32 $0, {a, b}; }"
+)
 
 
 @constexpr_function
@@ -126,14 +130,31 @@ def weigh(s, top, total, factor, SHIFT: gl.constexpr, EMULATE: gl.constexpr):
 
 
 @gluon.jit
-def as_operand(p, kind: gl.constexpr, BK: gl.constexpr, DV: gl.constexpr):
-    """Weights as the left operand of the second product. In 8 bits no register moves: keys change places."""
+def packed(p, kind: gl.constexpr, BK: gl.constexpr, DV: gl.constexpr):
+    """Weights [64, BK] as the left operand of the second product keeps them. In 8 bits no register moves: keys change
+    places, and four weights make a word, int32 [64, BK / 16, 4]. Carried through a loop as single numbers they would be
+    taken apart and put together in every round.
+    """
     if kind.primitive_bitwidth == 8:
         # A lane owns keys 8 i + 2 c + j of 16 and multiplies places 4 c + 2 i + j.
-        p = gl.permute(gl.reshape(p.to(kind), [64, BK // 16, 2, 4, 2]), (0, 1, 3, 2, 4))
-        return gl.convert_layout(gl.reshape(p, [64, BK]), operand(DV, 8), assert_trivial=True)
+        even, odd = gl.split(gl.permute(gl.reshape(p, [64, BK // 16, 2, 4, 2]), (0, 1, 3, 2, 4)))
+        first, third = gl.split(even)
+        second, fourth = gl.split(odd)
+        return gl.inline_asm_elementwise(PACK, "=r,f,f,f,f", [first, second, third, fourth], gl.int32, True, 1)
     else:
         return gl.convert_layout(p.to(kind), operand(DV, 16))
+
+
+@gluon.jit
+def opened(p, kind: gl.constexpr, BK: gl.constexpr, DV: gl.constexpr):
+    """The left operand that `packed` packed."""
+    if kind.primitive_bitwidth == 8:
+        even = gl.join(p.to(gl.int8), (p >> 16).to(gl.int8))
+        odd = gl.join((p >> 8).to(gl.int8), (p >> 24).to(gl.int8))
+        p = gl.reshape(gl.join(even, odd), [64, BK]).to(kind, bitcast=True)
+        return gl.convert_layout(p, operand(DV, 8), assert_trivial=True)
+    else:
+        return p
 
 
 @gluon.jit
@@ -182,7 +203,7 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                 mask = gl.load(lists[2][3] + place * lists[2][2], mask=full == 0, other=lists[3])
                 s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
             p, top, total, _ = weigh(s, top, total, mine * key, SHIFT, EMULATE)
-            p = as_operand(p, kind, BK, DV)
+            p = packed(p, kind, BK, DV)
             for i in range(1, count):
                 key = coming  # a scale is read one block ahead: that takes as long as a product
                 ahead = entry(lists, place, full, gl.minimum(i + 1, count - 1))
@@ -190,7 +211,8 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                 mbarrier.wait(k_ready.index(k_slot), k_phase)
                 s = scores(q, shared[1], k_slot, BK, WHOLE)
                 mbarrier.wait(v_ready.index(v_slot), v_phase)
-                acc = warpgroup_mma(p, values(shared[2], v_slot, TURNED), acc, is_async=True)
+                left = opened(p, kind, BK, DV)
+                acc = warpgroup_mma(left, values(shared[2], v_slot, TURNED), acc, is_async=True)
                 s = warpgroup_mma_wait(1, deps=[s])
                 mbarrier.arrive(k_free.index(k_slot))
                 s = s.to(gl.float32)
@@ -199,17 +221,19 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
                         mask = gl.load(lists[2][3] + place * lists[2][2] + (i - full))
                         s = hidden_here(s, load_words(table, mask, PART * 64, BQ, BK), BK)
                 weights, top, total, old = weigh(s, top, total, mine * key, SHIFT, EMULATE)
-                weights = weights.to(kind)
-                acc = awaited(acc, p)
+                acc, weights = warpgroup_mma_wait(
+                    0, deps=[acc, weights]
+                )  # before it, none may take the place of `left`
                 mbarrier.arrive(v_free.index(v_slot))
                 k_slot, k_phase = after(k_slot, k_phase, STAGES)
                 v_slot, v_phase = after(v_slot, v_phase, STAGES)
                 acc = acc * gl.expand_dims(gl.convert_layout(old, side), 1)
-                p = as_operand(weights, kind, BK, DV)
+                p = packed(weights, kind, BK, DV)
             mbarrier.wait(v_ready.index(v_slot), v_phase)
-            acc = warpgroup_mma(p, values(shared[2], v_slot, TURNED), acc, is_async=True)
+            left = opened(p, kind, BK, DV)
+            acc = warpgroup_mma(left, values(shared[2], v_slot, TURNED), acc, is_async=True)
             mbarrier.arrive(q_free)
-            acc = awaited(acc, p)
+            acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(v_free.index(v_slot))
             v_slot, v_phase = after(v_slot, v_phase, STAGES)
             q_phase = q_phase ^ 1
@@ -221,17 +245,6 @@ def attend(given, PART: gl.constexpr, BQ: gl.constexpr, BK: gl.constexpr, STAGES
         row = (first + gl.arange(0, 64, layout=side)).to(gl.int64)
         gl.store(out[0] + gl.expand_dims(row * DV, 1) + gl.expand_dims(column, 0), acc.to(out[0].dtype.element_ty))
         gl.store(out[1] + row, gl.where(total == 0, float("-inf"), (top + gl.log2(total) - SHIFT) * LN2))
-
-
-@gluon.jit
-def awaited(acc, p):
-    """Wait for the second product. Its left operand must keep its registers until then."""
-    if p.dtype.primitive_bitwidth == 8:
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [p], p.dtype, is_pure=False, pack=4)  # waits take 16 bits
-    else:
-        acc, p = warpgroup_mma_wait(0, deps=[acc, p])
-    return acc
 
 
 @gluon.jit
