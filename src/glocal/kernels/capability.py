@@ -76,6 +76,7 @@ class Capability:
     group_ratios: query heads a key head. blocks: (query, key) block sizes worth planning for, best first.
     most_pairs: batch * heads * Nq * Nk that it may hold at once on devices `most_pairs_on` (empty: on all); None where
         it never holds them.
+    most_heads: batch * query heads that it takes on CUDA.
     most_keys: keys of a tile that it may hold where it needs windows, with heads of `keys_at` channels or fewer; of
         wider ones as many fewer (`keys_held`).
     deterministic: two calls give equal bits. note: how it computes, for people.
@@ -111,6 +112,7 @@ class Capability:
     keys_at: int = 64
     most_pairs: int | None = None
     most_pairs_on: tuple[str, ...] = ()
+    most_heads: int | None = None
     deterministic: bool = True
     by_name_only: str | None = None
     graphs: bool = False
@@ -180,6 +182,8 @@ def refusals(
     limited = not c.most_pairs_on or r.device in c.most_pairs_on
     if c.most_pairs is not None and limited and pairs > c.most_pairs:
         out.append(f"{pairs:,} query-key pairs at once (legal: up to {c.most_pairs:,}, it holds them all)")
+    if c.most_heads is not None and r.device == "cuda" and r.batch * r.q_heads > c.most_heads:
+        out.append(f"{r.batch * r.q_heads:,} heads of all samples (legal: up to {c.most_heads:,})")
     return out
 
 

@@ -24,6 +24,7 @@ CAPABILITY = Capability(
     dtypes=ALL_DTYPES,
     note="fastest fused dense attention of torch with LSE (cuDNN, FlashAttention, CPU flash), own tiles for the rest",
     sparse=False,
+    deterministic=False,  # unless torch asks for it: cuDNN's gradients of queries are else summed as they come
     graphs=True,
 )
 

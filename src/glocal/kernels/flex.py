@@ -38,10 +38,13 @@ CAPABILITY = Capability(
     empty=False,
     most_pairs=1 << 24,
     most_pairs_on=("cpu",),
+    most_heads=65_535,  # its second grid axis
     deterministic=False,
 )
 
 _BACKWARD = Limits(keys=1 << 18, scores=1 << 26)
+# Kinds of calls on CUDA for which the stages that torch chooses want more shared memory than the card has: one stage.
+_LEAN: set[Any] = set()
 
 
 def missing(device: str) -> str | None:
@@ -95,7 +98,15 @@ def _run(
     grouped = q.shape[1] != k.shape[1]
     if q.device.type == "cuda":
         kind = (q.dtype, q.shape, k.shape, v.shape, kinds)
-        return _compiled(kind)(q, k, v, score_mod, block_mask, scale, grouped, return_lse=True)
+        given = (q, k, v, score_mod, block_mask, scale, grouped)
+        if kind not in _LEAN:
+            try:
+                return _compiled(kind)(*given, return_lse=True)
+            except RuntimeError as error:
+                if "No valid triton configs" not in str(error):
+                    raise
+                _LEAN.add(kind)
+        return _compiled((kind, "lean"))(*given, return_lse=True, kernel_options={"num_stages": 1})
     from torch.nn.attention.flex_attention import flex_attention_hop
 
     if grouped:

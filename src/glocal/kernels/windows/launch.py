@@ -247,7 +247,9 @@ def all_rows(tiles: Iterable[Tiles], n: int) -> bool:
 def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
     assert call.plan is not None
     if any(n * t.stride(2) >= 2**31 for t, n in ((q, q.shape[2]), (k, k.shape[2]), (v, v.shape[2]))):
-        raise ValueError("backend='windows': one head of one image spans 2^31 entries or more; legal: fewer.")
+        raise ValueError(
+            "backend='windows' cannot run this call: one head of one image spans 2^31 entries or more; legal: fewer."
+        )
     if len(call.bias) > 1 or any(not isinstance(bias, TableBias) for bias in call.bias):
         raise ValueError(f"backend='windows': {len(call.bias)} biases; legal: one relative table.")
     widths = padded(q.shape[3]), padded(v.shape[3])

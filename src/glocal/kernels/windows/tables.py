@@ -75,7 +75,8 @@ def _tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tab
         raise ValueError("backend='windows': the plan has lists or orders by sample or head; legal: one for all.")
     if kv_block != 32 or bool(plan.full_count.any()):
         raise ValueError(
-            f"backend='windows': key blocks of {kv_block} tokens, {int(plan.full_count.sum())} of them full; legal: "
+            f"backend='windows' cannot run this call: key blocks of {kv_block} tokens, "
+            f"{int(plan.full_count.sum())} of them full; legal: "
             "partial blocks of 32 (glocal.plan.windows.window_plan makes such plans)."
         )
     rows = plan.q_order.view(-1, q_block)  # [tiles, M]
