@@ -11,7 +11,7 @@ from glocal.kernels.call import Call
 
 @pytest.mark.parametrize(
     ("batch", "heads", "expected"),
-    [(2, 4, "cudnn"), (16_383, 4, "cudnn"), (16_384, 4, "flash"), (65_536, 1, "tiles")],
+    [(2, 4, "cudnn"), (16_383, 4, "cudnn"), (16_384, 4, "flash"), (65_536, 1, "tiles"), (1, 70_000, "tiles")],
 )
 def test_many_small_samples_stay_within_the_grid(
     batch: int, heads: int, expected: str, monkeypatch: pytest.MonkeyPatch

@@ -22,7 +22,7 @@ from glocal.plan.facts import OrderFacts, declare_order, declare_sound
 Engine = Literal["cudnn", "flash", "tiles"]
 _ATEN = torch.ops.aten
 _BLOCK = 128
-_GRID = 65_535  # the end of the grid axes on which both count samples, cuDNN times heads: small windows reach it
+_GRID = 65_535  # the end of the grid axes on which both count samples and heads, cuDNN their product
 
 
 def engine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Engine | None:
@@ -34,7 +34,7 @@ def engine(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Engine | None:
     if bare and half and q.shape[3] == v.shape[3] and q.shape[3] % 8 == 0 and q.shape[3] <= 256 and call.scale > 0:
         if q.shape[0] * q.shape[1] <= _GRID and q.shape[3] <= 128 and _cudnn(q.device.index):
             return "cudnn"
-        if q.shape[0] <= _GRID:
+        if max(q.shape[:2]) <= _GRID:
             return "flash"
     own = q.dtype != torch.float64 and max(q.shape[3], v.shape[3]) <= 256 and _triton()
     return "tiles" if own else None
@@ -60,7 +60,7 @@ def backward(
     """Gradients through out and LSE; None if no engine takes the call."""
     chosen = engine(q, k, v, call)
     if chosen == "cudnn" and torch.are_deterministic_algorithms_enabled():  # cuDNN adds up in the order of arrival
-        chosen = "flash" if q.shape[0] <= _GRID else "tiles"
+        chosen = "flash"
     if chosen in ("cudnn", "flash") and call.lse_grad:
         chosen = "tiles" if _triton() else None
     if chosen is None:
