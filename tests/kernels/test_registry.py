@@ -72,6 +72,15 @@ def test_what_runs_by_name_only_is_passed_over(monkeypatch: pytest.MonkeyPatch) 
     assert "triton: could run too (not yet measured on a GPU)" in text
 
 
+def test_more_heads_than_a_grid_counts_are_refused() -> None:
+    from glocal.kernels import flex
+
+    many = replace(BASE, device="cuda", q_heads=40_000, kv_heads=40_000, batch=2)
+    words = "80,000 heads of all samples (legal: up to 65,535)"
+    assert words in refusals(flex.CAPABILITY, many, (128, 128), "2.11.0")
+    assert words not in refusals(flex.CAPABILITY, replace(many, device="cpu"), (128, 128), "2.11.0")
+
+
 def test_the_reference_is_no_fallback_for_large_inputs() -> None:
     large = replace(BASE, dropout=True, nq=131072, nk=131072)
     with pytest.raises(
