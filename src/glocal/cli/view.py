@@ -191,6 +191,8 @@ def _plan(tensors: Mapping[str, Tensor]) -> Drawn:
     """Full blocks dark, partial ones light, hidden ones white."""
     import torch
 
+    from glocal.plan.blockplan import BlockLists
+
     count, index = tensors["full_count"], tensors["full_index"]
     order = tensors.get("kv_order")
     used = [int(tensors[f"{kind}_index"].max()) + 1 for kind in ("full", "part") if tensors[f"{kind}_index"].numel()]
@@ -198,9 +200,8 @@ def _plan(tensors: Mapping[str, Tensor]) -> Drawn:
     picture = torch.zeros(count.shape[1], columns)
     for kind, value in (("part", 0.5), ("full", 1.0)):
         count, index = tensors[f"{kind}_count"], tensors[f"{kind}_index"]
-        live = torch.arange(index.shape[-1]) < count[..., None]
-        u, row, place = live.nonzero(as_tuple=True)
-        picture[row, index[u, row, place].long()] = value
+        _, row, column, _ = BlockLists(count, index).entries()
+        picture[row, column] = value
     note = "" if order is None else f", {order.shape[-1]} key slots"
     words = f"plan: {picture.shape[0]} query blocks x {columns} key blocks, full dark, partial light{note}"
     return Drawn("plan.png", words, float((picture > 0).float().mean()), _map(picture))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from glocal.kernels.call import PlanTensors
+from glocal.plan.blockplan import BlockLists
 
 _NEARLY = 0.85  # share of the key blocks from which a list is widened to all of them
 
@@ -102,7 +103,7 @@ def _check(plan: PlanTensors, blocks: tuple[int, int]) -> None:
                 f"BlockPlan: a count of {int(count.max())} exceeds {name} of width {index.shape[-1]}; "
                 f"legal: 0 to {index.shape[-1]}."
             )
-        live = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+        live = BlockLists(count, index).live
         bad = index[live & ((index < 0) | (index >= legal))]
         if bad.numel():
             raise ValueError(f"BlockPlan: {name} holds {int(bad[0])}; legal: 0 to {legal - 1}.")

@@ -21,6 +21,7 @@ from glocal.kernels import _blockwise
 from glocal.kernels._jobs import Limits
 from glocal.kernels.call import Bias, Call, DenseBias, Grads, PlanTensors
 from glocal.kernels.capability import Capability, Sizes, installed
+from glocal.plan.blockplan import BlockLists
 
 Mod = Callable[..., Tensor]
 
@@ -160,14 +161,13 @@ def _table(call: Call, plan: PlanTensors, k_tokens: Tensor, device: str) -> Tens
     table = torch.full((lists, q_blocks, k_tokens.shape[-1] // call.kv_block), part, device=k_tokens.device).int()
     times = torch.zeros_like(table)
     again = torch.zeros((), dtype=torch.bool, device=table.device)
-    for index, count, rows in (
-        (plan.full_index, plan.full_count, None),
-        (plan.part_index, plan.part_count, plan.part_mask),
+    for lists in (
+        BlockLists(plan.full_count, plan.full_index),
+        BlockLists(plan.part_count, plan.part_index, plan.part_mask),
     ):
-        live = torch.arange(index.shape[-1], device=index.device) < count[..., None]
-        u, row, place = live.nonzero(as_tuple=True)
-        at = (u, row, index[u, row, place].long())
-        value = torch.full_like(at[0], full).int() if rows is None else rows[u, row, place]
+        u, row, column, rows = lists.entries()
+        at = (u, row, column)
+        value = torch.full_like(at[0], full).int() if rows is None else rows.int()
         times.index_put_(at, torch.ones_like(value), accumulate=True)
         table.index_put_(at, value)
         again = again | (table[at] != value).any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import prod
 
 import torch
@@ -65,7 +66,6 @@ def _split(flat: Tensor, pads: PadTable, width: int) -> tuple[BlockLists, BlockL
     kind = pads.which_k[0, 0]
     every, some = pads.every[kind], pads.some[kind]
     full = BlockLists(*compact(flat & every, width))
-    count, index = compact(flat & (some & ~every), min(pads.padded, width))
-    live = torch.arange(index.shape[-1], device=flat.device) < count[..., None]
-    rows = pads.which_q[0, 0][:, None] * pads.kinds + kind[index.long()]
-    return full, BlockLists(count, index, torch.where(live, rows, 0).int())
+    partial = BlockLists(*compact(flat & (some & ~every), min(pads.padded, width)))
+    rows = pads.which_q[0, 0][:, None] * pads.kinds + kind[partial.index.long()]
+    return full, replace(partial, mask=torch.where(partial.live, rows, 0).int())

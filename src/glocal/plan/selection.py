@@ -345,12 +345,12 @@ def assemble(selection: Selection, found: _Settled, *, rising_already: bool = Fa
             f"Selection: a list names a key group outside 0 to {selection.kv_part.groups - 1}, or more than {most} "
             "groups."
         )
+    full = BlockLists(count, index)
     if found.state is None or found.row is None:
         none = torch.zeros(b * h, groups, 0, dtype=torch.int32, device=index.device)
-        full = BlockLists(count, index)
         partial = BlockLists(torch.zeros_like(full.count), none, none)
     else:
-        live = torch.arange(most, device=index.device) < count[..., None]
+        live = full.live
         state, row = (t.reshape(b * h, groups, most) for t in (found.state, found.row))
         if place is not None:
             state, row = (t.gather(-1, place.long()) for t in (state, row))

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.kernels.triton.lists import Turned, by_key
-from glocal.plan.blockplan import unpack
+from glocal.plan.blockplan import BlockLists, unpack
 
 PARTS = 2  # of the keys of a block, at most, one a warp group
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -39,7 +39,7 @@ def steps(plan: PlanTensors, blocks: tuple[int, int], tile: int, keys: int) -> T
 def _steps(plan: PlanTensors, blocks: tuple[int, int], tile: int, keys: int) -> Turned:
     subs, index, kv_blocks = blocks[0] // tile, plan.part_index, plan.kv_order.shape[-1] // blocks[1]
     code = codes(plan.masks, blocks, tile, keys)  # [M, subs]
-    live = torch.arange(index.shape[-1], device=index.device) < plan.part_count[..., None]  # [U, query blocks, most]
+    live = BlockLists(plan.part_count, index).live  # [U, query blocks, most]
     mask = torch.where(live, plan.part_mask, 0).long()
     if code.shape[0] == 0:
         code = code.new_zeros(1, subs)

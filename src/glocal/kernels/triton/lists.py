@@ -11,6 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from glocal.kernels._jobs import _check
 from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
+from glocal.plan.blockplan import BlockLists
 from glocal.plan.facts import declared_sound, declared_turned
 
 # Plans whose lists were checked, and their lists by key block, by the tensor of their full lists.
@@ -83,9 +84,7 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
 
 
 def _turn(count: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
-    most = index.shape[-1]
-    live = torch.arange(most, device=index.device) < count[..., None]
-    return by_key(live, index, mask, kv_blocks)
+    return by_key(BlockLists(count, index).live, index, mask, kv_blocks)
 
 
 def by_key(live: Tensor, index: Tensor, mask: Tensor | None, kv_blocks: int) -> Turned:
