@@ -19,6 +19,7 @@ from torch.nn.functional import interpolate
 from glocal.adapt.c_upscale import CUpscale, CUpscaleSettings, Row, c_upscale
 from glocal.adapt.c_upscale_hosts import Denoiser, Words, denoiser_of
 from glocal.adapt.maps import Box
+from glocal.adapt.presets import changed_in
 from glocal.ops.frequency import low_pass
 from glocal.ops.tiles import Tile, blend, tiles
 
@@ -69,7 +70,7 @@ def upscale(
     Raises ValueError for sizes, words or settings that do not fit.
     """
     denoiser = denoiser_of(pipe)
-    settings = _settings(settings, changed)
+    settings = changed_in("c_upscale", CUpscaleSettings() if settings is None else settings, changed)
     if output_type not in ("pt", "latent"):
         raise ValueError(f"upscale: output_type={output_type!r}; legal: 'pt', 'latent'.")
     given = pictures_of(picture)
@@ -120,14 +121,6 @@ def pictures_of(picture: Tensor | Any) -> Tensor:
     if found.dim() != 4 or found.shape[1] != 3:
         raise ValueError(f"upscale: picture of shape {tuple(found.shape)}; legal: [3, h, w], [B, 3, h, w] in colour.")
     return found
-
-
-def _settings(settings: CUpscaleSettings | None, changed: dict[str, Any]) -> CUpscaleSettings:
-    legal = list(CUpscaleSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"c_upscale: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    return replace(CUpscaleSettings() if settings is None else settings, **changed)
 
 
 def _sizes(denoiser: Denoiser, given: Tensor, size: tuple[int, int]) -> None:

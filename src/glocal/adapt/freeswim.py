@@ -19,7 +19,7 @@ from torch import Tensor
 
 from glocal.adapt.attach import Handle, attach, sites_of
 from glocal.adapt.pipelines import is_pipeline, parts
-from glocal.adapt.presets import Preset, chosen
+from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import Core, RunState, Site, SiteCall
 from glocal.adapt.sparse import Ran, Relation, SparseMethod, media_grid
 from glocal.ops import Score, attention
@@ -234,8 +234,4 @@ def freeswim(
         layers = max(site.layer for site in sites_of(model)) + 1
         large = preset is None and len(found) == 1 and layers >= 40
         settings = chosen("freeswim", PRESETS, model, "wan2.1-14b" if large else preset)
-    legal = list(FreeSwimSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"freeswim: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    return attach(model, FreeSwim(replace(settings, **changed), backend=backend))
+    return attach(model, FreeSwim(changed_in("freeswim", settings, changed), backend=backend))

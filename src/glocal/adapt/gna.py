@@ -7,13 +7,13 @@ of the same plan, which equals the published merge of two attentions by their lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from glocal.adapt.attach import Handle, attach
-from glocal.adapt.presets import Preset, chosen
+from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import SiteCall
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
 from glocal.patterns.neighborhood import Neighborhood
@@ -117,7 +117,4 @@ def gna(
         found = GNASettings(Window(tuple(window), stride, dilation))
     else:
         found = chosen("gna", PRESETS, model, preset) if settings is None else settings
-    for name in changed:
-        if name not in ("dense_steps", "dense_layers"):
-            raise ValueError(f"gna: {name}={changed[name]!r} is unknown; legal: dense_steps, dense_layers.")
-    return attach(model, GNA(replace(found, **changed), backend=backend))
+    return attach(model, GNA(changed_in("gna", found, changed), backend=backend))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from glocal.adapt.hidiffusion_control import shrink_control
 from glocal.adapt.hidiffusion_schedule import PRESETS, HiSettings, phases, recognised, stages_of
 from glocal.adapt.hidiffusion_windows import window_attention
 from glocal.adapt.pipelines import is_pipeline
-from glocal.adapt.presets import chosen
+from glocal.adapt.presets import changed_in, chosen
 from glocal.adapt.records import Block, RunState, Site
 
 _SEED = 0
@@ -253,11 +252,7 @@ def hidiffusion(
     """
     if settings is None:
         settings = _settings(model, preset)
-    legal = list(HiSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"hidiffusion: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    settings = replace(settings, **changed)
+    settings = changed_in("hidiffusion", settings, changed)
     if not stages_of(model):
         raise ValueError(f"hidiffusion: {_seen(model)}; legal: a UNet.")
     if not settings.raunet and not settings.window_attention:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, TypeVar
 
+from glocal._errors import check_choice, nearest
 from glocal.adapt.pipelines import is_pipeline, parts
 
 T = TypeVar("T")
@@ -46,9 +46,7 @@ def chosen(who: str, presets: Mapping[str, Preset[T]], model: Any, name: str | N
             f"{who}: nothing is published for {_class(model)}; known: {', '.join(presets)}. Give the settings "
             f"yourself: {who}(model, settings=...)."
         )
-    if name not in presets:
-        near = get_close_matches(name, presets, n=1, cutoff=0.0)
-        raise ValueError(f"{who}: preset={name!r} is unknown; legal: {', '.join(presets)}; nearest: {near[0]}.")
+    check_choice(f"{who}: preset", name, presets)
     if not presets[name].fits(model):
         mine = [n for n, p in presets.items() if p.fits(model)]
         raise ValueError(
@@ -56,6 +54,16 @@ def chosen(who: str, presets: Mapping[str, Preset[T]], model: Any, name: str | N
             f"{', '.join(mine) if mine else 'none'}."
         )
     return presets[name].settings
+
+
+def changed_in(who: str, settings: T, changed: Mapping[str, Any]) -> T:
+    """The settings, a dataclass, with single fields changed; ValueError for a name that is no field."""
+    legal = [f.name for f in fields(settings)]  # type: ignore[arg-type]
+    for name, value in changed.items():
+        if name not in legal:
+            near = nearest(name, legal)
+            raise ValueError(f"{who}: {name}={value!r} is unknown; legal: {', '.join(legal)}; nearest: {near}.")
+    return replace(settings, **changed)  # type: ignore[type-var]
 
 
 def _class(model: Any) -> str:

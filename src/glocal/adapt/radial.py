@@ -7,7 +7,7 @@ and layers; text of a joint sequence sees and is seen by everything, as many wor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from glocal.adapt.attach import Handle, attach
 from glocal.adapt.lora import with_lora
-from glocal.adapt.presets import Preset, chosen
+from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import SiteCall
 from glocal.adapt.rectified_spaattn import partitions, word_keys
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
@@ -118,11 +118,7 @@ def radial(
     Raises ValueError for a preset of another class, an unknown field, a host without a grid of frames.
     """
     found = chosen("radial", PRESETS, model, preset) if settings is None else settings
-    legal = list(RadialSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"radial: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    method = Radial(replace(found, **changed), backend=backend)
+    method = Radial(changed_in("radial", found, changed), backend=backend)
     return attach(model, method) if lora is None else with_lora(model, method, lora)
 
 

@@ -9,7 +9,7 @@ blocks that their means stand for come back as mean values (`glocal.ops.rectify`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import Any, Literal
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.attach import Handle, attach
-from glocal.adapt.presets import Preset, chosen
+from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import SiteCall
 from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
 from glocal.canvas import Canvas, Layout, Order
@@ -222,8 +222,4 @@ def rectified_spaattn(
     Raises ValueError for a preset of another class, an unknown field, a canvas without one media grid.
     """
     found = chosen("rectified_spaattn", PRESETS, model, preset) if settings is None else settings
-    legal = list(SpaSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"rectified_spaattn: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    return attach(model, RectifiedSpaAttn(replace(found, **changed), backend=backend))
+    return attach(model, RectifiedSpaAttn(changed_in("rectified_spaattn", found, changed), backend=backend))

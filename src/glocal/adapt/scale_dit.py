@@ -7,7 +7,7 @@ image, and from then on every forward runs [text, image, low] with local attenti
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
 from inspect import signature
@@ -21,7 +21,7 @@ from glocal.adapt import scale_dit_flux, scale_dit_flux2, scale_dit_image_blocks
 from glocal.adapt.attach import Handle, Method, attach
 from glocal.adapt.lora import lora_tensors
 from glocal.adapt.pipelines import is_pipeline, parts
-from glocal.adapt.presets import Preset, chosen
+from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import Block, RunState, Site
 from glocal.adapt.scale_dit_flux import Guided
 from glocal.adapt.sparse import Ran
@@ -268,15 +268,11 @@ def scale_dit(
     transformer = next(iter(parts(model).values())) if is_pipeline(model) else model
     _family(transformer)
     found = chosen("scale_dit", PRESETS, model, preset) if settings is None else settings
-    legal = list(ScaleDiTSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"scale_dit: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
+    found = changed_in("scale_dit", found, changed)
     if lora is None:
         updates = PartLora({})
     else:
         updates = lora if isinstance(lora, PartLora) else PartLora.read(lora_tensors(lora), alpha)
-    found = replace(found, **changed)
     _sensible(transformer, found)
     _fits(transformer, updates)
     updates.to(next(transformer.parameters()).device)

@@ -8,7 +8,6 @@ do not change; fresh parts run too, but the paper's quality belongs to trained o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial, wraps
 from inspect import signature
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from glocal._errors import check_choice
 from glocal.adapt.attach import Handle, Method, attach, sites_of
-from glocal.adapt.presets import Preset
+from glocal.adapt.presets import Preset, changed_in
 from glocal.adapt.records import Block, RunState, Site
 from glocal.adapt.ultragen_hosts import host_of
 from glocal.adapt.ultragen_parts import UltraGenParts, models_of
@@ -103,15 +103,11 @@ def ultragen(
     models = models_of(model)
     for one in models.values():
         host_of(one)
-    legal = list(UltraGenSettings.__dataclass_fields__)
-    for name in changed:
-        if name not in legal:
-            raise ValueError(f"ultragen: {name}={changed[name]!r} is unknown; legal: {', '.join(legal)}.")
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"ultragen: preset={preset!r} is unknown; legal: {', '.join(PRESETS)}.")
+    if preset is not None:
+        check_choice("ultragen: preset", preset, PRESETS)
     if parts is None:
         base = PRESETS["wan2.1-1.3b" if preset is None else preset].settings if settings is None else settings
-        parts = UltraGenParts(model, replace(base, **changed))
+        parts = UltraGenParts(model, changed_in("ultragen", base, changed))
     else:
         if settings is not None or preset is not None or changed:
             raise ValueError("ultragen: parts bring their settings; legal: parts alone, or settings without parts.")
