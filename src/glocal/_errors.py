@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 
 class GlocalError(Exception):
@@ -24,3 +25,11 @@ def check_choice(name: str, value: str, legal: Iterable[str]) -> None:
     words = list(legal)
     if value not in words:
         raise ValueError(f"{name}={value!r} is unknown; legal: {', '.join(words)}; nearest: {nearest(value, words)}")
+
+
+def check_file(name: str, path: str | Path) -> None:
+    """Raise IsADirectoryError for a folder, FileNotFoundError for a path where nothing is; both say so in words."""
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"{name} {str(path)!r} is a folder; legal: a file.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{name} {str(path)!r} does not exist.")

@@ -52,6 +52,8 @@ def test_captured_calls_give_operator_figures_only(captured: Path, tmp_path: Pat
         (["advise", "demo", "--max", "drift"], "expected METRIC=V"),
         (["advise", "demo", "--effort", "heroic"], "quick"),
         (["advise", "demo", "--workload", "missing.jsonl"], "does not exist"),
+        (["advise", "demo", "--workload", "/"], "workload '/' is a folder; legal: a file"),
+        (["validate", "/", "demo"], "recipe '/' is a folder; legal: a file"),
         (["advise", "demo", "--budget", "soon"], "such as 6h, 30m or 90s"),
         (["advise", "calls.safetensors", "--dry-run"], "Leave it out"),
     ],

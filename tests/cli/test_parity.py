@@ -51,7 +51,7 @@ def test_a_failure_is_exit_code_1(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("nowhere.safetensors",), "no such file: nowhere.safetensors"),
+        (("nowhere.safetensors",), "FILE 'nowhere.safetensors' does not exist"),
         (("--backend", "cpuu"), "no attention backend is called 'cpuu'; closest: cpu; legal: auto"),
         (("--device", "nowhere"), "device='nowhere' cannot be used here"),
     ],

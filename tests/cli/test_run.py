@@ -153,6 +153,7 @@ def test_a_model_of_ones_own(toys: None, tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("demo", "--recipe", "none.json"), "recipe 'none.json' does not exist"),
+        (("demo", "--recipe", "/"), "recipe '/' is a folder; legal: a file"),
         (
             ("demos",),
             "MODEL 'demos' is unknown; legal: demo, demo-image, demo-image-unet, demo-language, package",

@@ -121,7 +121,7 @@ def test_a_plan(tmp_path: Path) -> None:
         (("causal", "--canvas", "8x8", "--query", "9x1"), "--query '9x1' lies outside the canvas; legal: 0..7x0..7"),
         (("causal", "--canvas", "8x8", "--query", "1"), "--query '1' is no place of the canvas"),
         (("none.json",), "recipe 'none.json' does not exist"),
-        (("none.safetensors",), "No such file or directory: none.safetensors"),
+        (("none.safetensors",), "FILE 'none.safetensors' does not exist"),
         (("clip.mp4",), "'clip.mp4': legal: a recipe.json, a .safetensors file, or a pattern's name"),
     ],
 )

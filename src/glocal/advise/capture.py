@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from glocal._errors import check_file
 from glocal.canvas import Canvas
 
 FORMAT = "glocal.capture/1"
@@ -97,8 +98,7 @@ def captured_calls(path: str | Path, canvas: Canvas | None = None) -> list[CallI
     FileNotFoundError, or ValueError naming the call and what is wrong with it.
     """
     file = Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"capture {str(path)!r} does not exist.")
+    check_file("capture", file)
     try:
         with safe_open(file, framework="pt") as handle:
             metadata = handle.metadata()

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from glocal._errors import check_file
 from glocal._files import write_atomic
 from glocal.advise.identity import Mismatch, differences
 from glocal.advise.methods import MethodSpec
@@ -230,8 +231,7 @@ class Recipe:
     def load(path: str | Path) -> Recipe:
         """Read a recipe file; RecipeError says what is wrong with it, FileNotFoundError that it is not there."""
         file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"recipe {str(path)!r} does not exist.")
+        check_file("recipe", file)
         found = Recipe.loads(file.read_text(), str(path))
         beside = {
             n: m if m.masks is None else replace(m, masks=str(file.resolve().parent / m.masks))

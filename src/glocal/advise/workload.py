@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal._errors import check_file
 from glocal.advise.capture import captured_calls
 from glocal.advise.split import apart, shuffled
 from glocal.canvas import Canvas
@@ -112,8 +113,7 @@ class Workload:
         Raises FileNotFoundError, or ValueError with the line number, the field and what is legal.
         """
         file = Path(path)
-        if not file.is_file():
-            raise FileNotFoundError(f"workload {str(path)!r} does not exist.")
+        check_file("workload", file)
         samples: list[Sample] = []
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             if not line.strip():
@@ -145,8 +145,7 @@ class Workload:
         """
         samples: list[Sample] = []
         for path in map(Path, paths):
-            if not path.is_file():
-                raise FileNotFoundError(f"text {str(path)!r} does not exist.")
+            check_file("text", path)
             if not path.stat().st_size:
                 raise ValueError(f"text {str(path)!r} is empty.")
             for length in lengths:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
+from glocal._errors import check_file
 from glocal._files import atomic_dir
 from glocal.cli._common import extents, print_fields, print_json, progress
 from glocal.cli._machine import facts
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
     """Judge the captured calls and write recipe, page and table; whether any layer gained a method."""
-    from pathlib import Path
-
     from glocal.advise import Workload
     from glocal.advise.operator import advise_operator
     from glocal.report import TableReport, render_table, table_csv
@@ -26,8 +25,7 @@ def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
     if len(job.canvas) > 1:
         raise ValueError(f"--canvas: captured calls lie on one canvas, {len(job.canvas)} are given")
     canvas = extents(job.canvas[0], "--canvas") if job.canvas else None
-    if not Path(job.model).is_file():
-        raise FileNotFoundError(f"MODEL {job.model!r} does not exist.")
+    check_file("MODEL", job.model)
     workload = Workload.from_tensors(job.model, canvas)
     limit = job.limits.get("relative_l2", 0.05)
     advice = advise_operator(workload, limit=limit, progress=progress(quiet or as_json))

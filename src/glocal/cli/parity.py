@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from glocal._errors import CheckFailed
+from glocal._errors import CheckFailed, check_file
 from glocal._files import write_atomic
 from glocal.cli._common import Json, Quiet, print_json, print_table, progress
 
@@ -32,8 +32,7 @@ def command(
     from glocal.testing.parity import check_all, table
 
     for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(2, "no such file", str(file))
+        check_file("FILE", file)
     bar = progress(quiet or json)
     results = check_all(files, device, ("auto",) if backend is None else backend, bar)
     bar.close()

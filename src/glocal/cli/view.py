@@ -154,8 +154,9 @@ def _tensors(path: Path) -> Iterator[Drawn]:
     """Every two-dimensional slice of the matrices in a file; a plan's tensors are drawn as one block map."""
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise FileNotFoundError(2, "No such file or directory", str(path))
+    from glocal._errors import check_file
+
+    check_file("FILE", path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
