@@ -2,15 +2,15 @@
 
     python bench/backward_hopper.py [--rows image256:128:aligned:fast,image256:dense] [--repeats 7] [--out FILE.csv]
 
-One head of every case is checked first, block by block in float32; a case that fails prints no speed. Tokens lie in
-plan order, as a model permuted once has them.
+Cases and inputs are those of `glocal bench kernels`; the level-2 cache is as the call before left it. One head of every
+case is checked first, at full size, block by block in float32 and with a gradient of the LSE; a case that fails prints
+no speed. Tokens lie in plan order, as a model permuted once has them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,26 +20,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.canvas import Canvas
+from glocal.bench.kernel_cases import CASES, Case, dense_contenders, inputs
+from glocal.bench.kernels import one_pass
 from glocal.kernels.call import Call, Grads, PlanTensors
 from glocal.kernels.gluon import launch_backward
 from glocal.kernels.triton.launch import Known
-from glocal.patterns import Neighborhood, Pattern, StridedShards
-from glocal.plan import BlockPlan, PlanSpec, plan
-from glocal.plan.blockplan import unpack
+from glocal.measure import time_call
+from glocal.plan.blockplan import BlockPlan, unpack
 
-SHAPES = {
-    "video": ((30, 48, 80), 8, 128, (18, 24, 24), (6, 8, 8)),
-    "image256": ((256, 256), 8, 128, (80, 80), (16, 16)),
-    "image128d64": ((128, 128), 16, 64, (48, 48), (16, 16)),
-}
-SHARDS = {"s2-4-64": (4, 64), "s2-16-16": (16, 16)}  # local blocks and stride; 131,072 tokens, 8 heads of 128
+NAMES = {
+    "video": "video aligned",
+    "image256": "image256 aligned",
+    "image128d64": "image128d64 aligned",
+    "s2-4-64": "S2 local 4 stride 64",
+    "s2-16-16": "S2 local 16 stride 16",
+}  # ours to those of `glocal bench kernels`
 KINDS = ("aligned", "stride1")
 MODES = ("fast", "deterministic")
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class Ready:
     """Inputs of one backward in plan order; flops of its visible pairs, visited pairs over visible ones."""
 
     name: str
@@ -90,9 +91,7 @@ def definition(
         some = slice(start, min(start + chunk, made.q_blocks))
         index = torch.cat([full.index[u, some], part.index[u, some]], 1).long()
         mask = torch.cat([torch.full_like(full.index[u, some], len(seen) - 1), part.mask[u, some]], 1).long()
-        live = torch.cat([
-            torch.arange(t.index.shape[-1], device=q.device) < t.count[u, some, None] for t in (full, part)
-        ], 1)  # fmt: skip
+        live = torch.cat([full.live[u, some], part.live[u, some]], 1)
         c, most = index.shape
         tokens = (index[..., None] * wide + torch.arange(wide, device=q.device)).reshape(c, most * wide)
         visible = (seen[mask] & live[..., None, None]).transpose(1, 2).reshape(c, size, most * wide)
@@ -114,29 +113,30 @@ def definition(
     return (out, lse, *grads) if len(x) > 3 else (out, lse)
 
 
-def case(name: str, block: int, stride_one: bool, dtype: torch.dtype) -> Case:
-    """Random inputs of a shape of the peers' table, or of strided shards."""
-    if name in SHARDS:
-        shape, heads, d = (1 << 17,), 8, 128
-        pattern: Pattern = StridedShards(block, *SHARDS[name], heads_q=heads)
-    else:
-        shape, heads, d, window, stride = SHAPES[name]
-        pattern = Neighborhood(window, stride=1 if stride_one else stride)
-    made = plan(pattern, Canvas(shape), PlanSpec(block, block), device="cuda")
+def shared(name: str) -> Case:
+    """The case of `glocal bench kernels`."""
+    return next(case for case in CASES if case.name == NAMES[name])
+
+
+def ready(name: str, block: int, stride_one: bool) -> Ready:
+    """Random inputs of a case, in blocks that the planner chooses."""
+    case = replace(shared(name), tile=(), block=block)
+    if stride_one:
+        case = replace(case, stride=(1,) * len(case.canvas))
+    made, heads, d = case.compiled("cuda"), case.heads, case.head_dim
     flops, visited = made.flops(heads, d, backward=True), made.visited / made.kept
     n = made.q_order.shape[-1]  # slots without a token stand as tokens that nobody needs
     order = torch.arange(n, dtype=torch.int32)[None, None]
     made = replace(made, q_order=order, kv_order=order.clone()).to("cuda")
-    g = torch.Generator("cuda").manual_seed(0)
-    q, k, v, grad = (torch.randn(1, heads, n, d, generator=g, device="cuda", dtype=dtype) for _ in range(4))
-    grad_lse = torch.randn(1, heads, n, generator=g, device="cuda")
+    q, k, v, grad = inputs(replace(case, canvas=(n,)), "cuda")
+    grad_lse = torch.randn(1, heads, n, generator=torch.Generator("cuda").manual_seed(1), device="cuda")
     found = [definition(made, (q[0, h], k[0, h], v[0, h]), d**-0.5, h) for h in range(heads)]
-    out = torch.stack([f[0] for f in found])[None].to(dtype)
+    out = torch.stack([f[0] for f in found])[None].to(q.dtype)
     lse = torch.stack([f[1] for f in found])[None]
-    return Case(name, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
+    return Ready(name, made, flops, visited, q, k, v, grad, grad_lse, out, lse)
 
 
-def checked(c: Case, found: Grads) -> tuple[float, ...]:
+def checked(c: Ready, found: Grads) -> tuple[float, ...]:
     """Largest error of each gradient of the first head over its largest entry; RuntimeError beyond 2 %."""
     x = tuple(t[0, 0] for t in (c.q, c.k, c.v, c.grad, c.grad_lse))
     want = definition(c.made, x, c.scale)[2:]
@@ -150,22 +150,9 @@ def checked(c: Case, found: Grads) -> tuple[float, ...]:
 
 
 def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median and spread (largest less smallest) of CUDA event times, ms, after three warm-ups.
-
-    The device is kept busy while the calls are queued, so that the host's share is left out.
-    """
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(6_000_000)
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop))
-    return statistics.median(times), max(times) - min(times)
+    """Median and spread (largest less smallest) of the device's time, ms."""
+    time = time_call(run, device="cuda", repeats=repeats)
+    return time.median * 1e3, (max(time.samples) - min(time.samples)) * 1e3
 
 
 def profiled(run: Callable[[], object]) -> dict[str, float]:
@@ -183,18 +170,11 @@ def profiled(run: Callable[[], object]) -> dict[str, float]:
     return {name: round(ms, 3) for name, ms in sorted(times.items(), key=lambda x: -x[1])[:6]}
 
 
-def dense(name: str, dtype: torch.dtype, repeats: int) -> tuple[float, float]:
+def dense(name: str, repeats: int) -> tuple[float, float]:
     """cuDNN's dense backward through torch for the same tokens."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    shape, heads, d, _, _ = SHAPES[name]
-    n = torch.Size(shape).numel()
-    q, k, v, grad = (torch.randn(1, heads, n, d, device="cuda", dtype=dtype) for _ in range(4))
-    for t in (q, k, v):
-        t.requires_grad_()
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
-        return timed(lambda: torch.autograd.grad(out, (q, k, v), grad, retain_graph=True), repeats)
+    case = replace(shared(name), passes="backward")
+    *qkv, grad = inputs(case, "cuda")
+    return timed(one_pass(case, dense_contenders(case, "cuda")["cuDNN dense"], tuple(qkv), grad), repeats)
 
 
 def write(rows: list[dict[str, Any]], path: Path | None) -> None:
@@ -211,8 +191,8 @@ def write(rows: list[dict[str, Any]], path: Path | None) -> None:
 def main() -> None:
     """Check, time, print and write, one row after the other."""
     parser = argparse.ArgumentParser(description=__doc__)
-    every = [f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in SHAPES for k in KINDS for m in MODES]
-    every += [f"{n}:64:aligned:{m}" for n in SHARDS for m in MODES]
+    every = [f"{n}:{b}:{k}:{m}" for b in (128, 64) for n in NAMES if not shared(n).shards for k in KINDS for m in MODES]
+    every += [f"{n}:64:aligned:{m}" for n in NAMES if shared(n).shards for m in MODES]
     parser.add_argument(
         "--rows", default=",".join(every), help="name:block:kind:mode, or name:dense, one after the other"
     )
@@ -224,17 +204,17 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     print(device, flush=True)
-    known: dict[str, Case] = {}
+    known: dict[str, Ready] = {}
     for asked in a.rows.split(","):
         name, *rest = asked.split(":")
         row: dict[str, Any] = {"case": name, "mode": "dense cuDNN"}
         if rest == ["dense"]:
-            row["ms"], row["spread"] = dense(name, torch.bfloat16, a.repeats)
+            row["ms"], row["spread"] = dense(name, a.repeats)
         else:
             block, kind, mode = rest
             key = f"{name} {kind} block {block}"
             if key not in known:
-                known = {key: case(name, int(block), kind == "stride1", torch.bfloat16)}
+                known = {key: ready(name, int(block), kind == "stride1")}
             c = known[key]
             run = partial(c.backward, deterministic=mode == "deterministic")
             errors = checked(c, run())

@@ -88,7 +88,7 @@ def _compiled_ahead(wanted: list[Case], options: Options) -> None:
                 if name not in (*OWN, *options.without) and key not in met:
                     met.add(key)
                     with suppress(Exception):
-                        _timed(case.small, fn, (q, k, v), grad)()
+                        one_pass(case.small, fn, (q, k, v), grad)()
         for job in jobs:
             job.result()
             options.progress.step()
@@ -102,7 +102,7 @@ def _compile(case: Case, device: str) -> None:
         for name, fn in sparse_contenders(some, made, device).items():
             if name in OWN:
                 with suppress(Exception):
-                    _timed(some, fn, (q, k, v), grad)()
+                    one_pass(some, fn, (q, k, v), grad)()
 
 
 def _planning(options: Options) -> list[tuple[Any, ...]]:
@@ -139,7 +139,7 @@ def _case(case: Case, options: Options, checked: dict[Any, dict[str, str]]) -> l
             if not errors[name] <= LIMIT:
                 notes[name] = f"off by {errors[name]:.1e} of the largest entry; limit {LIMIT:g}"
                 continue
-            timed = _timed(case, fn, (q, k, v), grad)
+            timed = one_pass(case, fn, (q, k, v), grad)
             timed()
             good[name] = timed
         except Exception as error:  # a contender that cannot run says why and the others still run
@@ -152,7 +152,7 @@ def _case(case: Case, options: Options, checked: dict[Any, dict[str, str]]) -> l
     return rows
 
 
-def _timed(case: Case, fn: Attend, qkv: tuple[Tensor, ...], grad: Tensor) -> Callable[[], object]:
+def one_pass(case: Case, fn: Attend, qkv: tuple[Tensor, ...], grad: Tensor) -> Callable[[], object]:
     """What is timed: the forward pass, the backward pass alone, or both."""
     if case.passes == "forward":
 
