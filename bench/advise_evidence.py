@@ -1,7 +1,8 @@
 """Is the allocation worth it? On the built-in video model: by residual error with gains of layers and step weights that
 are measured on allocations of one step range ("residual", what `glocal advise` does); with gains of methods as well;
 with step weights of plain methods; without gains; by relative error of the attention output, with step weights measured
-either way in its own units, or none; and plain recipes: at three budgets of attention work, paired over unseen seeds.
+either way in its own units, or none (which `glocal advise` tries too); and plain recipes: at three budgets of attention
+work, paired over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -70,6 +71,7 @@ PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
 BUDGETS = (0.75, 0.6, 0.45)
 KINDS = ("residual", "gains of methods", "gains of methods, plain step weights", "no gains, plain step weights")
 KINDS += ("output", "output, plain step weights")
+RELATIVE = "output, no step weights"  # the other allocation of `glocal advise`
 MOST = 8.0  # a gain further from the mean than this is a fluke of a step where a method changed next to nothing
 
 
@@ -262,7 +264,6 @@ def search(
         }
         kinds[kind] = replace(found, weights=fit_weights(buckets, ranges_alone(batch, theirs, recipes)))
         print(kind, [f"{w:.3g}" for w in kinds[kind].weights.weight], flush=True)
-    kinds["output, no step weights"] = replace(kinds["output"], weights=even_weights(buckets))
     return Searched(kinds, before)
 
 
@@ -352,6 +353,7 @@ def rungs(searched: Searched, budget: float) -> list[tuple[str, Rung]]:
     """(kind, rung): allocations first, then what competes with them, the most promising by prediction first."""
     found, before = searched.found, searched.before
     made = [(kind, allocated(f, budget)) for kind, f in searched.kinds.items()]
+    made.append((RELATIVE, allocated(found, budget, "output")))
     out = [(kind, replace(r, name=f"{r.name} ({kind})")) for kind, r in made if r is not None]
     presets = published(found, before.shape, before.levels)
     out += [("plain", r) for r in presets if spent(r, found, before) <= budget]
@@ -468,7 +470,8 @@ def compare(rows: Sequence[Row], emit: Callable[[list[Row]], None]) -> None:
                 own = known.setdefault(str(r["kind"]), {}).setdefault(str(r["name"]), ([], []))
                 own[r["row"] == "seed"].append(float(str(r["error"])))
         ours = next(iter(known["residual"].items()))
-        advised = min([ours, *known["plain"].items()], key=lambda one: fmean(one[1][0]))
+        others = [*known[RELATIVE].items(), *known["plain"].items()]
+        advised = min([ours, *others], key=lambda one: fmean(one[1][0]))
         mean = paired(advised[1][1])
         row: Row = {"row": "advised", "budget": budget, "name": advised[0], "error": f"{mean.mean:.5f}"}
         out.append({**row, "low": f"{mean.low:.5f}", "high": f"{mean.high:.5f}", "pairs": mean.n})

@@ -36,7 +36,7 @@ def test_stages_are_arithmetic_over_the_preflight() -> None:
     assert list(stages) == names
     assert stages["layers"].seconds == 3 * 1 * 2 * 2.0  # layers, plain methods, probed steps, seconds of a forward
     assert stages["validation"].seconds == 2 * 4 * 4 * 2.0  # pairs, runs of a pair, steps, seconds of a forward
-    assert stages["ladder"].seconds == (3 + 3) * 4 * 2.0  # three dense runs for the anchors, three rungs
+    assert stages["ladder"].seconds == (3 + 4) * 4 * 2.0  # three dense runs for the anchors, four rungs
     assert stages["step weights"].seconds == (4 + 2) * 2.0  # to the end from steps 0 and 2
     assert stages["probe"].seconds == pytest.approx(2 * 8.0 + 2 * 3 * 2 * 0.5)
     assert stages["probe"].disk > 0 and all(s.memory is not None and s.memory >= 1000 for s in stages.values())

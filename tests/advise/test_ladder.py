@@ -16,6 +16,8 @@ from glocal.advise.ladder import (
     mean_rung,
     nearest,
     refit,
+    rivals,
+    winners,
 )
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback
@@ -29,10 +31,25 @@ SPARSE, HALF = (MethodSpec("tile_windows", {"tile": [2, 2, 2], "window": [{"frac
 
 
 def found(weight: tuple[float, float] = (1.0, 1.0)) -> Found:
-    """Two layers of two heads; errors grow with what is left out, and at the second layer."""
+    """Two layers of two heads; errors grow with what is left out, in the stream at the second layer, of the output at
+    the first.
+    """
     records = [
         ProbeRecord(
-            f"b{layer}", layer, head, b.number, b.first, "both", "s", m.id, 1.0, 0.1, error * (1 + layer), 0.1, 0.2, 0.2
+            f"b{layer}",
+            layer,
+            head,
+            b.number,
+            b.first,
+            "both",
+            "s",
+            m.id,
+            mass=1.0,
+            output=error * (2 - layer),
+            residual=error * (1 + layer),
+            high=0.1,
+            kept=0.2,
+            visited=0.2,
         )
         for layer in range(2)
         for head in range(2)
@@ -76,9 +93,36 @@ def test_the_best_budget_is_allocated_again_with_them() -> None:
 
 
 def test_every_recipe_stands_once_on_the_ladder() -> None:
-    effort = Effort("e", budgets=(0.6, 0.6001), published=0)
+    effort = Effort("e", budgets=(0.4, 0.4001), published=0)
     ladder = build_ladder(found(), effort, (4, 4, 4), LEVELS)
-    assert len({r.recipe.id for r in ladder}) == len(ladder) and {r.kind for r in ladder} == {"allocation", "single"}
+    assert len({r.recipe.id for r in ladder}) == len(ladder)
+    assert {r.kind for r in ladder} == {"allocation", "relative", "single"}
+
+
+@pytest.mark.parametrize(("truth", "kind"), [("residual", "allocation"), ("output", "relative")])
+def test_of_two_allocations_the_one_that_is_measured_to_err_less_is_chosen(truth: str, kind: str) -> None:
+    known = found()
+    true = replace(known, records=[replace(r, residual=getattr(r, truth)) for r in known.records])
+    ladder = build_ladder(known, Effort("e", budgets=(0.4,), published=0), (4, 4, 4), LEVELS)
+    assert [r.kind for r in ladder] == ["allocation", "relative", "single"]
+    assert len({r.name for r in ladder}) == 3 and "relative error" in ladder[1].name
+    better, worse = sorted((measured(known, r, true) for r in ladder[:2]), key=lambda r: r.kind != kind)
+    worse = replace(worse, seconds=0.98 * (worse.seconds or 0))  # as times of single runs spread
+    anchors, wide = Anchors(1.0, 0.0, 10.0, {}), Target(limits={"drift": 0.5})
+    assert [r.kind for r in winners([worse, better], anchors, wide)[0]] == [kind]
+    (said,) = rivals([worse, better])
+    by = "relative" if kind == "relative" else "residual"
+    assert said.startswith(f"At 40% of the attention time the allocation by {by} error errs less: measured ")
+    slow = replace(better, seconds=0.99)
+    assert winners([worse, slow], anchors, replace(wide, speedup=1.1))[0] == [worse]
+
+
+def test_the_relative_allocation_knows_no_step_weights_but_its_prediction_does() -> None:
+    early, late = (allocated(found(w), 0.4, "output") for w in ((5.0, 0.2), (0.2, 1.0)))
+    assert early is not None and late is not None and early.recipe.id == late.recipe.id
+    assert early.predicted == pytest.approx(sum(bucket_errors(found((5.0, 0.2)), early.recipe)))
+    assert early.predicted != pytest.approx(late.predicted)
+    assert rivals([early, late]) == ()  # nothing is measured
 
 
 def test_the_nearest_rung_is_the_least_wrong_of_the_faster_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from dataclasses import replace
@@ -10,7 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from glocal.advise import AdviseOptions, Effort, Frames, Recipe, Target, Workload, advise, attach, inside, run
+from glocal._progress import TextProgress
+from glocal.advise import (
+    AdviseOptions,
+    Effort,
+    Frames,
+    MethodSpec,
+    Recipe,
+    Target,
+    Workload,
+    advise,
+    attach,
+    inside,
+    run,
+)
 from glocal.advise.advice import Advice
 from glocal.advise.calibrate import by_layer
 from glocal.advise.methods import candidates
@@ -60,6 +74,36 @@ def test_every_stage_leaves_its_records(advice: Advice) -> None:
     assert advice.weights is not None and all(w > 0 for w in advice.weights.weight)
     assert {r.kind for r in advice.ladder} >= {"allocation"}
     assert all(r.error is not None and r.seconds for r in advice.ladder)
+
+
+def test_the_time_model_counts_its_methods(model: VideoDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    methods = {m.id: m for m in OPTIONS.candidates[:3]} | {"odd": MethodSpec("gna", {"window": [3, 3]})}
+    said = io.StringIO()
+    progress = TextProgress(said)
+    progress.stage("time model", len(methods))
+    timed = inside.times_inside(model, OBJECTIVE, distinct().samples[0], "blocks.0.attn", methods, 2, progress)
+    progress.close()
+    assert len(timed.times.methods) == 3 and "odd" in timed.dropped.why
+    assert said.getvalue().startswith("time model (4) ...\ntime model: ") and " of 4" not in said.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("names", "text"),
+    [(("tile_windws",), "'tile_windws' is no candidate here; legal: .*tile_windows"), (("paro",), "'paro' alone")],
+)
+def test_methods_are_checked_before_any_work(names: tuple[str, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        AdviseOptions(methods=names)
+    assert AdviseOptions(methods=("causal_window", "tile_windows", "paro")).methods  # each somewhere
+
+
+def test_a_limit_on_what_is_better_when_higher_is_refused_before_any_work(
+    model: VideoDiT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "preflight", lambda *args: pytest.fail("the preflight ran"))
+    with pytest.raises(ValueError, match="'psnr' is better when higher"):
+        advise(model, distinct(), objective=OBJECTIVE, target=Target(limits={"psnr": 30.0}), effort=EFFORT)
 
 
 def test_layers_have_gains_at_every_step_range_and_predictions_count_by_them(advice: Advice) -> None:
@@ -117,8 +161,10 @@ def test_an_unreachable_target_is_refused_by_amdahl(model: VideoDiT) -> None:
 
 
 def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
+    from glocal.advise.ladder import rivals
     from glocal.cli._advice_page import advice_page
     from glocal.cli._advice_rows import rows
+    from glocal.cli._advise_job import evidence
     from glocal.report import render_advice
 
     page = advice_page(advice, model="tiny", workload="4", created="now", reproduce="glocal", facts={"device": "cpu"})
@@ -128,3 +174,10 @@ def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
     kinds = {row["kind"] for row in rows(advice)}
     assert kinds >= {"probe", "time", "rung", "stage"}
     json.dumps(rows(advice))
+    said = rivals(advice.ladder)
+    assert said and all(words in html for words in said) and "allocation by relative error" in html
+    assert evidence(advice)["allocations"] == list(said)
+    one = next(r for r in advice.ladder if r.kind == "relative")
+    with_one = replace(advice, chosen=one)
+    assert [row["recipe"] for row in rows(with_one) if row.get("chosen")] == [one.recipe.id]
+    assert evidence(with_one)["chosen"] == {"name": one.name, "kind": "relative"}

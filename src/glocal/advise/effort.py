@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +99,18 @@ class AdviseOptions:
     def __post_init__(self) -> None:
         if self.sensitivity not in ("forward", "gradient"):
             raise ValueError(f"sensitivity={self.sensitivity!r}; legal: forward, gradient.")
+        everywhere = [m for causal in (False, True) for m in candidates((4, 4, 4), causal=causal)]
+        known = {m.system for m in self.candidates or everywhere}
+        check_methods(self.methods, known | {"paro"})
+        if self.methods and {*self.methods} <= {"paro"} - {m.system for m in self.candidates}:
+            raise ValueError("methods: 'paro' alone gives no gains of layers; name a pattern, say paro,tile_windows.")
+
+
+def check_methods(names: Sequence[str], legal: Collection[str]) -> None:
+    """ValueError for a system that is not legal."""
+    for name in names:
+        if name not in legal:
+            raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(legal))}.")
 
 
 def effort_of(effort: str | Effort) -> Effort:
@@ -115,10 +127,6 @@ def listed(options: AdviseOptions, shape: Sequence[int], *, causal: bool = False
     wanted = list(options.candidates) if options.candidates else candidates(shape, causal=causal)
     if options.methods:
         known = {m.system for m in wanted} | (set() if causal or len(shape) not in (2, 3) else {"paro"})
-        for name in options.methods:
-            if name not in known:
-                raise ValueError(f"methods: {name!r} is no candidate here; legal: {', '.join(sorted(known))}.")
+        check_methods(options.methods, known)
         wanted = [m for m in wanted if m.system in options.methods]
-        if not wanted:
-            raise ValueError("methods: 'paro' alone gives no gains of layers; name a pattern, say paro,tile_windows.")
     return wanted

@@ -59,7 +59,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     run = steps * before.forward
     probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
     calls = probed * len(before.sites) * (effort.probes + effort.samples)  # the second ones with fewer candidates
-    rungs = 2 * len(effort.budgets) + effort.published
+    rungs = 3 * len(effort.budgets) + effort.published
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
     scores = 2 * 4 * one.heads * 64 * before.tokens

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from glocal._progress import Progress
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.dropped import Dropped, broken
@@ -27,15 +28,25 @@ class Timed:
 
 
 def times_inside(
-    model: Any, objective: Objective, sample: Sample, site: str, methods: Mapping[str, MethodSpec], rounds: int
+    model: Any,
+    objective: Objective,
+    sample: Sample,
+    site: str,
+    methods: Mapping[str, MethodSpec],
+    rounds: int,
+    progress: Progress,
 ) -> Timed:
-    """Timed inside the first call of `site` in one step of `sample`."""
+    """Timed inside the first call of `site` in one step of `sample`; `progress` counts methods as each first runs."""
     found: list[Times] = []
     dropped = Dropped()
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
-        tried = {name: ready_for(dropped, name, m, (q, k, v, call)) for name, m in methods.items()}
-        working = {name: ready for name, ready in tried.items() if ready is not None}
+        working = {}
+        for name, method in methods.items():
+            ready = ready_for(dropped, name, method, (q, k, v, call))
+            if ready is not None:
+                working[name] = ready
+            progress.step()
         found.append(time_methods(q, k, v, call, working, rounds=rounds, inner=inner))
 
     with attach_method(model, Inside(site, look)):

@@ -63,10 +63,13 @@ def refused(anchors: Anchors, target: Target) -> str | None:
 
 
 def build_ladder(found: Found, effort: Effort, shape: Sequence[int], levels: Sequence[float]) -> list[Rung]:
-    """Allocation and the best single method at every budget, and published settings; each recipe once."""
+    """Allocations by residual and by relative error and the best single method at every budget, and published settings;
+    each recipe once.
+    """
     out: list[Rung] = []
     for budget in effort.budgets:
-        out += [rung for rung in (allocated(found, budget), single(found, budget)) if rung is not None]
+        made = allocated(found, budget), allocated(found, budget, "output"), single(found, budget)
+        out += [rung for rung in made if rung is not None]
     if len(levels) > 2:
         out += published(found, shape, levels)[: effort.published]
     seen: set[str] = set()
@@ -81,7 +84,8 @@ def needed(target: Target) -> float:
 
 def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple[list[Rung], str]:
     """The measured winner, never the predicted one: the fastest rung within the limits that meets the target.
-    Behind it the steps down from it: slower rungs, each of less error than the one before. Or none, and why.
+    Behind it the steps down from it: slower rungs, each of less error than the one before. Of the allocations for one
+    budget only the one of least error counts, as all were given the same time. Or none, and why.
     """
     limit = target.limits.get("drift", 0.10)
 
@@ -93,6 +97,8 @@ def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple
     others = {name: most for name, most in target.limits.items() if name != "drift"}
     within = [r for r in known if drift_of(r) <= limit and all(r.measures[n] <= most for n, most in others.items())]
     fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(target), 1.0)]
+    best_of = {r.budget: r for r in sorted(filter(by_item, fast), key=lambda r: r.error or 0.0, reverse=True)}
+    fast = [r for r in fast if not by_item(r) or r is best_of[r.budget]]
     steps: list[Rung] = []
     for rung in sorted(fast, key=lambda r: r.speedup or 0.0, reverse=True):
         if not steps or (rung.error or 0.0) < (steps[-1].error or 0.0):
@@ -111,6 +117,28 @@ def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple
         f"Within the limits the fastest recipe reaches {top.speedup or 0:.2f}x end to end; "
         f"{max(needed(target), 1.0):.2f}x is needed."
     )
+
+
+def by_item(rung: Rung) -> bool:
+    """Whether each layer, head and step range was given a method of its own, by whichever error."""
+    return rung.kind in ("allocation", "relative")
+
+
+def rivals(measured: Sequence[Rung]) -> tuple[str, ...]:
+    """At every budget, in words, which error the better allocation went by."""
+    out = []
+    for budget in dict.fromkeys(r.budget for r in measured if r.kind == "relative" and r.error is not None):
+        known = [r for r in measured if r.budget == budget and by_item(r) and r.error is not None]
+        ours, other = (
+            min((r.error or 0.0 for r in known if r.kind == kind), default=None) for kind in ("allocation", "relative")
+        )
+        if ours is not None and other is not None:
+            less = "relative" if other < ours else "residual"
+            out.append(
+                f"At {budget:.0%} of the attention time the allocation by {less} error errs less: measured {ours:.3g} "
+                f"by residual error with step weights, {other:.3g} by relative error without."
+            )
+    return tuple(out)
 
 
 EQUAL = 1.15  # errors of a few samples that differ by less say nothing about which recipe is better

@@ -52,7 +52,7 @@ def validate(
         unproven = replace(recipe, workload={}, host={})  # other weights are what it is proven on
         began = _stage(bar, stages, "preflight", "time model", began)
         site = before.sites[len(before.sites) // 2].name
-        timed = times_inside(model, objective, sample, site, recipe.methods, effort.rounds)
+        timed = times_inside(model, objective, sample, site, recipe.methods, effort.rounds, bar)
         if timed.dropped.why:
             name, why = next(iter(timed.dropped.why.items()))
             raise AdviceError(f"Method {name} of the recipe does not run on this model: {why}")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from glocal.advise.allocate import Items, allocate
+from glocal.advise.allocate import Items, allocate, evaluate
 from glocal.advise.apply import attach
 from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Objective, Output, main_error, on_cpu
@@ -23,15 +23,16 @@ from glocal.advise.weights import Bucket, Weights, even_weights, phase_of, resid
 from glocal.advise.workload import Sample
 from glocal.canvas import Canvas, Layout
 
-Kind = Literal["allocation", "single", "published"]
+Kind = Literal["allocation", "relative", "single", "published"]
 Measure = Literal["residual", "output"]
 
 
 @dataclass(frozen=True)
 class Rung:
-    """One recipe of the ladder. budget: attention time over dense that it was made for, attention_ratio: forecast of
-    it, predicted: end-to-end error; None for published settings. seconds, dense_seconds, error: measured, means over
-    `samples` samples; None before.
+    """One recipe of the ladder. kind: "allocation" is by residual error, "relative" by relative error of the output.
+    budget: attention time over dense that it was made for, attention_ratio: forecast of it, predicted: end-to-end
+    error; None for published settings. seconds, dense_seconds, error: measured, means over `samples` samples; None
+    before.
     """
 
     name: str
@@ -107,19 +108,22 @@ class Found:
 
 def allocated(found: Found, budget: float, measure: Measure = "residual") -> Rung | None:
     """The allocation whose attention takes `budget` of the dense time, made simple enough to read; None if even the
-    fastest methods take longer.
+    fastest methods take longer. measure: "residual" goes by step weights, "output" (relative error of the attention
+    output) by none; what is predicted of either goes by residual error and step weights.
     """
     items = found.items(measure)
     limit = budget * items.dense_time
     if float(items.time.amin(1).sum()) > limit:
         return None
-    made = within(items, torch.tensor(found.weights.weight, dtype=torch.float64), limit)
+    weights, alike = torch.tensor(found.weights.weight, dtype=torch.float64), measure == "output"
+    made = within(items, torch.ones_like(weights) if alike else weights, limit)
+    predicted = evaluate(found.items(), made.choice, weights).error if alike else made.error
     seconds = made.time + items.split_time(made.choice)
     rules = allocation_rules(items, made, found.buckets)
     used = sorted({r.use for r in rules if r.use != "dense"})
-    by = "" if measure == "residual" else " by relative error"
-    name = f"allocation{by}, {budget:.0%} of the attention time"
-    return Rung(name, "allocation", found.recipe(used, rules), budget, seconds / items.dense_time, made.error)
+    name = f"allocation{' by relative error' if alike else ''}, {budget:.0%} of the attention time"
+    kind: Kind = "relative" if alike else "allocation"
+    return Rung(name, kind, found.recipe(used, rules), budget, seconds / items.dense_time, predicted)
 
 
 def of_range(found: Found, bucket: Bucket, budget: float) -> Recipe:

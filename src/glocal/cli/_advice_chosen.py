@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from glocal.adapt.records import Site
     from glocal.advise.advice import Advice
     from glocal.advise.recipe import Recipe
+    from glocal.advise.search import Rung
     from glocal.advise.weights import Bucket
     from glocal.canvas import Layout
 
@@ -23,6 +24,11 @@ def chosen_rules(advice: Advice) -> Recipe | None:
     if advice.recipe.rules:
         return advice.recipe
     return None if advice.chosen is None else advice.chosen.recipe
+
+
+def is_chosen(advice: Advice, rung: Rung) -> bool:
+    """Whether this rung of the ladder is the one that went to validation."""
+    return advice.chosen is not None and (rung.name, rung.budget) == (advice.chosen.name, advice.chosen.budget)
 
 
 def method_of(recipe: Recipe, site: Site, head: int, bucket: Bucket) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from glocal.cli._advice_chosen import is_chosen
+
 if TYPE_CHECKING:
     from glocal.advise.advice import Advice
 
@@ -26,6 +28,8 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
                 "kind": "rung",
                 "name": rung.name,
                 "family": rung.kind,
+                "budget": rung.budget,
+                "chosen": is_chosen(advice, rung),
                 "recipe": rung.recipe.id,
                 "attention_ratio": rung.attention_ratio,
                 "predicted": rung.predicted,

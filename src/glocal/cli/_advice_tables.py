@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glocal.cli._advice_chosen import chosen_rules, layout, method_of, range_words
+from glocal.cli._advice_chosen import chosen_rules, is_chosen, layout, method_of, range_words
 from glocal.report import Column, KernelTime, Pair, Picture, Table, matrix_png
 
 if TYPE_CHECKING:
@@ -83,6 +83,8 @@ def pairs(advice: Advice) -> tuple[Pair, ...]:
 
 
 def ladder(advice: Advice) -> Table | None:
+    from glocal.advise.ladder import rivals
+
     if not advice.ladder:
         return None
     columns = (
@@ -105,15 +107,13 @@ def ladder(advice: Advice) -> Table | None:
             r.error,
             r.seconds,
             r.speedup,
-            "yes"
-            if advice.chosen is not None and r.name == advice.chosen.name and r.budget == advice.chosen.budget
-            else "",
+            "yes" if is_chosen(advice, r) else "",
         )
         for r in advice.ladder
     )
     count = advice.ladder[0].samples
     words = "the probe sample, one run" if count == 1 else f"{count} probe samples, means over one run"
-    return Table(columns, table, f"Measured on {words} each.")
+    return Table(columns, table, " ".join([f"Measured on {words} each.", *rivals(advice.ladder)]))
 
 
 def kernels(advice: Advice) -> tuple[KernelTime, ...]:

@@ -256,6 +256,8 @@ def write(out: Path, advice: Any, known: Mapping[str, str], words: PageWords) ->
 
 def evidence(advice: Any) -> dict[str, Any]:
     """`evidence` of the recipe: what was measured, in the schema's words."""
+    from glocal.advise.ladder import rivals
+
     out: dict[str, Any] = {"versions": {}, "stages": dict(advice.stages)}
     if advice.shrunk:
         out["less_memory"] = [{"site": s.site, "heads": s.heads, "blocks": s.blocks} for s in advice.shrunk]
@@ -273,6 +275,9 @@ def evidence(advice: Any) -> dict[str, Any]:
         out["ladder"] = [
             {"name": r.name, "kind": r.kind, "error": r.error, "speedup": r.speedup} for r in advice.ladder
         ]
+        out["allocations"] = rivals(advice.ladder)
+        if advice.chosen is not None:
+            out["chosen"] = {"name": advice.chosen.name, "kind": advice.chosen.kind}
     return plain(out)
 
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Status = Literal["validated", "candidate", "demonstration", "dense"]
-PointKind = Literal["chosen", "allocation", "single", "published", "dense"]
+PointKind = Literal["chosen", "allocation", "relative", "single", "published", "dense"]
 Cell = str | float | int | bool | None
 
 STATUSES: tuple[Status, ...] = ("validated", "candidate", "demonstration", "dense")
-POINT_KINDS: tuple[PointKind, ...] = ("chosen", "allocation", "single", "published", "dense")
+POINT_KINDS: tuple[PointKind, ...] = ("chosen", "allocation", "relative", "single", "published", "dense")
 
 
 @dataclass(frozen=True)

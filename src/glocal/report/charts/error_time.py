@@ -16,6 +16,7 @@ from glocal.report.records import Curve, CurvePoint, Estimate
 KIND_NAMES = {
     "chosen": "chosen",
     "allocation": "allocation",
+    "relative": "allocation by relative error",
     "single": "single method",
     "published": "published default",
     "dense": "dense",
@@ -27,7 +28,7 @@ def mark(kind: str, x: float, y: float, *children: str) -> str:
     klass = f"mark mark-{kind}"
     if kind == "chosen":
         return svg.tag("circle", *children, cx=x, cy=y, r=6.5, klass=klass)
-    if kind == "allocation":
+    if kind in ("allocation", "relative"):
         return svg.tag("circle", *children, cx=x, cy=y, r=4.5, klass=klass)
     if kind == "dense":
         return svg.rect(x - 5, y - 5, 10, 10, klass, *children)
@@ -141,7 +142,7 @@ def draw(curve: Curve, width: float, height: float) -> str:
         middle = " ".join(f"{x(point.time):.1f},{y.clip(point.middle):.1f}" for point in band)
         parts.append(svg.tag("polyline", points=middle, klass="band-line"))
     parts += _reference_lines(curve, x, y, labels)
-    order = {"chosen": 0, "dense": 1, "allocation": 2, "single": 3, "published": 4}
+    order = {"chosen": 0, "dense": 1, "allocation": 2, "relative": 3, "single": 4, "published": 5}
     ranked = sorted(curve.points, key=lambda point: order[point.kind])
     for point in ranked:
         px, py = x(point.time.value), y.clip(point.error.value)
