@@ -300,16 +300,18 @@ def measured_layers(batch: Batch, base: Found, plain: Mapping[str, MethodSpec]) 
 
 def measured_gains(batch: Batch, found: Found) -> dict[str, float]:
     """Gains of methods: what each changes in one step in the middle of the run over what the probe summed there, over
-    the geometric mean of all.
+    the geometric mean of all; 1 where either is nothing.
     """
     bucket = found.buckets[len(found.buckets) // 2]
     logs = {}
     for name, method in found.methods.items():
         recipe = one_bucket(bucket, name, method, found.base, found.fallback)
         moved = fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES)))
-        logs[name] = math.log(moved / _local(batch, found.records, name, bucket))
-    mean, limit = fmean(logs.values()), math.log(MOST)
-    return {name: math.exp(min(max(value - mean, -limit), limit)) for name, value in logs.items()}
+        local = _local(batch, found.records, name, bucket)
+        if moved > 0 and local > 0:  # on a small canvas a method may leave nothing out
+            logs[name] = math.log(moved / local)
+    mean, limit = fmean(logs.values()) if logs else 0.0, math.log(MOST)
+    return {n: math.exp(min(max(logs[n] - mean, -limit), limit)) if n in logs else 1.0 for n in found.methods}
 
 
 def _local(batch: Batch, records: Sequence[ProbeRecord], name: str, bucket: Bucket) -> float:
