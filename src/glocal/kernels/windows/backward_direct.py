@@ -16,12 +16,11 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from glocal.kernels.windows.direct import (
     INF,
     LOG2E,
-    across,
     along,
     clean,
     ill_columns,
     listed,
-    load_columns,
+    load_both,
     load_rows,
     logits,
     operand,
@@ -152,11 +151,7 @@ def _for_queries(
     N: gl.constexpr, CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """found [G, M, WD] with what N keys more add to it, and the gradient of their logits [G, M, N]."""
-    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
-    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
-    key = load_columns(k[0], across(place, i, k, WD, RIGHT), D, WD, RIGHT)
-    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
-    values = load_columns(v[0], across(place, i, v, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+    key, values = load_both(k, v, place, i, D, DV, WD, WDV, G, M)
     p = gl.exp2(logits(query, key, seen, G, M, N) * rate - gl.expand_dims(end, 2))
     ds = p * mma_v2(g, values, gl.expand_dims(share, 2) + gl.zeros([G, M, N], gl.float32, layout=products(G, M)))
     if CAREFUL:
@@ -251,16 +246,12 @@ def _for_keys(
 ):  # fmt: skip
     """for_k [G, M, WD] and for_v [G, M, WDV] with what N queries more add to them; listing: the queries in `twos`."""
     C: gl.constexpr = products(G, M)
-    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
-    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
     side = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, twos(G, M, N))))
     at = gl.expand_dims(gl.maximum(listing, 0), 2) * 2 + gl.expand_dims(gl.expand_dims(side, 0), 0)
     end, share = gl.split(gl.load(known + at))  # what pads read is hidden
     end = gl.convert_layout(end, gl.SliceLayout(1, C), assert_trivial=True)
     share = gl.convert_layout(share, gl.SliceLayout(1, C), assert_trivial=True)
-    query = load_columns(q[0], across(place, i, q, WD, RIGHT), D, WD, RIGHT)
-    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
-    g = load_columns(grad[0], across(place, i, grad, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+    query, g = load_both(q, grad, place, i, D, DV, WD, WDV, G, M)
     p = gl.exp2(logits(key, query, seen, G, M, N) * rate - gl.expand_dims(end, 1))
     ds = p * mma_v2(values, g, gl.expand_dims(share, 1) + gl.zeros([G, M, N], gl.float32, layout=C))
     if CAREFUL:

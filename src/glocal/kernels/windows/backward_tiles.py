@@ -19,6 +19,7 @@ from glocal.kernels.windows.tile import (
     load_rows,
     offsets,
     offsets_across,
+    store_sums,
     table_of,
     tile_rows,
 )
@@ -89,14 +90,8 @@ def _queries_program(
         )  # fmt: skip
         taint += bad
     if TABLE:
-        place = ((chunk * heads + h).to(tl.int64) * count + group * G) * (M * N)
-        at = tl.arange(0, M)[:, None] * N + tl.arange(0, WIDTH)
         for c in tl.static_range(PIECES):  # pyright: ignore[reportGeneralTypeIssues]
-            if G == 1:
-                tl.store(grad_table + place + c * WIDTH + at, sums[c])
-            else:
-                tile = tl.arange(0, G)[:, None, None]
-                tl.store(grad_table + place + c * WIDTH + tile * (M * N) + at, sums[c], mask=group * G + tile < count)
+            store_sums(grad_table, sums[c], chunk, h, heads, group, count, c * WIDTH, G, M, WIDTH, N)
     return taint
 
 

@@ -9,7 +9,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from glocal.kernels.windows.tile import INF, LOG2E, clean, ends, ill_rows, load_rows, offsets, table_of, tile_rows
+from glocal.kernels.windows.tile import (
+    INF,
+    LOG2E,
+    clean,
+    ends,
+    ill_rows,
+    load_rows,
+    offsets,
+    store_sums,
+    table_of,
+    tile_rows,
+)
 
 
 @triton.jit(do_not_specialize=["heads", "ratio", "images", "per", "count", "groups", "nq", "nk"])
@@ -84,13 +95,7 @@ def _program(
         tl.store(grad_v + place * DV + to_v, for_v.to(grad_v.dtype.element_ty), mask=theirs & written)
         taint += tl.sum(for_k, -1) + tl.sum(for_v, -1)
     if TABLE:
-        at = grad_table + ((chunk * heads + h).to(tl.int64) * count + group * G) * (M * N)
-        at += tl.arange(0, M)[:, None] * N + tl.arange(0, N)
-        if G == 1:
-            tl.store(at, sums)
-        else:
-            tile = tl.arange(0, G)[:, None, None]
-            tl.store(at + tile * (M * N), sums, mask=group * G + tile < count)
+        store_sums(grad_table, sums, chunk, h, heads, group, count, 0, G, M, N, N)
     return taint
 
 

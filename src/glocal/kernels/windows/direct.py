@@ -241,6 +241,19 @@ def store_rows(
 
 
 @gluon.jit
+def load_both(
+    first, second, place, i,
+    D: gl.constexpr, DV: gl.constexpr, WD: gl.constexpr, WDV: gl.constexpr, G: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """Columns [G, WD, N] and [G, WDV, N] of two tensors, (pointer, steps) as in `across`, at the same tokens."""
+    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
+    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
+    one = load_columns(first[0], across(place, i, first, WD, RIGHT), D, WD, RIGHT)
+    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
+    return one, load_columns(second[0], across(place, i, second, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+
+
+@gluon.jit
 def quick(x, WHAT: gl.constexpr):
     """WHAT of float32 x, "rcp" or "lg2", as one instruction: right to 2^-22."""
     NAME: gl.constexpr = WHAT + ".approx.ftz.f32 $0, $1;"

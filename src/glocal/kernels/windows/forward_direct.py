@@ -17,11 +17,10 @@ from glocal.kernels.windows.direct import (
     INF,
     LN2,
     LOG2E,
-    across,
     along,
     clean,
     ill_columns,
-    load_columns,
+    load_both,
     load_rows,
     logits,
     operand,
@@ -116,11 +115,7 @@ def _piece(
     N: gl.constexpr, FIRST: gl.constexpr, CAREFUL: gl.constexpr,
 ):  # fmt: skip
     """A running softmax with N keys more: largest logits and sums of weights [G, M], sums of values [G, M, WDV]."""
-    RIGHT: gl.constexpr = operand(1, G, M, along(WD))
-    RIGHT_V: gl.constexpr = operand(1, G, M, along(WDV))
-    key = load_columns(k[0], across(place, i, k, WD, RIGHT), D, WD, RIGHT)
-    place = gl.convert_layout(place, gl.SliceLayout(1, RIGHT_V), assert_trivial=True)
-    values = load_columns(v[0], across(place, i, v, WDV, RIGHT_V), DV, WDV, RIGHT_V)
+    key, values = load_both(k, v, place, i, D, DV, WD, WDV, G, M)
     s = logits(query, key, seen, G, M, N)
     if CAREFUL:
         s = gl.where(seen == -INF, -INF, s)

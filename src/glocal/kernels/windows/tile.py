@@ -75,6 +75,21 @@ def ends(lse, grad_lse, grad, out, token):
 
 
 @triton.jit
+def store_sums(
+    grad_table, sums, chunk, h, heads, group, count,
+    FROM: tl.constexpr, G: tl.constexpr, M: tl.constexpr, WIDTH: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """sums [G, M, WIDTH] of a program to grad_table [programs over images, H, tiles, M, N], from column FROM on."""
+    place = grad_table + ((chunk * heads + h).to(tl.int64) * count + group * G) * (M * N) + FROM
+    at = tl.arange(0, M)[:, None] * N + tl.arange(0, WIDTH)
+    if G == 1:
+        tl.store(place + at, sums)
+    else:
+        tile = tl.arange(0, G)[:, None, None]
+        tl.store(place + tile * (M * N) + at, sums, mask=group * G + tile < count)
+
+
+@triton.jit
 def clean(x):
     """Entries that are not finite become 0: they belong to pairs that are hidden or are charged elsewhere."""
     return tl.where(tl.abs(x.to(tl.float32)) < INF, x, 0.0).to(x.dtype)
