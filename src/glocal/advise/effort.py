@@ -99,10 +99,12 @@ class AdviseOptions:
     def __post_init__(self) -> None:
         if self.sensitivity not in ("forward", "gradient"):
             raise ValueError(f"sensitivity={self.sensitivity!r}; legal: forward, gradient.")
-        everywhere = [m for causal in (False, True) for m in candidates((4, 4, 4), causal=causal)]
-        known = {m.system for m in self.candidates or everywhere}
-        check_methods(self.methods, known | {"paro"})
-        if self.methods and {*self.methods} <= {"paro"} - {m.system for m in self.candidates}:
+        if not self.methods:
+            return
+        own = {m.system for m in self.candidates}
+        everywhere = {m.system for causal in (False, True) for m in candidates((4, 4, 4), causal=causal)}
+        check_methods(self.methods, (own or everywhere) | {"paro"})
+        if {*self.methods} <= {"paro"} - own:
             raise ValueError("methods: 'paro' alone gives no gains of layers; name a pattern, say paro,tile_windows.")
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from glocal._errors import check_file
 from glocal.cli._common import Json, check_folder, extents, print_json, print_table
 
 if TYPE_CHECKING:
@@ -153,8 +154,6 @@ def _rules(recipe: Any) -> Drawn:
 def _tensors(path: Path) -> Iterator[Drawn]:
     """Every two-dimensional slice of the matrices in a file; a plan's tensors are drawn as one block map."""
     from safetensors import SafetensorError, safe_open
-
-    from glocal._errors import check_file
 
     check_file("FILE", path)
     try:
