@@ -153,3 +153,21 @@ def test_the_definition_is_masked_softmax(generator: torch.Generator) -> None:
     got = library.masked_rows(q, k, v, torch.arange(9), lambda rows: seen[rows])
     want = scaled_dot_product_attention(*(t.double() for t in (q, k, v)), attn_mask=seen).nan_to_num(0.0)
     torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--canvas", "8x8", "--mixers", "hilo"), "--mixers says nothing without --train; add it, or leave it out"),
+        (("--train", "--canvas", "8x8"), "--canvas says nothing with --train; drop --train, or leave it out"),
+        (("--canvas", "8x8", "--backend", "tritn"), "backend='tritn' is unknown; legal: auto, dense, cpu"),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(words: tuple[str, ...], told: str) -> None:
+    code, out, err = run(*words)
+    assert (code, out) == (2, "") and told in err
+
+
+def test_a_canvas_of_one_tile() -> None:
+    code, out, err = run("--canvas", "8x8", "--rounds", "2", "--patterns", "pooled top-k", "--quiet")
+    assert (code, err) == (0, "") and "pooled top-k" in out

@@ -52,3 +52,14 @@ def test_a_folder_of_diffusers_is_a_pipeline(tmp_path: Path) -> None:
 def test_the_language_demonstration_is_judged_by_what_it_finds() -> None:
     subject = load_subject("demo-language")
     assert isinstance(subject.model, Decoder) and subject.objective.name == "next_token"
+
+
+def test_a_hub_that_does_not_answer_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
+
+    def silent(*_: object) -> bool:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setattr(hub, "file_exists", silent)
+    with pytest.raises(ValueError, match="MODEL 'some/model' is no folder here.*no route to host; without a network"):
+        load_subject("some/model")

@@ -129,3 +129,17 @@ def test_bad_input_is_told_back_with_the_nearest_fix(words: tuple[str, ...], mes
     code, out, err = run(*words, "--canvas", "24x6")
     assert (code, out) == (2, "")
     assert err.startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--tiling", "statik"), "tiling='statik' is unknown; legal: static, dynamic; nearest: static"),
+        (("--schedule", "worse"), "schedule='worse' is unknown; legal: worst, mean; nearest: worst"),
+        (("--heads", "8"), "--heads says nothing without --device; add it, or leave it out"),
+        (("--head-dim", "64"), "--head-dim says nothing without --device; add it, or leave it out"),
+    ],
+)
+def test_options_that_would_say_nothing_are_refused(words: tuple[str, str], told: str) -> None:
+    code, out, err = run("neighborhood", *HUNYUAN[:4], *words)  # without --q-tile: all tiles are searched
+    assert (code, out) == (2, "") and told in err

@@ -138,7 +138,7 @@ def test_forecast_says_when_blocks_are_smaller_than_measured():
     [
         ({"device": "h20"}, r"device='h20' has no table; legal: h100, h200, or a \.json file .*; nearest: h200"),
         ({"device": "nowhere.json"}, r"device='nowhere\.json': no such file; write one with `glocal env --measure`"),
-        ({"dtype": "float64"}, r"dtype='float64' has no forecast; legal: float16, bfloat16, float32; nearest: float32"),
+        ({"dtype": "fp16"}, r"dtype='fp16' is unknown; legal: float16, bfloat16, float32; nearest: float16"),
         ({"dtype": "float32"}, r"dtype='float32' was not measured on h200; legal: bfloat16; nearest: bfloat16"),
         ({"heads": 0}, r"heads=0; legal: at least 1; nearest: 1"),
         ({"head_dim": 0}, r"head_dim=0; legal: at least 1; nearest: 1"),

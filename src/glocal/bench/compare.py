@@ -20,6 +20,7 @@ from glocal.bench.calibrate import TOLERANCE
 from glocal.bench.contenders import Contender, contenders
 from glocal.bench.inputs import WORDS, local_inputs
 from glocal.canvas import Canvas, Layout
+from glocal.kernels import registry
 from glocal.measure import PairedTiming, Ratio, Timing, compare_paired, peak_memory, relative_l2
 from glocal.ops import Attended, attend, attention
 from glocal.patterns import Pattern
@@ -53,6 +54,7 @@ class CompareSpec:
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)!r}; legal: at least {least}; nearest: {least}.")
         check_choice("dtype", self.dtype, TOLERANCE)
+        check_choice("backend", self.backend, ("auto", *registry.names()))
 
 
 @dataclass(frozen=True)

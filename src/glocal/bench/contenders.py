@@ -108,7 +108,7 @@ def _all(shape: tuple[int, ...], heads: int, keep: float) -> list[Contender]:
     steps = [2 if n >= 4 else 1 for n in shape[:1]] + [1] * (rank - 1)
     whole = tuple(min(n, c * t) for n, c, t in zip(shape, tiles, tile, strict=True))
     spread = fit(shape, keep, [n // s for n, s in zip(shape, steps, strict=True)])
-    local = Neighborhood(window)
+    local, some = Neighborhood(window), Keep(ratio=keep, at_least=1)  # a small canvas may be one tile
     out = [
         Contender("neighborhood", f"window {_words(window)}", local),
         Contender("neighborhood, strided", f"window {_words(whole)}, stride {_words(tile)}", Neighborhood(whole, tile)),
@@ -130,7 +130,7 @@ def _all(shape: tuple[int, ...], heads: int, keep: float) -> list[Contender]:
         Contender(
             "causal window", f"{max(1, round(keep * tokens))} tokens", CausalWindow(max(1, round(keep * tokens)))
         ),
-        Contender("pooled top-k", f"{keep:.3g} of the tiles of {_words(tile)}", PooledTopK(tile, Keep(ratio=keep))),
+        Contender("pooled top-k", f"{keep:.3g} of the tiles of {_words(tile)}", PooledTopK(tile, some)),
     ]
     if rank > 1:
         cross: Pattern = Axial(0)

@@ -6,7 +6,7 @@ import dataclasses
 import json as _json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,13 @@ def extents(text: str, option: str, axes: int | None = None) -> tuple[int, ...]:
     if axes is not None and len(parts) != axes:
         raise ValueError(f"{option} {text!r} has {len(parts)} axes; expected {axes}, one for each axis of the canvas")
     return tuple(int(part) for part in parts)
+
+
+def check_idle(ctx: typer.Context, names: Iterable[str], why: str) -> None:
+    """Raise ValueError if one of the options `names` is given, which nobody would read; `why` goes behind its name."""
+    for name in names:
+        if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} says nothing {why}, or leave it out")
 
 
 def check_folder(out: Path | None) -> None:

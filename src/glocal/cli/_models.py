@@ -140,7 +140,13 @@ def _transformers(name: str) -> Any:
 def _from_hub(name: str) -> Any:
     """A hub id: a pipeline if it says so, else a language model."""
     hub = _needed("huggingface_hub", name)
-    wanted: Callable[[str], Any] = _diffusers if hub.file_exists(name, "model_index.json") else _transformers
+    try:
+        wanted: Callable[[str], Any] = _diffusers if hub.file_exists(name, "model_index.json") else _transformers
+    except Exception as error:  # of the network or of the hub, in the classes of whichever client it has
+        raise ValueError(
+            f"MODEL {name!r} is no folder here, and the hub could not be asked for it: {error}; without a network, "
+            "give the folder of a model"
+        ) from error
     return wanted(name)
 
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glocal.cli._common import Json, Quiet, check_folder, extents, print_fields, print_json, print_table, progress
+from glocal.cli._common import (
+    Json,
+    Quiet,
+    check_folder,
+    check_idle,
+    extents,
+    print_fields,
+    print_json,
+    print_table,
+    progress,
+)
 from glocal.cli._machine import facts, torch_device
 
 if TYPE_CHECKING:
@@ -15,7 +25,12 @@ if TYPE_CHECKING:
     from glocal.report import Picture, Table
 
 
+OF_TRAINING = ("task", "mixers", "match", "budget", "steps", "seeds", "size", "data", "batch", "samples")
+OF_PATTERNS = ("canvas", "heads", "head_dim", "dtype", "patterns", "keep", "rounds", "seed", "backend")
+
+
 def command(
+    ctx: typer.Context,
     canvas: Annotated[str | None, typer.Option(help="Tokens per axis, such as 16x16x16.")] = None,
     heads: Annotated[int, typer.Option(help="Attention heads.")] = 4,
     head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 64,
@@ -48,11 +63,12 @@ def command(
     if train:
         from glocal.cli import _compare_train
 
-        names = ("task", "mixers", "match", "budget", "steps", "seeds", "size", "data", "batch", "samples", "out")
+        check_idle(ctx, OF_PATTERNS, "with --train; drop --train")
         given = locals()
-        options = {name: given[name] for name in (*names, "quiet", "json")}
+        options = {name: given[name] for name in (*OF_TRAINING, "out", "quiet", "json")}
         _compare_train.run({**options, "device": torch_device(device)})
         return
+    check_idle(ctx, OF_TRAINING, "without --train; add it")
     if canvas is None:
         raise ValueError("compare needs --canvas, such as --canvas 16x16x16, or --train")
     from glocal.bench.compare import CompareSpec, compare

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from glocal.cli._common import Json, extents, print_fields, print_json, print_table
+from glocal.cli._common import Json, check_idle, extents, print_fields, print_json, print_table
 from glocal.cli._windows import PATTERNS, pattern_name, per_axis, window_rules
 
 if TYPE_CHECKING:
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def command(
+    ctx: typer.Context,
     pattern: Annotated[str, typer.Argument(help="; ".join(f"{name}: {text}" for name, text in PATTERNS.items()) + ".")],
     canvas: Annotated[str, typer.Option(help="Tokens per axis, such as 30x48x80.")],
     window: Annotated[str | None, typer.Option(help="Keys per axis; 'full' is a whole axis: fullx24x24.")] = None,
@@ -54,6 +55,8 @@ def command(
     if search is not None:
         check_choice("--search", search, ("strides", "tiles"))
     check_choice("--direction", direction, ("forward", "backward"))
+    if device is None:
+        check_idle(ctx, ("heads", "head_dim", "dtype", "direction"), "without --device; add it")
     tile = None if q_tile is None else per_axis(q_tile, "--q-tile", shape)
     given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal}
     axes = window_rules(pattern, shape, given, tile)

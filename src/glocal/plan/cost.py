@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from glocal._errors import check_choice
 from glocal.plan.devices.table import (
     FLOPS_PER_PAIR,
     DeviceTable,
@@ -126,8 +127,7 @@ def forecast(
     for name, value in (("heads", heads), ("head_dim", head_dim)):
         if value < 1:
             raise ValueError(f"{name}={value}; legal: at least 1; nearest: 1")
-    if dtype not in _ITEM_BYTES:
-        raise ValueError(f"dtype={dtype!r} has no forecast; legal: {', '.join(_ITEM_BYTES)}; nearest: float32")
+    check_choice("dtype", dtype, _ITEM_BYTES)
     table = device_table(device) if isinstance(device, str) else device
     blocks = BlockWork.of(work) if isinstance(work, Simulation) else work
     flops_per_pair = FLOPS_PER_PAIR[direction] * head_dim * heads

@@ -202,6 +202,12 @@ def end_to_end(share: float, speedup: float) -> float:
     return 1 / (1 - share + share / speedup)
 
 
+def check_counting(tiling: str, schedule: str) -> None:
+    """Raise ValueError, with the nearest, for a tiling or a schedule that there is not."""
+    check_choice("tiling", tiling, _TILINGS)
+    check_choice("schedule", schedule, _SCHEDULES)
+
+
 def simulate(
     canvas_shape: Sequence[int],
     axes: Sequence[AxisWindow],
@@ -220,8 +226,7 @@ def simulate(
 
     Raises ValueError for tiles or windows of another rank, a stride beyond its window, a window beyond its axis.
     """
-    check_choice("tiling", tiling, _TILINGS)
-    check_choice("schedule", schedule, _SCHEDULES)
+    check_counting(tiling, schedule)
     check_axes(canvas_shape, axes)
     for name, tile in (("q_tile", q_tile), ("kv_tile", kv_tile)):
         check_tile(name, tile, canvas_shape)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from glocal.patterns.axis import AxisWindow
 from glocal.plan.axis_visits import AxisVisits, Tiling, visit_axis
 from glocal.plan.checks import check_axes, size_text
-from glocal.plan.simulate import Schedule, Simulation, simulate
+from glocal.plan.simulate import Schedule, Simulation, check_counting, simulate
 
 TILE_SIZES = (64, 128, 256)
 
@@ -77,6 +77,7 @@ def search_tiles(
     Only counts are compared: small tiles waste least, but their kernels run at a lower rate, so compare pairs of one
     size or weigh them with `plan.cost.forecast`. Sizes that do not fit the canvas are left out unless none fits.
     """
+    check_counting(tiling, schedule)
     check_axes(canvas_shape, axes)
     shape = tuple(canvas_shape)
     q_tiles = _tiles_of(q_sizes, shape)
