@@ -6,13 +6,14 @@ come back as mean values. Blocks may be boxes, runs along a curve or along anoth
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal._kept import Seen, ordinary
 from glocal.adapt.rectified_spaattn import word_keys
 from glocal.canvas import Canvas, Layout, Order
 from glocal.ops.epilogue import Epilogue
@@ -64,6 +65,7 @@ class Rectified:
 
 
 @lru_cache(maxsize=64)
+@ordinary()
 def groups_of(canvas: Canvas, order: Order, device: str) -> Groups:
     """ValueError where a canvas has no grid or several, or a block holds media tokens and words."""
     if len(canvas.grids) != 1:
@@ -79,9 +81,9 @@ def groups_of(canvas: Canvas, order: Order, device: str) -> Groups:
     return Groups(whole.to(device), part, number.to(device), words.to(device))
 
 
-# What was looked at last, while its q lives: a rectified method looks once for its plan and once for its factors, and
-# the probe for every such method of a call.
-_last: list[tuple[weakref.ref[Tensor], weakref.ref[Tensor], tuple[object, ...], Looked]] = []
+# What was looked at last, by its q and while that lives: a rectified method looks once for its plan and once for its
+# factors, and the probe for every such method of a call.
+_LAST: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float | None) -> Looked:
@@ -89,12 +91,13 @@ def looked_at(q: Tensor, k: Tensor, layout: Layout, groups: Groups, scale: float
     graph = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     if graph or q.is_inference() or k.is_inference() or torch.compiler.is_compiling():  # not told when they change
         return _looked_at(q, k, layout, groups, scale)
-    key = (q._version, k._version, layout, groups, scale)
-    for one, other, known, looked in _last:
-        if one() is q and other() is k and known == key:
-            return looked
+    key = (layout, groups, scale)
+    known = _LAST.get(q)
+    if known is not None and known[0].still((q, k)) and known[1] == key:
+        return known[2]
     looked = _looked_at(q, k, layout, groups, scale)
-    _last[:] = [(weakref.ref(q, lambda _: _last.clear()), weakref.ref(k), key, looked)]
+    _LAST.clear()
+    _LAST[q] = (Seen.of((q, k)), key, looked)
     return looked
 
 

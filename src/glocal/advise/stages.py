@@ -94,14 +94,20 @@ def probes(
     run: Run, name: str, samples: Sequence[Sample], methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
 ) -> list[Probed]:
     """Samples run dense with these candidates measured inside; those that do not fit or break are dropped."""
-    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
-    found: list[Probed] = run.farm.map([Task(f"{name}/{s.id}", probe_sample, (s, methods, looks)) for s in samples])
+    found = _probed(run, name, samples, methods, buckets)
     for probed in found:
         for method, why in probed.errors.items():
             run.dropped.unfit(method, why)
     for method in sorted(broken_records([r for p in found for r in p.records])):
         run.dropped.fail(method, "the probe found NaN or infinity in its output")
     return found
+
+
+def _probed(
+    run: Run, name: str, samples: Sequence[Sample], methods: Mapping[str, MethodSpec], buckets: Sequence[Bucket]
+) -> list[Probed]:
+    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
+    return run.farm.map([Task(f"{name}/{s.id}", probe_sample, (s, methods, looks)) for s in samples])
 
 
 def kept(run: Run, records: Sequence[ProbeRecord]) -> list[ProbeRecord]:
@@ -164,8 +170,7 @@ def _reduced(
     small = [s for s in made if s is not None]
     if not small or len(small) < len(made):
         return None
-    looks = Looks(tuple(buckets), run.effort.steps_a_bucket, run.effort.blocks, run.options.sensitivity)
-    probed = run.farm.map([Task(f"weights/{s.id}", probe_sample, (s, methods, looks)) for s in small])
+    probed = _probed(run, "weights", small, methods, buckets)
     return None if any(p.errors for p in probed) else list(zip(small, probed, strict=True))
 
 

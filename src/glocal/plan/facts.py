@@ -53,6 +53,13 @@ def copy_facts(order: Tensor, same: Tensor) -> None:
         declare_order(same, known[1])
 
 
+def capturing(t: Tensor) -> bool:
+    """Whether a CUDA graph is being captured where `t` lies: then nothing can be read on the host, and what is made
+    belongs to the graph alone.
+    """
+    return t.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def order_facts(order: Tensor, tokens: int) -> OrderFacts:
     """Facts of an order [b, h, room] over `tokens` tokens: declared, remembered, or looked at (one wait).
 
@@ -61,7 +68,7 @@ def order_facts(order: Tensor, tokens: int) -> OrderFacts:
     known = _ORDERS.get(order)
     if known is not None and (known[1] == CHANGING or known[0] == _mark(order)):
         return known[1]
-    if order.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(order):
         return CHANGING
     facts = _look(order, tokens)
     declare_order(order, facts)

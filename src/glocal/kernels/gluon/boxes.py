@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal._kept import ordinary
+from glocal.plan.facts import capturing
+
 Three = tuple[int, int, int]
 
 BITS = 20  # of each coordinate of a corner
@@ -59,12 +62,13 @@ def boxes_of(order: Tensor, tokens: int, rows: int) -> Boxes | None:
     if known is None or known[0] != mark:
         known = _KNOWN[order] = (mark, {})
     if rows not in known[1]:
-        if order.is_cuda and torch.cuda.is_current_stream_capturing():
+        if capturing(order):
             return None
         known[1][rows] = _found(order, tokens, rows)
     return known[1][rows]
 
 
+@ordinary()
 def _found(order: Tensor, tokens: int, rows: int) -> Boxes | None:
     if order.shape[:2] != (1, 1) or order.shape[2] % rows:
         return None

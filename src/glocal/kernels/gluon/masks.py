@@ -18,6 +18,7 @@ from triton.experimental.gluon import language as gl
 from glocal.kernels.gluon import layouts
 from glocal.kernels.triton.masks import fragments
 from glocal.plan.blockplan import pack
+from glocal.plan.facts import capturing
 
 # Two instructions an entry; left to themselves, compilers make bits of many comparisons and take them apart again.
 SELECT = gl.constexpr(
@@ -50,7 +51,7 @@ def _open(masks: Tensor, kv_block: int, *, turned: bool) -> Tensor:
     known = _KNOWN.get(words)
     if known is None:
         known = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 1), value=-1)
-        if not (words.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not capturing(words):
             _KNOWN[words] = known
     return known
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from glocal.kernels._seen import Seen
+from glocal._kept import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.kernels.triton.lists import Turned, by_key
 from glocal.plan.blockplan import BlockLists, unpack
+from glocal.plan.facts import capturing
 
 PARTS = 2  # of the keys of a block, at most, one a warp group
 _KNOWN: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -25,13 +26,13 @@ def steps(plan: PlanTensors, blocks: tuple[int, int], tile: int, keys: int) -> T
     part of `keys` keys: bit p, some pair is visible; bit 2 + p, all are. blocks: queries and keys of a block. Made once
     for each plan unless it changes; no wait for the device.
     """
-    capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
+    anew = capturing(plan.owner)
     mark, tensors = (blocks, tile, keys), (plan.part_count, plan.part_index, plan.part_mask, plan.masks)
-    known = None if capturing else _KNOWN.get(plan.part_index)
+    known = None if anew else _KNOWN.get(plan.part_index)
     if known is not None and known[0] == mark and known[1].still(tensors):
         return known[2]
     found = _steps(plan, blocks, tile, keys)
-    if not capturing:
+    if not anew:
         _KNOWN[plan.part_index] = (mark, Seen.of(tensors), found)
     return found
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal._kept import Seen
 from glocal.kernels._jobs import _check
-from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, PlanTensors
 from glocal.kernels.quant import Quant
 from glocal.kernels.sides import Side

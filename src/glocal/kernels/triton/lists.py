@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal._kept import Seen
 from glocal.kernels._jobs import _check
-from glocal.kernels._seen import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.plan.blockplan import BlockLists
-from glocal.plan.facts import declared_sound, declared_turned
+from glocal.plan.facts import capturing, declared_sound, declared_turned
 
 # Plans whose lists were checked, and their lists by key block, by the tensor of their full lists.
 _CHECKED: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -70,15 +70,15 @@ def turned(plan: PlanTensors, kv_blocks: int) -> tuple[Turned, Turned]:
         none = plan.full_index.new_zeros(0)
         every = torch.arange(made[0].numel(), dtype=torch.int32, device=none.device) * made[1].shape[-1]
         return Turned(every, made[0], made[1], None), Turned(every, torch.zeros_like(made[0]), none, none)
-    capturing = plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()
-    known = None if capturing else _TURNED.get(plan.full_index)
+    anew = capturing(plan.owner)
+    known = None if anew else _TURNED.get(plan.full_index)
     if known is not None and known[0] == kv_blocks and known[1].still(_lists(plan)):
         return known[2]
     found = (
         _turn(plan.full_count, plan.full_index, None, kv_blocks),
         _turn(plan.part_count, plan.part_index, plan.part_mask, kv_blocks),
     )
-    if not capturing:
+    if not anew:
         _TURNED[plan.full_index] = (kv_blocks, Seen.of(_lists(plan)), found)
     return found
 

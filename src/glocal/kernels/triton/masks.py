@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal.plan.blockplan import unpack
+from glocal.plan.facts import capturing
 
 _MADE: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -22,7 +23,7 @@ def fragments(masks: Tensor, kv_block: int, *, turned: bool) -> Tensor:
     Made once for each table unless it changes; always anew while a CUDA graph is captured.
     """
     version = (masks.data_ptr(), 0 if masks.is_inference() else masks._version)
-    if masks.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(masks):
         return _words(unpack(masks, kv_block), turned)
     known = _MADE.get(masks)
     if known is None or known[0] != version:

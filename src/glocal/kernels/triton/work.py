@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from glocal.kernels._seen import Seen
+from glocal._kept import Seen
 from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
 from glocal.kernels.triton import defaults
 from glocal.kernels.triton.lists import check
 from glocal.kernels.triton.ordered import ordered_keys_kernel
-from glocal.plan.facts import OrderFacts, order_facts, worth_a_look
+from glocal.plan.facts import OrderFacts, capturing, order_facts, worth_a_look
 
 _SMALL = 1 << 24  # codes of tables and canvases below this fit into 32 bits with room to spare
 _MOST_ROWS = 1 << 31
@@ -29,7 +29,7 @@ _PREPARED: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def may_look(lists: Tensor) -> bool:
     """Whether what lists hold may be read on the host: they belong to more than one call, and no graph is captured."""
-    return worth_a_look(lists) and not (lists.is_cuda and torch.cuda.is_current_stream_capturing())
+    return worth_a_look(lists) and not capturing(lists)
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +71,7 @@ class Work:
         if name in self.notes:
             return self.notes[name]
         found = make()
-        if not (self.plan.owner.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if not capturing(self.plan.owner):
             self.notes[name] = found
         return found
 
@@ -167,7 +167,7 @@ def prepare(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Work:
         order_facts(plan.kv_order, k.shape[2]),
         {},
     )
-    looked = not (q.is_cuda and torch.cuda.is_current_stream_capturing())  # then all that can be known of orders is
+    looked = not capturing(q)  # then all that can be known of orders is
     if looked and kind is not None and all(a is b for a, b in zip(tensors, converted, strict=True)):
         known = _PREPARED.get(call.plan.full_index)
         if known is None or len(known[1]) >= _MOST_KINDS or not known[0].still(tensors):

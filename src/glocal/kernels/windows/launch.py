@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from glocal.kernels._seen import Seen
+from glocal._kept import Seen
 from glocal.kernels.call import Call, Grads, TableBias
 from glocal.kernels.capability import installed
 from glocal.kernels.triton.defaults import padded

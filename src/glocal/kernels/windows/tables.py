@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.weak import WeakIdKeyDictionary
 
-from glocal.kernels._seen import Seen
+from glocal._kept import Seen
 from glocal.kernels.call import PlanTensors
 from glocal.kernels.triton.lists import check
 from glocal.plan.blockplan import pack, unpack
