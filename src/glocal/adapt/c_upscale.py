@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.adapt.attach import Handle, Method, attach
 from glocal.adapt.maps import Box
 from glocal.adapt.records import Core, Site, SiteCall
@@ -256,6 +257,7 @@ def crop(seen: Tensor, boxes: Box | Sequence[Box], grid: tuple[int, int]) -> Ten
 
 
 @lru_cache(maxsize=64)
+@ordinary()
 def _weights(
     boxes: tuple[Box, ...], size: tuple[int, int], grid: tuple[int, int], device: str
 ) -> tuple[Tensor, Tensor]:

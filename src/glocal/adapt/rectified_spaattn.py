@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.adapt.attach import Handle, attach
 from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import SiteCall
@@ -174,11 +175,13 @@ def word_keys(k: Tensor, words: Tensor, layout: Layout) -> Tensor | None:
 
 
 @lru_cache(maxsize=16)
+@ordinary()
 def _curve(axes: tuple[int, ...]) -> Order:
     return Order("gilbert", gilbert(axes))
 
 
 @lru_cache(maxsize=16)
+@ordinary()
 def partitions(
     canvas: Canvas, curve: str, axes: tuple[int, ...], block: int, device: str
 ) -> tuple[Partition, Partition, Tensor]:
@@ -196,6 +199,7 @@ def partitions(
 
 
 @lru_cache(maxsize=16)
+@ordinary()
 def _forced(axes: tuple[int, ...], block: int, curve: str, neighbours: bool, first_frame: bool) -> Tensor:
     """Blocks that are kept whatever their score, bool [groups, groups]."""
     order = gilbert(axes) if curve == "gilbert" else torch.arange(prod(axes))

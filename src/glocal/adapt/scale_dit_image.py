@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.adapt.records import Block, RunState, Site
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.scale_dit_flux import Guided
@@ -126,5 +127,6 @@ def _canvas(shape: tuple[int, int], size: tuple[int, int]) -> Canvas:
 
 
 @lru_cache(maxsize=4)
+@ordinary()
 def _mask(relation: Pattern, canvas: Canvas, device: str) -> Tensor:
     return relation.mask(Layout.of(canvas), device)  # [N + L, N + L]

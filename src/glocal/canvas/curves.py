@@ -14,10 +14,13 @@ from math import prod
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
+
 Vector = tuple[int, int, int]
 
 
 @lru_cache(maxsize=32)
+@ordinary()
 def gilbert(shape: tuple[int, ...]) -> Tensor:
     """Raster indices of a box of axis lengths `shape` along the generalised Hilbert curve, int64 [tokens].
 
@@ -89,6 +92,7 @@ def _half(v: Vector) -> Vector:
 
 
 @lru_cache(maxsize=32)
+@ordinary()
 def hilbert(shape: tuple[int, ...]) -> Tensor:
     """Raster indices along the Hilbert curve of a square or cube whose side is a power of two, int64 [tokens]."""
     side = shape[0]

@@ -98,12 +98,12 @@ class Layout:
 
     def q_coords(self, index: Tensor | None = None, device: torch.device | str | None = None) -> Coords:
         """Canvas coordinates of the present queries `index` (counted from `q_start`; default all)."""
-        place = torch.arange(self.nq) if index is None else index
+        place = torch.arange(self.nq, device="cpu") if index is None else index
         return self.q.coords(place + self.q_start, device)
 
     def kv_coords(self, index: Tensor | None = None, device: torch.device | str | None = None) -> Coords:
         """Canvas coordinates of the present keys `index` (counted from `kv_start`; default all)."""
-        place = torch.arange(self.nk) if index is None else index
+        place = torch.arange(self.nk, device="cpu") if index is None else index
         return self.kv.coords(place + self.kv_start, device)
 
     def outside(self, q: Coords, k: Coords) -> Tensor:

@@ -54,7 +54,7 @@ def _path(shape: tuple[int, ...], name: str) -> Tensor:
 def _arranged(canvas: Canvas, number: int, path: Tensor, name: str, block: int) -> Order:
     label = f"{name}/{block}@{canvas.parts[number].name}"
     if any(p.times > 1 for p in canvas.parts):
-        gather = torch.arange(canvas.size)
+        gather = torch.arange(canvas.size, device="cpu")
         index = canvas.indices(canvas.parts[number].name)
         gather[index] = index[path]  # interleaved parts keep their places
         return Order(label, pad(gather, (0, -canvas.size % block), value=-1), block)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from glocal._kept import ordinary
 from glocal.canvas.parts import Canvas, Part
 
 
@@ -64,7 +65,7 @@ class Order:
 
     def inverse(self, size: int) -> Tensor:
         """Where each of `size` tokens lies in the order, int64 [..., size]; ValueError if one is missing or twice."""
-        where = torch.full((*self.gather.shape[:-1], size + 1), -1, dtype=torch.long)
+        where = torch.full((*self.gather.shape[:-1], size + 1), -1, dtype=torch.long, device=self.gather.device)
         slot = torch.where(self.gather < 0, size, self.gather)
         counts = torch.zeros_like(where).scatter_add_(-1, slot, torch.ones_like(slot))[..., :size]
         if bool((counts != 1).any()):
@@ -72,7 +73,7 @@ class Order:
                 f"Order {self.name!r} is not one-to-one: {int((counts == 0).sum())} tokens are missing and "
                 f"{int((counts > 1).sum())} repeat; rows can only return through a one-to-one order."
             )
-        where.scatter_(-1, slot, torch.arange(self.gather.shape[-1]).expand_as(slot).contiguous())
+        where.scatter_(-1, slot, torch.arange(self.gather.shape[-1], device=slot.device).expand_as(slot).contiguous())
         return where[..., :size]
 
 
@@ -85,6 +86,7 @@ def raster(canvas: Canvas, block: int = 1) -> Order:
 
 
 @lru_cache(maxsize=256)
+@ordinary()
 def _raster(canvas: Canvas, block: int) -> Order:
     if any(p.times > 1 for p in canvas.parts):
         gather = pad(torch.arange(canvas.size), (0, -canvas.size % block), value=-1)
@@ -133,6 +135,7 @@ def tile(
 
 
 @lru_cache(maxsize=256)
+@ordinary()
 def _tile(
     canvas: Canvas, shape: tuple[int, ...], dilation: tuple[int, ...], number: int, block: int, slowest: int
 ) -> Order:

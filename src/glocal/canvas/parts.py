@@ -19,6 +19,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
+
 
 @dataclass(frozen=True)
 class Part:
@@ -129,13 +131,13 @@ class Canvas:
             group = list(numbered)
             if times == 1:
                 for number, part in group:
-                    yield number, part.tokens, torch.arange(start, start + part.tokens)
+                    yield number, part.tokens, torch.arange(start, start + part.tokens, device="cpu")
                     start += part.tokens
                 continue
             period, inside = sum(p.once for _, p in group), 0
-            repeats = torch.arange(times)[:, None] * period + start  # [times, 1]
+            repeats = torch.arange(times, device="cpu")[:, None] * period + start  # [times, 1]
             for number, part in group:
-                yield number, part.tokens, (repeats + inside + torch.arange(part.once)).flatten()
+                yield number, part.tokens, (repeats + inside + torch.arange(part.once, device="cpu")).flatten()
                 inside += part.once
             start += period * times
 
@@ -145,6 +147,7 @@ class Canvas:
         return next(index for number, _, index in self.runs() if number == wanted)
 
     @cached_property
+    @ordinary()
     def _table(self) -> Coords:
         rank = max(len(p.axes) for p in self.parts)
         part = torch.zeros(self.size, dtype=torch.long)

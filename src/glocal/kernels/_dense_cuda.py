@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.kernels.call import Call, Grads, PlanTensors
 from glocal.kernels.capability import installed
 from glocal.plan.blockplan import BlockLists, pack
@@ -108,7 +109,7 @@ def _planned(q: Tensor, k: Tensor, call: Call) -> Call:
 @lru_cache(maxsize=16)
 def _everything(nq: int, nk: int, device: torch.device) -> PlanTensors:
     """Lists of all key blocks for all query blocks; a last block that is not full is masked."""
-    with torch.inference_mode(False):
+    with ordinary():
         where = {"dtype": torch.int32, "device": device}
         rows, whole, rest = -(-nq // _BLOCK), nk // _BLOCK, nk % _BLOCK
         orders = []

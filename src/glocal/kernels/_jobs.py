@@ -119,7 +119,7 @@ def _classes(plan: PlanTensors, units: Units, batch: int) -> dict[tuple[int, tup
         return sample if t.shape[0] > 1 else 0, head if t.shape[1] > 1 else 0
 
     found: dict[tuple[int, tuple[int, int], tuple[int, int]], list[Tensor]] = {}
-    every = torch.arange(batch * units.count).reshape(batch, units.count)
+    every = torch.arange(batch * units.count, device="cpu").reshape(batch, units.count)
     for sample in range(samples):
         for head in range(heads):
             a, b = place(plan.owner, sample, head)

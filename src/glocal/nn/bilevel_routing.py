@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout
 from glocal.nn._groups import attend_groups
 from glocal.nn._heads import check_heads
@@ -378,7 +379,7 @@ def _kernel_size(tokens: int) -> int:
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what evaluation leaves in the cache serves training too
+@ordinary()
 def _blocks(regions: int, tokens: int, block: int, device: torch.device) -> Partition:
     """Regions of `tokens` tokens that lie one behind the other, each cut into blocks, the last one short."""
     members = torch.arange(regions * tokens, dtype=torch.int32).reshape(regions, tokens)
@@ -387,7 +388,7 @@ def _blocks(regions: int, tokens: int, block: int, device: torch.device) -> Part
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@ordinary()
 def _layout(regions: int, n: int, m: int) -> Layout:
     """Queries and keys by region."""
     return Layout(Canvas((regions * n,)), Canvas((regions * m,)))

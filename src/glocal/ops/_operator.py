@@ -1,7 +1,7 @@
 """The one dispatcher boundary: ``glocal::attend`` and its backward, with fake, autograd and FLOP formula.
 
-Where nothing looks at operators (no compiler, transform, dispatch mode, profiler or tensor subclass) an eager call goes
-past the dispatcher, which would take several times as long as launching a kernel: `run` decides.
+Where nothing looks at operators (no compiler, dispatch mode, profiler or tensor subclass) an eager call goes past the
+dispatcher, which would take several times as long as launching a kernel; torch.func has its own form. `run` decides.
 """
 
 from __future__ import annotations
@@ -13,35 +13,32 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from glocal.kernels import registry
 from glocal.kernels.call import Call, bias_places, parse, without
+from glocal.ops._transforms import Attend, forward_of, gradients_of, refuse_second
 
 
 def run(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Nq, Dv] and natural-log LSE [B, Hq, Nq], differentiable."""
     if torch.compiler.is_compiling():
         return attend(q, k, v, *call.encode())
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        data, spec = call.encode()
+        return Attend.apply(spec, q, k, v, *data)  # type: ignore[return-value]
     bias = call.differentiable()
     if _looked_at(q, k, v, *bias):
         return attend(q, k, v, *call.encode())
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, *bias)):
         return _Direct.apply(call, q, k, v, *bias)  # type: ignore[return-value]
-    return _forward(q, k, v, call)
+    return forward_of(q, k, v, call)
 
 
 def _looked_at(*tensors: Tensor) -> bool:
     """Whether somebody wants to see operators."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or torch.autograd._profiler_enabled()
         or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors)
     )
-
-
-def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    out, lse = registry.implementation(call.backend).forward(q, k, v, call)
-    return out.contiguous(), lse.contiguous()
 
 
 class _Direct(torch.autograd.Function):
@@ -49,7 +46,7 @@ class _Direct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
-        out, lse = _forward(q, k, v, call)
+        out, lse = forward_of(q, k, v, call)
         ctx.save_for_backward(q, k, v, out, lse, *call.tensors())  # of the last only changes are noticed
         ctx.call = call
         ctx.set_materialize_grads(False)
@@ -68,22 +65,14 @@ class _Direct(torch.autograd.Function):
                 given, q, k, v, out, lse, data, without(spec, lse=grad_lse is None, bias=not wanted)
             )
         else:
-            grads = _backward_of(grad_out, grad_lse, (q, k, v, out, lse), call)
+            grads = gradients_of(grad_out, grad_lse, (q, k, v, out, lse), call)
         return None, *grads, *([] if wanted else [None] * len(ctx.needs_input_grad[4:]))
-
-
-def _backward_of(grad_out: Tensor, grad_lse: Tensor | None, saved: tuple[Tensor, ...], call: Call) -> list[Tensor]:
-    """Gradients of q, k, v and, unless none is owed, of every bias; saved: q, k, v, out, lse."""
-    q, k, v, out, lse = saved
-    to_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    found = registry.implementation(call.backend).backward(grad_out, to_lse, q, k, v, out, lse, call)
-    return [g.contiguous() for g in (found.q, found.k, found.v, *(found.bias if call.bias_grad else ()))]
 
 
 @torch.library.custom_op("glocal::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Nq, Dv] and natural-log LSE [B, Hq, Nq]; `data` and `spec` are an encoded `Call`."""
-    return _forward(q, k, v, Call.decode(data, spec))
+    return forward_of(q, k, v, Call.decode(data, spec))
 
 
 @attend.register_fake
@@ -98,7 +87,7 @@ def attend_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and of every bias, given those of (out, lse), or of out alone if `spec` says so."""
     call = Call.decode(data, spec)
-    return _backward_of(grads[0], grads[1] if call.lse_grad else None, (q, k, v, out, lse), call)
+    return gradients_of(grads[0], grads[1] if call.lse_grad else None, (q, k, v, out, lse), call)
 
 
 @attend_backward.register_fake
@@ -130,6 +119,9 @@ def _backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tup
 
 
 attend.register_autograd(_backward, setup_context=_setup)
+
+
+attend_backward.register_autograd(refuse_second)
 
 
 def lse_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels import registry
 from glocal.kernels.call import Bias, Call, DenseBias, PlanTensors
@@ -253,7 +254,8 @@ def _facts(
         q.dtype,
         *map(index, (q.shape[0], q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])),
         tuple(sorted(kinds)),
-        torch.is_grad_enabled() and any(t.requires_grad for t in tensors),
+        torch.is_grad_enabled()
+        and (any(t.requires_grad for t in tensors) or torch._C._are_functorch_transforms_active()),
         score.softcap is not None,
         segments is not None,
         score.dropout > 0,
@@ -380,7 +382,8 @@ def _remembered(device: str, request: tuple[Any, ...], pick: Callable[[], Picked
     if known is None:
         if len(_PICKED) >= _MOST_PICKED:
             _PICKED.clear()
-        known = _PICKED[key] = (pick(), records)
+        with ordinary():
+            known = _PICKED[key] = (pick(), records)
     return known[0]
 
 
@@ -422,4 +425,5 @@ def _scaled(q: Tensor, score: Score) -> tuple[Tensor, float]:
 def _seed(score: Score) -> Tensor | None:
     if score.dropout == 0:
         return None
-    return torch.randint(0, 2**62, (1,), generator=score.generator)
+    device = "cpu" if score.generator is None else score.generator.device
+    return torch.randint(0, 2**62, (1,), generator=score.generator, device=device)

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout
 from glocal.kernels.call import Bias, DenseBias, TableBias
 from glocal.kernels.quant import Quant
@@ -129,7 +130,7 @@ def _codes(
 
 
 @lru_cache(maxsize=64)
-@torch.inference_mode(False)  # what evaluation leaves in the cache serves training too
+@ordinary()
 def _known_codes(
     q: Canvas,
     k: Canvas,

@@ -15,6 +15,7 @@ from functools import cached_property, lru_cache
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Coords, Layout, Order, named
 from glocal.patterns.base import Pattern
 
@@ -219,6 +220,7 @@ def _length(order: str | Order, canvas: Canvas) -> int:
 
 
 @lru_cache(maxsize=64)
+@ordinary()
 def _places(order: str | Order, canvas: Canvas) -> Tensor | None:
     gather = _gather(order, canvas)
     if gather is None:

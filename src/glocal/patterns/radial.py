@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Coords, Layout
 from glocal.patterns.base import Everything, Term
 from glocal.patterns.blocks import BlockPattern
@@ -153,6 +154,7 @@ class RadialBlocks(BlockPattern):
 
 
 @lru_cache(maxsize=16)
+@ordinary()
 def _mask(spec: RadialBlocks, frames: int, tokens: int, total: int) -> Tensor:
     """Bool [blocks, blocks] for `frames` of `tokens` tokens in a sequence of `total`."""
     block, side = spec.block, -(-tokens // spec.block)

@@ -10,6 +10,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Layout
 from glocal.plan.facts import copy_facts, copy_sound
 
@@ -170,12 +171,14 @@ class BlockPlan:
             )
 
     @cached_property
+    @ordinary()
     def visited_pairs(self) -> float:
         """Query-key pairs a kernel touches, mean over samples and heads (padding included)."""
         blocks = (self.full.count.sum(-1) + self.partial.count.sum(-1)).double()  # [U]
         return float(blocks[self.owner.long()].mean()) * self.q_block * self.kv_block
 
     @cached_property
+    @ordinary()
     def visits(self) -> tuple[float, float]:
         """Shares of all pairs that lie in full and in partial blocks, mean over samples and heads."""
         block = self.q_block * self.kv_block / max(1, self.layout.nq * self.layout.nk)
@@ -184,6 +187,7 @@ class BlockPlan:
         return full, partial
 
     @cached_property
+    @ordinary()
     def visible_pairs(self) -> float:
         """Query-key pairs that may see each other, mean over samples and heads (repeated keys count)."""
         if self.q_order.shape[:2] != (1, 1) or self.kv_order.shape[:2] != (1, 1):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout, Order, raster, tile
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
@@ -67,7 +68,7 @@ def plan(
     if key in _CACHE:
         _CACHE.move_to_end(key)
         return _CACHE[key]
-    with torch.inference_mode(False):  # a plan first made for evaluation serves training too
+    with ordinary():
         built = _build(pattern, layout, _orders(pattern, layout, spec), spec, torch.device(device))
     _CACHE[key] = built
     if len(_CACHE) > _CACHE_SIZE:

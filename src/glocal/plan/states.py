@@ -12,18 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.canvas import Layout, Order, Region
 from glocal.patterns.base import And, AxisRelation, Not, Or, Pattern, PerHead, Term
 from glocal.patterns.runs import runs_see
 
 NONE, PART, FULL, OPEN, SILENT = range(5)
-_OR = torch.tensor(
-    [[0, 1, 2, 3, 0], [1, 3, 2, 3, 1], [2, 2, 2, 2, 2], [3, 3, 2, 3, 3], [0, 1, 2, 3, 4]], dtype=torch.int8
-)
-_AND = torch.tensor(
-    [[0, 0, 0, 0, 0], [0, 3, 1, 3, 1], [0, 1, 2, 3, 2], [0, 3, 3, 3, 3], [0, 1, 2, 3, 4]], dtype=torch.int8
-)
-_NOT = torch.tensor([2, 1, 0, 3, 4], dtype=torch.int8)
+with ordinary():
+    _OR = torch.tensor(
+        [[0, 1, 2, 3, 0], [1, 3, 2, 3, 1], [2, 2, 2, 2, 2], [3, 3, 2, 3, 3], [0, 1, 2, 3, 4]], dtype=torch.int8
+    )
+    _AND = torch.tensor(
+        [[0, 0, 0, 0, 0], [0, 3, 1, 3, 1], [0, 1, 2, 3, 2], [0, 3, 3, 3, 3], [0, 1, 2, 3, 4]], dtype=torch.int8
+    )
+    _NOT = torch.tensor([2, 1, 0, 3, 4], dtype=torch.int8)
 TABLE_LIMIT = 2048  # axes up to this length are classified from a length x length table
 
 

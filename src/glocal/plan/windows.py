@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout
 from glocal.patterns.base import AxisRelation, Pattern
 from glocal.plan.blockplan import BlockLists, BlockPlan, pack
@@ -67,7 +68,7 @@ def window_plan(pattern: Pattern, canvas: Canvas | Layout, *, device: torch.devi
                 f"window_plan: {pattern!r} on {layout.q!r} is no product of single axes on one grid of up to 3 axes; "
                 "use glocal.plan.build.plan."
             )
-        with torch.inference_mode(False):
+        with ordinary():
             _CACHE[key] = _assemble(layout, cuts).to(device)
         if len(_CACHE) > 64:
             _CACHE.popitem(last=False)
@@ -85,7 +86,7 @@ def _cuts(pattern: Pattern, layout: Layout) -> tuple[_Cuts, ...] | None:
     return _CUTS[key]
 
 
-@torch.inference_mode(False)
+@ordinary()
 def _cut_all(pattern: Pattern, layout: Layout) -> tuple[_Cuts, ...] | None:
     whole = len(layout.q.parts) == 1 and layout.q == layout.kv and len(layout.q.grids) == 1
     if not whole or (layout.nq, layout.nk) != (layout.q.size, layout.kv.size) or pattern.heads is not None:

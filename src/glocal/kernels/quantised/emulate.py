@@ -8,6 +8,8 @@ Rounding is to nearest, of halves to even. A row that sees nothing gives out 0 a
 
 from __future__ import annotations
 
+from math import log
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, work: Work) -> tuple[Te
             top = new
     none = total == 0
     out = (acc / total.masked_fill(none, 1)[..., None]).flatten(2, 3) * sv
-    lse = (top + total.log() - torch.tensor(weight).log()).flatten(2, 3)
+    lse = (top + total.log() - log(weight)).flatten(2, 3)
     out, lse = work.returned(out.to(q.dtype), lse)
     return out, unsmoothed(lse, q, mean, call.scale)
 

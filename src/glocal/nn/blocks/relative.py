@@ -14,10 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._kept import ordinary
+
 Resize = Literal["bicubic", "bilinear"]
 
 
 @lru_cache(maxsize=64)
+@ordinary()
 def relative_index(height: int, width: int) -> Tensor:
     """Swin's index, int64 [hw, hw]: row (dy + h - 1)(2w - 1) + dx + w - 1 of the table, dy and dx query minus key."""
     rows, columns = torch.arange(height, device="cpu"), torch.arange(width, device="cpu")

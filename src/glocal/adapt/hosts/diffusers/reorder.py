@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from glocal._kept import ordinary
 from glocal.adapt.hosts.diffusers.running import Forward, canvas_of
 from glocal.canvas import Canvas, Order
 
@@ -152,6 +153,7 @@ def _behind(table: Tensor, axis: int, now: _Now) -> Tensor:
 
 
 @lru_cache(maxsize=32)
+@ordinary()
 def _both(order: Order, tokens: int, device: str) -> tuple[Tensor, Tensor]:
     back = order.inverse(tokens)
     return order.gather.to(device), back.to(device)
