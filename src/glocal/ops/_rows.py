@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.canvas import Canvas, Layout, Part
 from glocal.kernels.call import Bias, DenseBias
 from glocal.ops.score import Score
@@ -88,7 +89,8 @@ class Rows:
             seen = self._grouped((times > 0).any(2), k.shape[1])
             k = torch.where(seen[..., None], k, 0)
         groups = q.shape[1] // k.shape[1]
-        s = (q.unflatten(1, (k.shape[1], groups)) @ k.transpose(-1, -2)[:, :, None]).flatten(1, 2)
+        with exact(q):
+            s = (q.unflatten(1, (k.shape[1], groups)) @ k.transpose(-1, -2)[:, :, None]).flatten(1, 2)
         s = self.shaped(s)
         for bias in self.bias:
             s = s + _bias_rows(bias, rows, keys).to(s.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.kernels.call import DenseBias
 from glocal.ops._rows import Rows, looked_up
 from glocal.patterns.neighborhood import Neighborhood
@@ -49,7 +50,9 @@ def slot_logits(rows: Rows, pattern: Neighborhood, queries: Tensor) -> Tensor:
     near = rows.k[:, :, keys]  # [B, Hkv, n, slots, D]
     q = rows.q[:, :, queries].unflatten(1, (near.shape[1], -1))  # [B, Hkv, groups, n, D]
     high = near.dtype
-    s = rows.shaped((near[:, :, None] @ q[..., None]).squeeze(-1).flatten(1, 2))  # [B, H, n, slots]
+    with exact(q):
+        s = (near[:, :, None] @ q[..., None]).squeeze(-1).flatten(1, 2)  # [B, H, n, slots]
+    s = rows.shaped(s)
     for bias in rows.bias:
         if isinstance(bias, DenseBias):
             values = bias.values if bias.values.shape[2] == 1 else bias.values[:, :, queries]

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.kernels import registry
 from glocal.kernels.call import Call, bias_places, without
 
@@ -73,7 +74,8 @@ class Gradients(torch.autograd.Function):
 
 def forward_of(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """What the backend of the call computes: out and LSE, both contiguous."""
-    out, lse = registry.implementation(call.backend).forward(q, k, v, call)
+    with exact(q):
+        out, lse = registry.implementation(call.backend).forward(q, k, v, call)
     return out.contiguous(), lse.contiguous()
 
 
@@ -81,7 +83,8 @@ def gradients_of(grad_out: Tensor, grad_lse: Tensor | None, saved: tuple[Tensor,
     """Gradients of q, k, v and, unless none is owed, of every bias; saved: q, k, v, out, lse."""
     q, k, v, out, lse = saved
     to_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    found = registry.implementation(call.backend).backward(grad_out, to_lse, q, k, v, out, lse, call)
+    with exact(q):
+        found = registry.implementation(call.backend).backward(grad_out, to_lse, q, k, v, out, lse, call)
     return [g.contiguous() for g in (found.q, found.k, found.v, *(found.bias if call.bias_grad else ()))]
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from glocal._exact import exact
 from glocal.canvas import Canvas, Layout
 from glocal.ops._rows import Relation, Rows
 from glocal.ops._slots import slot_logits
@@ -105,7 +106,8 @@ class Capture:
 
         def step(part: Tensor, here: Tensor) -> Tensor:
             p = self._probabilities(part)
-            return here.to(p.dtype) @ (p if power == 1 else p**power)
+            with exact(p):
+                return here.to(p.dtype) @ (p if power == 1 else p**power)
 
         return self._total(lambda part: self._apply(step, part, weight[..., part]))
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._exact import exact
+
 Border = Literal["absent", "mask"]
 
 
@@ -29,7 +31,8 @@ def affinity(pixels: Tensor, centres: Tensor, scale: float, *, reach: int = 1, b
         raise ValueError(f"affinity: border={border!r}; legal: 'absent', 'mask'.")
     high = torch.float64 if pixels.dtype == torch.float64 else torch.float32
     around = _neighbours(centres.to(high), reach)  # [B, rows, columns, K, C]
-    logits = pixels.to(high) @ around.transpose(-1, -2) * scale
+    with exact(pixels):
+        logits = pixels.to(high) @ around.transpose(-1, -2) * scale
     if border == "mask":
         there = _neighbours(torch.ones_like(centres[:1, ..., :1], dtype=high), reach)[..., 0]  # [1, rows, columns, K]
         logits = logits.masked_fill(there[..., None, :] == 0, -torch.inf)
@@ -51,7 +54,8 @@ def scatter(pixels: Tensor, weights: Tensor, *, eps: float = 1e-12) -> Tensor:
     float32 (float64 for float64). Returns [B, rows, columns, C] in the type of pixels.
     """
     reach = _reach(weights)
-    total = _folded(weights.transpose(-1, -2) @ pixels.to(weights.dtype), reach)
+    with exact(pixels):
+        total = _folded(weights.transpose(-1, -2) @ pixels.to(weights.dtype), reach)
     mass = _folded(weights.sum(-2)[..., None], reach)
     return (total / (mass + eps)).to(pixels.dtype)
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.kernels import maps
 
 _MOST = 128  # channels of a group that the kernels take
@@ -49,9 +50,10 @@ def gram(
     if normalise == "l2":
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     factor = scale.to(high)[:, None, None] if isinstance(scale, Tensor) else scale
-    weights = _activate((q * factor) @ k.transpose(-1, -2), activation).to(v.dtype)  # [B, groups, d, d]
-    values = v.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [B, groups, d, N]
-    return (weights @ values).flatten(1, 2).transpose(1, 2)
+    with exact(q):
+        weights = _activate((q * factor) @ k.transpose(-1, -2), activation).to(v.dtype)  # [B, groups, d, d]
+        values = v.unflatten(2, (groups, -1)).permute(0, 2, 3, 1)  # [B, groups, d, N]
+        return (weights @ values).flatten(1, 2).transpose(1, 2)
 
 
 def _fused(qkv: tuple[Tensor, Tensor, Tensor], groups: int, scale: float | Tensor, activation: Activation) -> Tensor:

@@ -8,13 +8,13 @@ arXiv 2412.06590); none leaves the sums as they are. Feature maps of q and k are
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.kernels import maps
 
 _MOST = 128  # size of a head that the kernels take
@@ -95,8 +95,7 @@ def linear_attention(q: Tensor, k: Tensor, v: Tensor, normaliser: Normaliser, pl
     if narrow and maps.usable(q, k, v, plus):
         return _fused(q, k, v, normaliser, plus)
     high = torch.float64 if v.dtype == torch.float64 else torch.float32
-    meta = q.device.type == "meta"  # shapes alone: nothing is rounded there, and autocast does not know it
-    with nullcontext() if meta else torch.autocast(q.device.type, enabled=False):
+    with exact(q):
         out = _run(q.to(high), k.to(high), v.to(high), normaliser).to(v.dtype)
     return out if plus is None else out + plus
 

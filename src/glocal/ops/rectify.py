@@ -7,6 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.ops.epilogue import Epilogue, GroupEpilogue
 from glocal.routing.partition import Partition
 from glocal.routing.shares import Shares
@@ -21,7 +22,8 @@ def rectification(share: Shares, kept: Tensor, helpful: Tensor, v_mean: Tensor) 
     """
     replaced = helpful & ~kept
     gone = torch.where(replaced, share.blocks, 0)
-    return 1 - gone.sum(-1), gone @ v_mean.to(gone.dtype)
+    with exact(gone):
+        return 1 - gone.sum(-1), gone @ v_mean.to(gone.dtype)
 
 
 def spread(

@@ -7,13 +7,12 @@ with budgets for each head; what differs is the partition, the scorer and the `K
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.canvas import Canvas, Layout, Order
 from glocal.patterns.base import Dense, Pattern
 from glocal.routing.keep import Keep
@@ -70,7 +69,7 @@ def route(
     if segments is not None:  # padding is no part of a mean
         scored = q_part.without(segments[0] < 0), kv_part.without(segments[1] < 0)
     learns = spec.differentiable and torch.is_grad_enabled()
-    with torch.set_grad_enabled(learns), _exact(q.device.type):
+    with torch.set_grad_enabled(learns), exact(q):  # rounded scores would tie
         scores = spec.scorer(q, k, *scored)  # [B, Hq|1, query groups, key groups]
     within = Dense() if within is None and layout.policy else within
     allowed = None
@@ -88,12 +87,6 @@ def route(
         scores=scores.gather(-1, kept.index.long()),
         competing=kept.competing,
     )
-
-
-def _exact(device: str) -> AbstractContextManager[Any]:
-    """Autocast off, where it is on: it would round scores, and ties go to low groups."""
-    on = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
-    return torch.autocast(device, enabled=False) if on else nullcontext()
 
 
 def _heads(allowed: Tensor, heads: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.routing.partition import Partition
 
 Tail = Literal["count", "block"]
@@ -121,11 +122,13 @@ def shares(q: Pooled, k: Pooled, words: Tensor | None = None, scale: float | Non
     logits, None for D ** -0.5.
     """
     factor = q.mean.shape[-1] ** -0.5 if scale is None else scale
-    logits = (q.mean * factor) @ k.mean.transpose(-1, -2)  # [B, H, query groups, key groups]
+    with exact(q.mean):
+        logits = (q.mean * factor) @ k.mean.transpose(-1, -2)  # [B, H, query groups, key groups]
     columns = logits.shape[-1]
     if words is not None and words.shape[2]:
         hidden = words[..., 0].isnan()[:, :, None]  # [B, H, 1, W]
-        single = (q.mean * factor) @ words.nan_to_num().to(q.mean.dtype).transpose(-1, -2)
+        with exact(q.mean):
+            single = (q.mean * factor) @ words.nan_to_num().to(q.mean.dtype).transpose(-1, -2)
         logits = torch.cat([logits, single.masked_fill(hidden, -torch.inf)], -1)
     weight = logits.softmax(-1)
     blocks = weight[..., :columns] * k.counts.to(weight.dtype)
@@ -139,6 +142,7 @@ def helpful(q: Pooled, k: Pooled) -> Tensor:
 
     gain: |mean q . mean k|. error: |spread q . mean k| + |mean q . spread k|, a heuristic and no bound.
     """
-    gain = (q.mean @ k.mean.transpose(-1, -2)).abs()
-    error = (q.spread @ k.mean.transpose(-1, -2)).abs() + (q.mean @ k.spread.transpose(-1, -2)).abs()
+    with exact(q.mean):
+        gain = (q.mean @ k.mean.transpose(-1, -2)).abs()
+        error = (q.spread @ k.mean.transpose(-1, -2)).abs() + (q.mean @ k.spread.transpose(-1, -2)).abs()
     return gain > error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glocal._exact import exact
 from glocal.canvas import Layout, Order
 from glocal.patterns.base import Pattern
 from glocal.routing.keep import Keep
@@ -65,7 +66,8 @@ def best_margin(q: Tensor, k: Tensor, q_part: Partition, kv_part: Partition, fac
     out = q.new_full((*q.shape[:2], q_part.groups, kv_part.groups), -torch.inf, dtype=torch.float32)
     for number in range(q_part.groups):
         mine = rows[number][rows[number] >= 0]
-        s = q[:, :, mine].float() @ keys.transpose(-1, -2) * factor  # [B, H, R, key groups * most]
+        with exact(q):
+            s = q[:, :, mine].float() @ keys.transpose(-1, -2) * factor  # [B, H, R, key groups * most]
         s = s.masked_fill((members < 0).flatten(), -torch.inf).unflatten(-1, members.shape)
         best = s.amax(-1)  # [B, H, R, key groups]
         out[:, :, number] = (best - best.amax(-1, keepdim=True)).amax(2)
