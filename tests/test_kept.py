@@ -63,6 +63,17 @@ def test_a_default_device_is_not_mistaken_for_the_place_of_the_tokens(
     torch.testing.assert_close(found, run())
 
 
+def test_dropout_is_drawn_where_its_generator_lies(generator: torch.Generator) -> None:
+    q, k, v = torch.randn(3, 1, 2, 9, 8, generator=generator)
+
+    def run() -> Tensor:
+        return attention(q, k, v, score=Score(dropout=0.5, generator=torch.Generator().manual_seed(1)))
+
+    with torch.device("meta"):
+        found = run()
+    assert torch.equal(found, run())
+
+
 def test_a_plan_can_be_stored_and_given_to_other_processes(generator: torch.Generator) -> None:
     canvas = Canvas((6, 8))
     made = plan(Neighborhood((3, 3)), Layout.of(canvas), PlanSpec(16, 16))

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -52,3 +53,8 @@ def test_errors():
         Canvas((2, 2)).number("txt")
     with pytest.raises(ValueError, match="has 0 grids; name the part instead"):
         _ = Canvas([Part("a", 2)]).grid
+
+
+def test_axis_lengths_may_be_numbers_of_numpy() -> None:
+    canvas = Canvas(tuple(np.array([3, 5])))
+    assert canvas == Canvas((3, 5)) and all(type(n) is int for n in canvas.grid.axes)

@@ -15,7 +15,7 @@ from glocal.canvas import Canvas
 from glocal.kernels import cpu
 from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
 from glocal.kernels.capability import Sizes
-from glocal.ops import Dense, PerKey, Relative, Score, attend, attention
+from glocal.ops import Dense, PerKey, Relative, Score, attend, attention, explain
 from glocal.patterns import Neighborhood
 from glocal.plan.build import PlanSpec, plan
 
@@ -183,8 +183,6 @@ def test_without_a_batch_axis(generator: torch.Generator) -> None:
 
 
 def test_explain_says_what_attend_does(generator: torch.Generator) -> None:
-    from glocal.ops import explain
-
     q, k, v = qkv(generator)
     text = explain(q, k, v, PATTERN, canvas=CANVAS)
     assert "15 queries x 15 keys, 2 heads on 1, head size 3, float64 on cpu" in text
@@ -223,3 +221,34 @@ def test_arguments_of_another_kind_are_named(generator: torch.Generator) -> None
         Score(quant="int8")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Score: bias is a Tensor; legal: a tuple of terms"):
         Score(bias=torch.zeros(15, 15))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Score: scale='auto'; legal: a number, a tensor of one entry"):
+        Score(scale="auto")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"attention: score is a float; legal: Score\(scale=..., bias=...\), None"):
+        attention(q, k, v, score=0.3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="attention: k is a ndarray; legal: a Tensor"):
+        attention(q, k.detach().numpy(), v)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="attention: v is nested or sparse; legal: a plain tensor, and lengths= or"):
+        attention(q, k, v.detach().to_sparse())
+    with pytest.raises(ValueError, match="backend=None is unknown; legal: auto, dense, cpu"):
+        attention(q, k, v, PATTERN, canvas=CANVAS, backend=None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Dense: values are bool.*masked_fill\(~mask, -torch.inf\)"):
+        Dense(torch.ones(15, 15, dtype=torch.bool))
+    with pytest.raises(TypeError, match="Patterns join with patterns, not with a Tensor; a mask of blocks becomes one"):
+        PATTERN | torch.ones(15, 15)  # type: ignore[operator]
+    with pytest.raises(TypeError, match="attention: pattern is a str"):
+        explain(q, k, v, "neighborhood", canvas=CANVAS)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_types_that_differ_become_that_of_autocast(kind: str, generator: torch.Generator) -> None:
+    q, k, v = (t.detach().float().requires_grad_() for t in qkv(generator))
+    low_q, low_k, low_v = (t.bfloat16() for t in (q, k, v))
+    want = attention(low_q, low_k, low_v, **KINDS[kind])
+    with pytest.raises(ValueError, match="k is torch.bfloat16 on cpu, but q is torch.float32 on cpu; they must agree"):
+        attention(q, low_k, v, **KINDS[kind])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(q, low_k, v, **KINDS[kind])
+        assert attention(q, k, v, **KINDS[kind]).dtype == torch.float32  # nothing is rounded that agrees
+    assert torch.equal(found, want)
+    for a, b in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, want)), strict=True):
+        assert torch.equal(a, b)

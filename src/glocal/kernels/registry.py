@@ -255,7 +255,7 @@ _COMPARE = 1 << 14  # beyond so many tokens planning twice costs more than the b
 
 def _named(name: str) -> Backend:
     if name not in _ORDER:
-        near = difflib.get_close_matches(name, (*_ORDER, "auto"), n=2, cutoff=0.4)
+        near = difflib.get_close_matches(str(name), (*_ORDER, "auto"), n=2, cutoff=0.4)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         raise ValueError(f"backend={name!r} is unknown; legal: auto, {', '.join(_ORDER)}.{hint}")
     return _backend(name)

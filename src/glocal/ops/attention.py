@@ -68,14 +68,16 @@ def attention(
     """Softmax attention restricted to `pattern`.
 
     q: [..., Hq, Nq, D]; k: [..., Hkv, Nk, D]; v: [..., Hkv, Nk, Dv], as in scaled_dot_product_attention: leading
-        dimensions broadcast, Hq is a multiple of Hkv, any strides; float32, bfloat16, float16 or float64.
+        dimensions broadcast, Hq is a multiple of Hkv, any strides; float32, bfloat16, float16 or float64, all of one
+        type (under autocast, types that differ become its own).
     pattern: a Pattern, a Selection of a router, a BlockPlan, or PlanSlots that hold one; None is dense.
     canvas: where the tokens lie (a Canvas, or a Layout where the two sides differ); needed by a Pattern.
     score: scale, soft-cap and biases; default scale D ** -0.5.
     backend: "auto" or a name of `glocal.kernels.registry.names()`; a named backend runs or raises.
 
     Returns [..., Hq, Nq, Dv]. A row that sees nothing is 0. Raises ValueError for shapes, head counts, token counts
-    or a backend that do not fit. Under torch.compile, make pattern and canvas outside the compiled function.
+    or a backend that do not fit. Under torch.compile, make pattern and canvas outside the compiled function. Of
+    torch.func, vmap calls once a sample (leading dimensions are faster), and forward mode is refused.
     """
     return _run(q, k, v, pattern, canvas, score, backend)[0]
 
@@ -112,15 +114,8 @@ def _run(
     *,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor, Prepared]:
-    _check(q, k, v)
-    if isinstance(pattern, PlanSlots):
-        pattern = pattern.plan
-    elif pattern is not None and not isinstance(pattern, (Pattern, BlockPlan, Selection)):
-        raise TypeError(
-            f"attention: pattern is a {type(pattern).__name__}; legal: Pattern, Selection, BlockPlan, PlanSlots, None "
-            "(a mask of blocks becomes one by glocal.patterns.Blocks, or per sample by glocal.routing.from_mask)."
-        )
-    score = Score() if score is None else score
+    q, k, v = _checked(q, k, v)
+    pattern, score = _meant(pattern, score)
     lead, (q4, k4, v4) = _flat(q, k, v)
     segments, bias = None, ()
     if pattern is not None or canvas is not None or score.bias:  # plain dense attention needs no layout
@@ -158,6 +153,22 @@ def _run(
     return out.reshape(*lead, *out.shape[1:]), ends.reshape(*lead, *ends.shape[1:]), (picked, compiled, data)
 
 
+def _meant(
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None, score: Score | None
+) -> tuple[Pattern | Selection | BlockPlan | None, Score]:
+    """The plan that slots hold; the score, the default one for None."""
+    if isinstance(pattern, PlanSlots):
+        pattern = pattern.plan
+    elif pattern is not None and not isinstance(pattern, (Pattern, BlockPlan, Selection)):
+        raise TypeError(
+            f"attention: pattern is a {type(pattern).__name__}; legal: Pattern, Selection, BlockPlan, PlanSlots, None "
+            "(a mask of blocks becomes one by glocal.patterns.Blocks, or per sample by glocal.routing.from_mask)."
+        )
+    if score is not None and not isinstance(score, Score):
+        raise TypeError(f"attention: score is a {type(score).__name__}; legal: Score(scale=..., bias=...), None.")
+    return pattern, Score() if score is None else score
+
+
 def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, tuple[Tensor, Tensor, Tensor]]:
     """Leading dimensions, and q, k, v as [B, H, N, D]."""
     if q.dim() == k.dim() == v.dim() == 4 and q.shape[0] == k.shape[0] == v.shape[0]:
@@ -170,6 +181,7 @@ def _flat(q: Tensor, k: Tensor, v: Tensor) -> tuple[torch.Size, tuple[Tensor, Te
 def _measured(q: Tensor, k: Tensor, v: Tensor, score: Score, out: Tensor, ran: Prepared) -> Approximation:
     """The error of a rounded call on a sample of its rows."""
     picked, _, data = ran
+    q, k, v = _checked(q, k, v)
     _, (q4, k4, v4) = _flat(q, k, v)
     q4, scale = _scaled(q4, score)
     assert picked.blocks is not None
@@ -178,7 +190,19 @@ def _measured(q: Tensor, k: Tensor, v: Tensor, score: Score, out: Tensor, ran: P
     return measured((q4, k4, v4), out.reshape(-1, *out.shape[-3:]), call)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _checked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v; where they disagree under autocast, in its type, as torch's attention takes them."""
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"attention: {name} is a {type(t).__name__}; legal: a Tensor [..., heads, tokens, size].")
+        if t.is_nested or t.layout != torch.strided:
+            raise TypeError(
+                f"attention: {name} is nested or sparse; legal: a plain tensor, and lengths= or documents= of a Layout "
+                "for sequences of unequal length."
+            )
+    if not q.dtype == k.dtype == v.dtype and torch.is_autocast_enabled(q.device.type):
+        low = torch.get_autocast_dtype(q.device.type)
+        q, k, v = (t if t.dtype == torch.float64 else t.to(low) for t in (q, k, v))
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() < 3:
             raise ValueError(f"attention: {name} of shape {tuple(t.shape)} needs at least [heads, tokens, head size].")
@@ -199,6 +223,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
             f"attention: {q.shape[-3]} query heads do not divide over {k.shape[-3]} key heads; "
             "the query heads must be a multiple of the key heads."
         )
+    return q, k, v
 
 
 def _layout(

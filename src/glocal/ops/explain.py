@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from math import prod
 
 import torch
 from torch import Tensor
@@ -12,13 +11,14 @@ from torch import Tensor
 from glocal.canvas import Canvas, Layout
 from glocal.kernels import registry
 from glocal.kernels.registry import Picked, Request, Visits
-from glocal.ops.attention import _check, _facts, _layout, _lower, _table, _word, layout_size_check
+from glocal.ops.attention import _checked, _facts, _flat, _layout, _lower, _meant, _table, _word, layout_size_check
 from glocal.ops.score import Score
 from glocal.patterns.base import Pattern
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.build import PlanSpec, plan
 from glocal.plan.cost import BlockWork, forecast
 from glocal.plan.selection import plan_selection
+from glocal.plan.slots import PlanSlots
 from glocal.plan.windows import window_keys, window_plan
 from glocal.routing.selection import Selection
 
@@ -27,7 +27,7 @@ def explain(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: Pattern | Selection | BlockPlan | None = None,
+    pattern: Pattern | Selection | BlockPlan | PlanSlots | None = None,
     *,
     canvas: Canvas | Layout | None = None,
     score: Score | None = None,
@@ -39,10 +39,9 @@ def explain(
     device: name of a device table (`glocal env --measure` makes one) for a forecast of the forward pass.
     Raises ValueError for the same bad shapes as `attention`; a backend that cannot run is explained, not raised.
     """
-    _check(q, k, v)
-    score = Score() if score is None else score
-    lead = torch.broadcast_shapes(q.shape[:-3], k.shape[:-3], v.shape[:-3])
-    q4, k4, v4 = (t.expand(*lead, *t.shape[-3:]).reshape(prod(lead), *t.shape[-3:]) for t in (q, k, v))  # [B, H, N, D]
+    q, k, v = _checked(q, k, v)
+    pattern, score = _meant(pattern, score)
+    _, (q4, k4, v4) = _flat(q, k, v)
     layout = _layout(q4.shape[2], k4.shape[2], pattern, canvas)
     layout_size_check(layout, q4.shape[2], k4.shape[2])
     bias = _lower(score, layout, q4.shape[1])

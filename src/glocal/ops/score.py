@@ -25,6 +25,9 @@ class Dense:
 
     values: Tensor
 
+    def __post_init__(self) -> None:
+        _check_added("Dense", self.values)
+
     def lower(self, layout: Layout) -> Bias:
         """The form kernels read."""
         values = self.values.reshape((1,) * (4 - self.values.dim()) + tuple(self.values.shape))
@@ -44,6 +47,9 @@ class PerKey:
 
     values: Tensor
 
+    def __post_init__(self) -> None:
+        _check_added("PerKey", self.values)
+
     def lower(self, layout: Layout) -> Bias:
         """The form kernels read."""
         values = self.values.reshape((1,) * (3 - self.values.dim()) + tuple(self.values.shape))
@@ -52,6 +58,14 @@ class PerKey:
                 f"PerKey bias of shape {tuple(self.values.shape)} needs {layout.nk} keys on its last axis."
             )
         return DenseBias(values[:, :, None, :])
+
+
+def _check_added(name: str, values: Tensor) -> None:
+    if values.dtype == torch.bool:
+        raise TypeError(
+            f"{name}: values are bool, and a bias is added to logits; legal: floating point. A mask becomes a bias by "
+            "torch.zeros(mask.shape).masked_fill(~mask, -torch.inf), and costs least as a pattern."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,6 +204,10 @@ class Score:
     def __post_init__(self) -> None:
         if not isinstance(self.bias, (tuple, list)):
             raise TypeError(f"Score: bias is a {type(self.bias).__name__}; legal: a tuple of terms, as in (Dense(t),).")
+        if isinstance(self.scale, str):
+            raise TypeError(
+                f"Score: scale={self.scale!r}; legal: a number, a tensor of one entry for each query head, None."
+            )
         if self.quant is not None and not isinstance(self.quant, Quant):
             raise TypeError(
                 f"Score: quant={self.quant!r}; legal: None or a Quant, such as Quant('int8', 'none', (32, 64))."

@@ -156,6 +156,12 @@ class _Join(Pattern):
     b: Pattern
 
     def __post_init__(self) -> None:
+        for other in (self.a, self.b):
+            if not isinstance(other, Pattern):
+                raise TypeError(
+                    f"Patterns join with patterns, not with a {type(other).__name__}; a mask of blocks becomes one by "
+                    "glocal.patterns.Blocks."
+                )
         same_heads((self.a, self.b))
         orders = [name for name in map(_order_name, (self.a, self.b)) if name is not None]
         if len(set(orders)) > 1:
