@@ -212,6 +212,11 @@ def test_a_canvas_that_does_not_fit_is_named(generator: torch.Generator) -> None
         pytest.raises(ValueError, match=r"radial: site '.*attn' attends on .*frames of"),
     ):
         run(model, given)
+    for sizes in ("3,3", 3, (3.0, 3)):
+        with pytest.raises(TypeError, match="gna: window=.*; legal: a whole number for each axis of the media grid"):
+            gna(model, window=sizes)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="tile_windows: tile=.*; legal: a whole number for each axis"):
+            tile_windows(model, tile=sizes, window=(3, 3))  # type: ignore[arg-type]
     with gna(model, window=(8, 8)), pytest.raises(ValueError, match=r"window=8 .* does not fit axis 0 of length 4"):
         run(model, given)
     with gna(model, window=(1, 2, 2)), pytest.raises(ValueError, match=r"has 3 entries, but the media grid \(4, 6\)"):

@@ -86,6 +86,8 @@ def test_attach_raises_or_warns_with_the_line_to_run(model: VideoDiT, tmp_path: 
     soft = replace(recipe_of(model), fallback=Fallback(min_tokens=64, mismatch="warn"))
     with pytest.warns(UserWarning, match="weights_sha256"):
         attach(other(model), soft).undo()
+    with pytest.raises(TypeError, match="attach: recipe is a dict; legal: a Recipe, or the path of a recipe.json"):
+        attach(model, {})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="on_mismatch='ignore'; legal: raise, warn"):
         attach(model, soft, on_mismatch="ignore")  # type: ignore[arg-type]
 

@@ -13,6 +13,8 @@ from glocal.models.flops import count_macs
 def test_names_are_listed_by_pattern_and_system() -> None:
     assert list_models("nat_*") == [n for n in list_models() if n.startswith("nat_")]
     assert "dinat_tiny" in list_models(system="dinat") and list_models("nothing*") == []
+    with pytest.raises(ValueError, match="list_models: system='dinta' is unknown; legal: .*; nearest: dinat"):
+        list_models(system="dinta")
 
 
 def test_unknown_names_get_the_closest() -> None:
@@ -30,8 +32,11 @@ def test_a_name_is_taken_once() -> None:
 def test_classes_channels_and_changes() -> None:
     model: Any = create_model("nat_mini", num_classes=7, in_chans=1, depths=(1, 1, 1, 1))
     assert model.head.out_features == 7 and model.patch_embed.proj[0].in_channels == 1
-    with pytest.raises(TypeError, match="colour"):
+    told = r"'nat_mini' does not take 'colour'; it takes .*num_classes.*; nearest: .*Published weights are read by"
+    with pytest.raises(TypeError, match=told):
         create_model("nat_mini", colour="red")
+    with pytest.raises(TypeError, match=r"NAT: image is torch.uint8; legal: floating point"):
+        model(torch.zeros(1, 1, 32, 32, dtype=torch.uint8))
 
 
 def test_multiply_adds_leave_the_model_as_it_is() -> None:

@@ -41,6 +41,18 @@ def test_every_name_builds_a_mixer(name: str, size: tuple[int, int]) -> None:
     assert x.shape == (2, *size, 32) and bool(x.isfinite().all())
 
 
+@pytest.mark.parametrize("name", [n for n in list_mixers() if n != "pvt"])  # which attends over sequences too
+def test_maps_of_another_shape_are_told_how_they_go_in(name: str) -> None:
+    layer = mixer(name, 32, 4).eval()
+    for shape, hint in (
+        ((2, 32, 8, 12), r"must be \[batch, 2 map axes, 32\]; channels come last: x.permute\(0, 2, 3, 1\)"),
+        ((2, 96, 32), r"a sequence becomes a map by x.unflatten\(1, map axes\)"),
+        ((2, 8, 12, 31), r"x of shape \(2, 8, 12, 31\) must be \[batch, 2 map axes, 32\]\."),
+    ):
+        with pytest.raises(ValueError, match=f"{type(layer).__name__}: .*{hint}"):
+            layer(torch.zeros(shape))
+
+
 def test_anybodys_file(file: Path) -> None:
     own = mixer(f"{file}:Own", 8, 2, power=2)
     x = torch.full((1, 2, 2, 8), 3.0)

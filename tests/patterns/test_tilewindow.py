@@ -48,5 +48,7 @@ def test_errors():
         TileWindows(2, 4).check(Layout.of(Canvas((6,))))
     with pytest.raises(ValueError, match=r"tile=\(2, 0\) must be at least 1"):
         TileWindows((2, 0), 1)
+    with pytest.raises(TypeError, match="TileWindows: window='3' must be whole numbers, one an axis"):
+        TileWindows(2, "3")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="border='wrap'; legal: 'shift', 'clip'"):
         TileWindows(2, 1, border="wrap")  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from torch import Tensor
 from glocal.adapt.attach import Handle, attach
 from glocal.adapt.presets import Preset, changed_in, chosen
 from glocal.adapt.records import SiteCall
-from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
+from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid, one_an_axis
 from glocal.patterns.neighborhood import Neighborhood
 
 
@@ -114,7 +114,7 @@ def gna(
     Raises ValueError where a window does not fit the grid, when the first call comes.
     """
     if window is not None:
-        found = GNASettings(Window(tuple(window), stride, dilation))
+        found = GNASettings(Window(one_an_axis("gna: window", window), stride, dilation))
     else:
         found = chosen("gna", PRESETS, model, preset) if settings is None else settings
     return attach(model, GNA(changed_in("gna", found, changed), backend=backend))

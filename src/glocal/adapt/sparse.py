@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -176,6 +176,13 @@ class SparseMethod(Method):
         calls = sum(r.calls for r in self.ran.values())
         total = sum(r.kept * r.sparse + (r.calls - r.sparse) for r in self.ran.values())
         return total / calls if calls else 1.0
+
+
+def one_an_axis(name: str, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes as a tuple; TypeError, before a model is touched, for what is no whole number for each axis."""
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not all(isinstance(n, int) for n in sizes):
+        raise TypeError(f"{name}={sizes!r}; legal: a whole number for each axis of the media grid, such as (3, 3, 3).")
+    return tuple(sizes)
 
 
 def media_grid(call: SiteCall, who: str) -> tuple[int, ...]:

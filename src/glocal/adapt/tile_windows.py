@@ -13,7 +13,7 @@ from torch import Tensor
 
 from glocal.adapt.attach import Handle, attach
 from glocal.adapt.records import SiteCall
-from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid
+from glocal.adapt.sparse import Relation, Schedule, SparseMethod, media_grid, one_an_axis
 from glocal.patterns.tilewindow import TileWindows
 
 
@@ -63,5 +63,6 @@ def tile_windows(
     tile: tokens of a tile on each axis, best a whole number of kernel blocks, such as (6, 8, 8); window: tiles on each
     axis. Raises ValueError where a window does not fit the grid, when the first call comes.
     """
-    settings = TileSettings(tuple(tile), tuple(window), dense_steps, dense_layers)
+    sizes = one_an_axis("tile_windows: tile", tile), one_an_axis("tile_windows: window", window)
+    settings = TileSettings(*sizes, dense_steps, dense_layers)
     return attach(model, TileMethod(settings, backend=backend))

@@ -235,6 +235,8 @@ def attach(
     ``handle.method.stats`` counts what ran, by site. Raises RecipeError for a broken recipe and for a mismatch,
     ValueError for a model without a host adapter.
     """
+    if not isinstance(recipe, (Recipe, str, Path)):
+        raise TypeError(f"attach: recipe is a {type(recipe).__name__}; legal: a Recipe, or the path of a recipe.json.")
     loaded = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
     for name, value, legal in (
         ("on_mismatch", on_mismatch, ("raise", "warn")),

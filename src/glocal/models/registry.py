@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from glocal._errors import check_choice, nearest
 
 _FAMILIES = ("vision", "trunks")
 
@@ -66,8 +69,12 @@ def _load_all() -> None:
 
 
 def list_models(pattern: str = "*", system: str | None = None) -> list[str]:
-    """Names of variants that match `pattern` (as a file pattern, "gc_*") and belong to `system`, sorted."""
+    """Names of variants that match `pattern` (as a file pattern, "gc_*") and belong to `system`, sorted. Raises
+    ValueError for a system without models.
+    """
     _load_all()
+    if system is not None:
+        check_choice("list_models: system", system, sorted({v.system for v in _VARIANTS.values()}))
     return sorted(n for n, v in _VARIANTS.items() if fnmatchcase(n, pattern) and system in (None, v.system))
 
 
@@ -93,6 +100,13 @@ def create_model(
     Raises ValueError for an unknown name, TypeError for a keyword the architecture does not take.
     """
     found = variant(name)
+    takes = inspect.signature(found.make).parameters
+    strange = [key for key in changes if key not in takes]
+    if strange and all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in takes.values()):
+        raise TypeError(
+            f"create_model: {name!r} does not take {', '.join(map(repr, strange))}; it takes {', '.join(takes)}; "
+            f"nearest: {nearest(strange[0], takes)}. Published weights are read by load_published."
+        )
     classes = found.classes if num_classes is None else num_classes
     keywords = {**found.build, **changes}
     return found.make(num_classes=classes, in_chans=in_chans, features_only=features_only, **keywords)

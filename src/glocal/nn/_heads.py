@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
@@ -43,6 +43,19 @@ class _Split(torch.autograd.Function):
             else:
                 place.copy_(grad)
         return whole, None, None
+
+
+def check_map(layer: nn.Module, x: Tensor, dim: int, rank: int = 2) -> None:
+    """ValueError unless x is a map of `rank` axes with its channels last, [B, *map, dim]; it says how one is made."""
+    if x.dim() == rank + 2 and x.shape[-1] == dim:
+        return
+    hint = "."
+    if x.dim() == rank + 2 and x.shape[1] == dim:
+        hint = f"; channels come last: x.permute(0, {', '.join(map(str, range(2, rank + 2)))}, 1)."
+    elif x.dim() == 3 and x.shape[-1] == dim:
+        hint = "; a sequence becomes a map by x.unflatten(1, map axes)."
+    name, shape = type(layer).__name__, tuple(x.shape)
+    raise ValueError(f"{name}: x of shape {shape} must be [batch, {rank} map axes, {dim}]{hint}")
 
 
 def check_heads(layer: str, dim: int, heads: int) -> None:

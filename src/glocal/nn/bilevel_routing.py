@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from glocal._kept import ordinary
 from glocal.canvas import Canvas, Layout
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import check_heads
+from glocal.nn._heads import check_heads, check_map
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.ops import Score, attend, merge
@@ -259,6 +259,7 @@ class BiLevelRoutingAttention(_BiLevelRouting):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         parts, values = self._projected(x)
         out = from_windows(self._attend(parts), parts.size, parts.sides)
@@ -305,6 +306,7 @@ class GridRoutingAttention(_BiLevelRouting):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused. Raises ValueError for a side under `regions`."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         parts, values = self._projected(x)
         out = from_windows(self._attend(parts), parts.size, parts.sides)[:, :height, :width]

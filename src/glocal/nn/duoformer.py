@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import check_heads, split_heads
+from glocal.nn._heads import check_heads, check_map, split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
@@ -141,6 +141,7 @@ class ScaleMixer(nn.Module):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim], stage: of `begin` -> the same shape. Raises ValueError for another `stage`."""
+        check_map(self, x, self.attn.dim)
         height, width = x.shape[1:3]
         x = pad_multiple(x, self.side)
         tokens = to_windows(x, (self.side, self.side))  # [B, regions, side ** 2, dim]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import check_heads, split_heads
+from glocal.nn._heads import check_heads, check_map, split_heads
 from glocal.nn.blocks.layout import pad_multiple, to_nchw, to_nhwc
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
@@ -50,6 +50,7 @@ class HiLo(nn.Module):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        check_map(self, x, self.dim)
         padded = pad_multiple(x, self.window)
         parts = []
         if self.high_heads:

@@ -13,7 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from glocal.nn._heads import check_heads
+from glocal.nn._heads import check_heads, check_map
 from glocal.nn.blocks.layout import conv, pad_multiple
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.nn.mixer import register_mixer
@@ -99,6 +99,7 @@ class InLineAttention(nn.Module):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         if self.window is None or min(height, width) <= self.window:
             return self.proj(self._inside(x, (height, width)))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
-from glocal.nn._heads import check_heads, split_heads
+from glocal.nn._heads import check_heads, check_map, split_heads
 from glocal.ops import Relative, Score, attention
 from glocal.patterns import Neighborhood
 from glocal.patterns.neighborhood import per_axis
@@ -94,10 +94,7 @@ class _NeighborhoodAttention(nn.Module):
         Raises ValueError for another number of axes or channels, and for a map that is too small for the window
         unless small maps are padded.
         """
-        if x.dim() != self.rank + 2 or x.shape[-1] != self.dim:
-            raise ValueError(
-                f"{type(self).__name__}: x of shape {tuple(x.shape)} must be [batch, {self.rank} map axes, {self.dim}]."
-            )
+        check_map(self, x, self.dim, self.rank)
         size = tuple(x.shape[1:-1])
         x = self._padded(x)
         canvas = canvas_of(*x.shape[1:-1])

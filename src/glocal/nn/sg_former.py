@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glocal.nn._heads import check_heads
+from glocal.nn._heads import check_heads, check_map
 from glocal.nn.blocks.layout import conv, pad_multiple, pad_to
 from glocal.nn.blocks.norm import LayerNorm
 from glocal.nn.blocks.windows import from_windows, to_windows
@@ -112,6 +112,7 @@ class HybridScaleAttention(PositionedAttention):
 
     def forward(self, x: Tensor, stage: Any = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; the significance map goes to `stage`, if there is one."""
+        check_map(self, x, self.dim)
         y, significance = self.measure(x)
         if isinstance(stage, dict):
             stage[self.block] = significance
@@ -181,6 +182,7 @@ class SelfGuidedAttention(PositionedAttention):
 
     def forward(self, x: Tensor, stage: Any = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape. Raises ValueError where `stage` has no map for it."""
+        check_map(self, x, self.dim)
         found = stage.get(self.block - 1) if isinstance(stage, dict) else None
         if not isinstance(found, Tensor) or found.shape != x.shape[:3]:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glocal.nn._heads import check_heads
+from glocal.nn._heads import check_heads, check_map
 from glocal.nn.blocks.layout import conv, pad_multiple
 from glocal.nn.blocks.windows import from_windows, to_windows
 from glocal.ops import cells
@@ -82,6 +82,7 @@ class SuperTokenAttention(nn.Module):
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        check_map(self, x, self.dim)
         if self.cell == (1, 1):
             return self._refined(x)
         height, width = x.shape[1:3]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from glocal.nn._canvas import canvas_of, small_windows
 from glocal.nn._groups import attend_groups
-from glocal.nn._heads import check_heads, split_heads
+from glocal.nn._heads import check_heads, check_map, split_heads
 from glocal.nn.blocks.layout import pad_multiple
 from glocal.nn.blocks.relative import relative_index, window_bias
 from glocal.nn.blocks.windows import from_windows, rolled_visible, to_windows
@@ -80,7 +80,8 @@ class WindowAttention(nn.Module):
             self.register_buffer("index", relative_index(window, window), persistent=False)
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
-        """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
+        """x: [B, H, W, dim] -> the same shape; `stage` is unused. Raises ValueError for another shape."""
+        check_map(self, x, self.dim)
         height, width = x.shape[1:3]
         x = pad_multiple(x, self.window)
         size = (x.shape[1], x.shape[2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -58,7 +59,10 @@ class TileWindows(Products):
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-            if (value if isinstance(value, int) else min(value)) < 1:
+            sizes = value if isinstance(value, (tuple, list)) else (value,)
+            if not all(isinstance(size, Integral) for size in sizes):
+                raise TypeError(f"TileWindows: {name}={value!r} must be whole numbers, one an axis.")
+            if min(sizes) < 1:
                 raise ValueError(f"TileWindows: {name}={value!r} must be at least 1 on every axis.")
         for name, words in (("border", ("shift", "clip")), ("oversize", ("error", "full"))):
             if getattr(self, name) not in words:

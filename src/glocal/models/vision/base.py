@@ -121,6 +121,11 @@ class VisionBackbone(nn.Module, ABC):
         return nn.Linear(dim, self.num_classes) if self.num_classes > 0 else nn.Identity()
 
     def _check(self, image: Tensor) -> None:
+        if not image.is_floating_point():
+            raise TypeError(
+                f"{type(self).__name__}: image is {image.dtype}; legal: floating point, such as image.float() / 255 "
+                "less the mean, over the deviation."
+            )
         if image.dim() != 4 or image.shape[1] != self.in_chans:
             raise ValueError(
                 f"{type(self).__name__}: image of shape {tuple(image.shape)} must be [batch, {self.in_chans}, H, W]"
