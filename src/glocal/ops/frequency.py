@@ -1,4 +1,4 @@
-"""Low and high frequencies of maps, by a filter in Fourier space with a cutoff of its own for each axis.
+"""Low frequencies of maps, by a filter in Fourier space with a cutoff of its own for each axis.
 
 What a small picture can carry of a large one is a band of low frequencies; C-Upscale (arXiv 2505.16976) lets that band
 guide the large picture. Frequencies are shares of the Nyquist frequency of their axis: 1 is the fastest a map can hold.
@@ -29,11 +29,6 @@ def low_pass(x: Tensor, cutoff: tuple[float, float], kind: Filter = "gaussian") 
     rows = _weights(torch.fft.fftfreq(x.shape[-2], 0.5, device=x.device, dtype=exact), cutoff[0], kind)
     columns = _weights(torch.fft.rfftfreq(x.shape[-1], 0.5, device=x.device, dtype=exact), cutoff[1], kind)
     return torch.fft.irfft2(found * (rows[:, None] * columns), s=x.shape[-2:]).to(x.dtype)
-
-
-def high_pass(x: Tensor, cutoff: tuple[float, float], kind: Filter = "gaussian") -> Tensor:
-    """What `low_pass` leaves: both sum to x."""
-    return x - low_pass(x, cutoff, kind)
 
 
 def _weights(frequency: Tensor, cutoff: float, kind: Filter) -> Tensor:
