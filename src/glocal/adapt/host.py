@@ -103,6 +103,13 @@ def host_of(model: Any) -> HostAdapter:
     )
 
 
+def wrap_forward(model: Any, point: Point, name: str, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
+    """`HostAdapter.wrap` where a layer is the module that holds its attention."""
+    if point == "forward":
+        return replace_forward(model, wrapper)
+    return replace_forward(model.get_submodule(name if point == "module" else name.rpartition(".")[0]), wrapper)
+
+
 def replace_forward(module: nn.Module, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
     """Put ``wrapper(module.forward)`` in place; the undo leaves the module's attributes as they were."""
     had = "forward" in module.__dict__

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from glocal.adapt.host import CoreFactory, Point, Undo, Wrapper, replace_forward
+from glocal.adapt.host import CoreFactory, Point, Undo, wrap_forward
 from glocal.adapt.records import Core, RunState, Site, SiteCall
 from glocal.canvas import Canvas, Layout
 from glocal.models.language import Decoder, DecoderAttention, DecoderSite
@@ -71,11 +71,7 @@ class DecoderHost:
 
         return undo
 
-    def wrap(self, model: Decoder, point: Point, name: str, wrapper: Wrapper) -> Undo:
-        """Replace the forward of an attention, of its block, or of the model."""
-        if point == "forward":
-            return replace_forward(model, wrapper)
-        return replace_forward(model.get_submodule(name if point == "module" else name.rpartition(".")[0]), wrapper)
+    wrap = staticmethod(wrap_forward)
 
 
 ADAPTER = DecoderHost()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
 
-from glocal.adapt.host import CoreFactory, Point, Undo, Wrapper, replace_forward
+from glocal.adapt.host import CoreFactory, Point, Undo, wrap_forward
 from glocal.adapt.records import Branch, Core, RunState, Site, SiteCall
 from glocal.canvas import Canvas, Layout
 from glocal.models.generation.video_dit import AttentionSite, VideoAttention, VideoDiT
@@ -65,12 +65,7 @@ class VideoDiTHost:
 
         return undo
 
-    def wrap(self, model: VideoDiT, point: Point, name: str, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
-        """Replace the forward of an attention, of its block, or of the model."""
-        if point == "forward":
-            return replace_forward(model, wrapper)
-        module = model.get_submodule(name if point == "module" else name.rpartition(".")[0])
-        return replace_forward(module, wrapper)
+    wrap = staticmethod(wrap_forward)
 
 
 @lru_cache(maxsize=64)

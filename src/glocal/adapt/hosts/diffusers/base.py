@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from glocal.adapt.host import CoreFactory, Point, Undo, Wrapper, replace_forward
+from glocal.adapt.host import CoreFactory, Point, Undo, wrap_forward
 from glocal.adapt.hosts.diffusers.intercept import NativeCall, slot_of
 from glocal.adapt.hosts.diffusers.reorder import Stream, reorder
 from glocal.adapt.hosts.diffusers.running import Follower, Forward, canvas_of
@@ -133,11 +133,7 @@ class DiffusersHost(ABC):
 
         return undo
 
-    def wrap(self, model: Any, point: Point, name: str, wrapper: Wrapper) -> Undo:
-        """Replace the forward of a module, of the block that holds an attention module, or of the model."""
-        if point == "forward":
-            return replace_forward(model, wrapper)
-        return replace_forward(model.get_submodule(name if point == "module" else name.rpartition(".")[0]), wrapper)
+    wrap = staticmethod(wrap_forward)
 
 
 def _nothing() -> None:

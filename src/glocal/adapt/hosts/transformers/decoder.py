@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from glocal.adapt.host import CoreFactory, Point, Undo, Wrapper, replace_forward
+from glocal.adapt.host import CoreFactory, Point, Undo, wrap_forward
 from glocal.adapt.hosts.transformers.intercept import NativeCall, slot_of
 from glocal.adapt.records import Core, RunState, Site, SiteCall
 from glocal.canvas import Canvas, Layout
@@ -115,11 +115,7 @@ class DecoderHost:
 
         return undo
 
-    def wrap(self, model: Any, point: Point, name: str, wrapper: Wrapper) -> Undo:
-        """Replace the forward of an attention module, of its layer, or of the model."""
-        if point == "forward":
-            return replace_forward(model, wrapper)
-        return replace_forward(model.get_submodule(name if point == "module" else name.rpartition(".")[0]), wrapper)
+    wrap = staticmethod(wrap_forward)
 
 
 def _site(name: str, module: Any) -> Site:
