@@ -65,3 +65,16 @@ def test_errors():
         Layout(canvas, canvas, q_start=4, q_tokens=2)
     with pytest.raises(ValueError, match=r"documents of shape \(1, 3\) must be \[1, 5\]"):
         Layout(canvas, canvas, documents=torch.zeros(1, 3)).segments(1, "cpu")
+
+
+def test_arguments_of_another_kind_are_told_what_is_legal() -> None:
+    canvas = Canvas((4, 6))
+    with pytest.raises(TypeError, match=r"Layout: q=\(4, 6\) is a tuple; legal: a Canvas"):
+        Layout((4, 6), canvas)  # type: ignore[arg-type]
+    for lengths in (torch.tensor([3]), 3, {"grid": [20]}):
+        with pytest.raises(TypeError, match=r"Layout: lengths=.*; legal: names of parts with int tensors \[batch\]"):
+            Layout(canvas, canvas, lengths=lengths)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"Layout: documents are no tensors; legal: int \[batch, tokens\]"):
+        Layout(canvas, canvas, documents=[0] * 24)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"Layout: lengths\['grid'\] has 3 entries; legal: 2, one a sample, or 1"):
+        Layout(canvas, canvas, lengths={"grid": torch.tensor([1, 2, 3])}).segments(2, "cpu")

@@ -18,6 +18,7 @@ from glocal.kernels.capability import Sizes
 from glocal.ops import Dense, PerKey, Relative, Score, attend, attention, explain
 from glocal.patterns import Neighborhood
 from glocal.plan.build import PlanSpec, plan
+from glocal.routing import Keep, Partition, from_mask, route
 
 CANVAS, PATTERN = Canvas((3, 5)), Neighborhood((3, 3))
 KINDS: dict[str, dict[str, Any]] = {
@@ -252,3 +253,21 @@ def test_types_that_differ_become_that_of_autocast(kind: str, generator: torch.G
     assert torch.equal(found, want)
     for a, b in zip(*(torch.autograd.grad(out.sum(), (q, k, v)) for out in (found, want)), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("batch", [1, 4])
+def test_lists_of_other_samples_are_refused(batch: int, backend: str, generator: torch.Generator) -> None:
+    parts = Partition.blocks(CANVAS, (3, 1))
+    chosen = from_mask(CANVAS, parts, parts, torch.rand(2, 1, 5, 5, generator=generator) < 0.5)
+    x = torch.randn(batch, 2, 15, 4, generator=generator)
+    with pytest.raises(ValueError, match=f"lists for 2 samples, q has {batch}; legal: for one or for each"):
+        attention(x, x, x, chosen, backend=backend)
+    with pytest.raises(TypeError, match="from_mask: mask is a Partition; legal: a bool or int tensor"):
+        from_mask(CANVAS, torch.ones(5, 5), parts, parts)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"route: spec is a Keep; legal: RouteSpec\(q_part, kv_part, Keep"):
+        route(x, x, CANVAS, Keep(top=1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="plan: pattern is a NoneType; legal: a Pattern"):
+        plan(None, CANVAS)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"plan: spec=64; legal: PlanSpec\(q_block, kv_block\), None"):
+        plan(PATTERN, CANVAS, 64)  # type: ignore[arg-type]

@@ -40,6 +40,17 @@ class Layout:
     kv_tokens: int | None = None
 
     def __post_init__(self) -> None:
+        for side, canvas in (("q", self.q), ("kv", self.kv)):
+            if not isinstance(canvas, Canvas):
+                raise TypeError(f"Layout: {side}={canvas!r} is a {type(canvas).__name__}; legal: a Canvas.")
+        if not isinstance(self.lengths, Mapping) or not all(isinstance(n, Tensor) for n in self.lengths.values()):
+            raise TypeError(
+                f"Layout: lengths={self.lengths!r}; legal: names of parts with int tensors [batch], such as "
+                f"{{{self.q.parts[-1].name!r}: torch.tensor([20, 24])}}."
+            )
+        sides = self.documents if isinstance(self.documents, tuple) else (self.documents,)
+        if not all(side is None or isinstance(side, Tensor) for side in sides):
+            raise TypeError("Layout: documents are no tensors; legal: int [batch, tokens], or a (queries, keys) pair.")
         for pair, rule in self.policy.items():
             if rule not in ("all", "none", "causal"):
                 raise ValueError(f"Layout: policy[{pair!r}]={rule!r}; legal: 'all', 'none', 'causal'.")
@@ -138,6 +149,10 @@ class Layout:
             for name, lengths in self.lengths.items():
                 if name not in {p.name for p in canvas.parts}:
                     continue
+                if lengths.numel() not in (1, batch):
+                    raise ValueError(
+                        f"Layout: lengths[{name!r}] has {lengths.numel()} entries; legal: {batch}, one a sample, or 1."
+                    )
                 index = canvas.indices(name).to(device)  # [n]
                 valid = torch.arange(index.numel(), device=device)[None] < lengths.to(device).reshape(-1, 1)
                 ids[:, index] = torch.where(valid, ids[:, index], -1)

@@ -364,7 +364,11 @@ def _window_records() -> tuple[Any, ...]:
 
 def _ready(compiled: BlockPlan, facts: tuple[Any, ...], backend: str) -> Prepared:
     """The same for a plan that exists."""
-    q_heads, kv_heads = facts[3:5]
+    batch, q_heads, kv_heads = facts[2:5]
+    if compiled.samples not in (1, batch):
+        raise ValueError(
+            f"attention: the plan has lists for {compiled.samples} samples, q has {batch}; legal: for one or for each."
+        )
     if compiled.heads not in (1, kv_heads, q_heads):
         raise ValueError(
             f"attention: the plan has {compiled.heads} heads; legal: 1, {kv_heads} (key heads) or "

@@ -107,6 +107,11 @@ class BlockPlan:
         return self.kv_order.shape[-1] // self.kv_block
 
     @property
+    def samples(self) -> int:
+        """Samples with lists or orders of their own."""
+        return max(self.owner.shape[0], self.q_order.shape[0], self.kv_order.shape[0])
+
+    @property
     def heads(self) -> int:
         """Heads with lists or orders of their own."""
         return max(self.owner.shape[1], self.q_order.shape[1], self.kv_order.shape[1])

@@ -61,6 +61,10 @@ def plan(
     evaluated. Raises ValueError where the pattern does not fit the canvas.
     """
     layout = Layout.of(canvas)
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"plan: pattern is a {type(pattern).__name__}; legal: a Pattern, such as Neighborhood((3, 3)).")
+    if not isinstance(spec, (PlanSpec, type(None))):
+        raise TypeError(f"plan: spec={spec!r}; legal: PlanSpec(q_block, kv_block), None.")
     pattern.check(layout)
     spec = PlanSpec() if spec is None else spec
     orders = [o.name if o is not None else None for o in (spec.q_order, spec.kv_order)]

@@ -58,6 +58,8 @@ def route(
     Ties go to the lowest group. Raises ValueError where tokens, groups or heads do not fit.
     """
     layout = Layout.of(layout)
+    if not isinstance(spec, RouteSpec):
+        raise TypeError(f"route: spec is a {type(spec).__name__}; legal: RouteSpec(q_part, kv_part, Keep(...)).")
     for name, x, tokens in (("q", q, layout.nq), ("k", k, layout.nk)):
         if x.dim() != 4 or x.shape[2] != tokens:
             raise ValueError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from glocal.canvas import Layout
+from glocal.canvas import Canvas, Layout
 from glocal.patterns.base import Pattern
 from glocal.routing.partition import Partition
 
@@ -76,7 +76,7 @@ class Selection:
 
 
 def from_mask(
-    layout: Layout,
+    layout: Canvas | Layout,
     q_part: Partition,
     kv_part: Partition,
     mask: Tensor,
@@ -91,6 +91,9 @@ def from_mask(
     most: width of the lists. None: the longest list, or on CUDA the number of key groups for a bool mask, since looking
         would wait for the device. A longer list raises an error (on CUDA when it is noticed).
     """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"from_mask: mask is a {type(mask).__name__}; legal: a bool or int tensor, behind the parts.")
+    layout = Layout.of(layout)
     times = mask.reshape((1,) * (4 - mask.dim()) + tuple(mask.shape)).int()
     if times.shape[2:] != (q_part.groups, kv_part.groups):
         raise ValueError(
