@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from glocal.advise.effort import AdviseOptions
 from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import LIMIT, Expected, Fallback, Phase, Queries, Recipe, RecipeError, Rule
 from glocal.models.generation import SampleSpec, noise_levels
@@ -170,3 +171,26 @@ def test_a_level_at_an_edge_stays_on_its_side_in_float32() -> None:
         below, above = Phase("sigma", 0.0, edge), Phase("sigma", edge, 1.0)
         assert below.holds(sigma=seen, progress=None) and not above.holds(sigma=seen, progress=None)
     assert Phase("sigma", 0.5, 1.0).holds(sigma=1.0, progress=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: Phase("sigmaa", 0, 1), "phase.coordinate='sigmaa'; legal: always, sigma, progress, prefill"),
+        (lambda: Phase("sigma", 1, 0), "phase.low=1 lies above high=0; low is the smaller, of sigma too"),
+        (lambda: Rule("w", ((0, 1),), branch="conditional"), "rule.branch='conditional'; legal: both, cond, uncond"),
+        (lambda: Rule("w", (0, 1)), r"rule.layers=\(0, 1\); legal: inclusive ranges, such as \(\(0, 5\), \(8, 8\)\)"),
+        (lambda: Rule("w", ((3, 1),)), r"rule.layers=\(\(3, 1\),\); legal: inclusive ranges"),
+        (
+            lambda: MethodSpec("radial", {}, kind="rout"),
+            "methods: kind='rout' is unknown; legal: pattern, route, masks",
+        ),
+        (
+            lambda: AdviseOptions(keep_dense="blocks.0*"),
+            r"AdviseOptions: keep_dense='blocks.0\*'; legal: a tuple of words",
+        ),
+    ],
+)
+def test_records_made_in_python_are_checked_as_those_of_files(make: Callable[[], object], told: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=told):
+        make()

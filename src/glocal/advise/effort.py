@@ -99,6 +99,9 @@ class AdviseOptions:
     def __post_init__(self) -> None:
         if self.sensitivity not in ("forward", "gradient"):
             raise ValueError(f"sensitivity={self.sensitivity!r}; legal: forward, gradient.")
+        for name in ("methods", "keep_dense"):
+            if isinstance(getattr(self, name), str):  # its letters would be taken one by one, and "*" is every site
+                raise TypeError(f"AdviseOptions: {name}={getattr(self, name)!r}; legal: a tuple of words.")
         if not self.methods:
             return
         own = {m.system for m in self.candidates}

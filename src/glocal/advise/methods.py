@@ -13,11 +13,12 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from glocal._errors import check_choice
 from glocal.adapt.records import SiteCall
 from glocal.advise.correction import BestShares, Rectified, groups_of, looked_at, rectified
 from glocal.advise.masks import static_plan
@@ -76,6 +77,7 @@ class MethodSpec:
             raise ValueError(
                 f"methods: system={self.system!r} is unknown; legal: {', '.join(SYSTEMS)}; nearest: {near[0]}."
             )
+        check_choice("methods: kind", self.kind, get_args(Kind))
         if self.correction not in CORRECTIONS:
             raise ValueError(f"methods: correction={self.correction!r}; legal: {', '.join(CORRECTIONS)}.")
         if self.correction != "none" and (self.kind == "masks" or self.causal or self.block[0] != self.block[1]):

@@ -38,6 +38,15 @@ class Phase:
     low: float = 0.0
     high: float = 1.0
 
+    def __post_init__(self) -> None:
+        legal = ("always", "sigma", "progress", "prefill")
+        if self.coordinate not in legal:
+            raise RecipeError(f"phase.coordinate={self.coordinate!r}; legal: {', '.join(legal)}.")
+        if self.low > self.high:
+            raise RecipeError(
+                f"phase.low={self.low!r} lies above high={self.high!r}; low is the smaller, of sigma too."
+            )
+
     def holds(self, *, sigma: float | None, progress: float | None, tokens: int | None = None) -> bool:
         """Whether the phase holds; an unknown coordinate does not hold."""
         if self.coordinate == "always":
@@ -107,6 +116,13 @@ class Rule:
     site: Literal["self", "joint"] = "self"
     branch: Literal["both", "cond", "uncond"] = "both"
     expected: Expected = field(default_factory=Expected)
+
+    def __post_init__(self) -> None:
+        for name, legal in (("site", ("self", "joint")), ("branch", ("both", "cond", "uncond"))):
+            if getattr(self, name) not in legal:
+                raise RecipeError(f"rule.{name}={getattr(self, name)!r}; legal: {', '.join(legal)}.")
+        if not all(isinstance(pair, tuple) and len(pair) == 2 and pair[0] <= pair[1] for pair in self.layers):
+            raise RecipeError(f"rule.layers={self.layers!r}; legal: inclusive ranges, such as ((0, 5), (8, 8)).")
 
     def covers(self, layer: int) -> bool:
         """Whether `layer` lies in one of the ranges."""

@@ -115,7 +115,7 @@ class Workload:
         file = Path(path)
         check_file("workload", file)
         samples: list[Sample] = []
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
             if not line.strip():
                 continue
             where = f"{path}, line {number}"
