@@ -26,6 +26,12 @@ def test_json_lines(tmp_path: Path) -> None:
     assert found.samples == (Sample("a", 3, {"colour": "red"}), Sample("b", 4, {}))
 
 
+def test_a_mark_at_the_beginning_is_no_part_of_the_first_line(tmp_path: Path) -> None:
+    file = lines(tmp_path / "w.jsonl", {"id": "a", "seed": 3})
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as editors on Windows write
+    assert Workload.from_jsonl(file).samples == (Sample("a", 3, {}),)
+
+
 @pytest.mark.parametrize(
     ("row", "text"),
     [
