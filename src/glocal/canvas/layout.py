@@ -43,14 +43,17 @@ class Layout:
         for side, canvas in (("q", self.q), ("kv", self.kv)):
             if not isinstance(canvas, Canvas):
                 raise TypeError(f"Layout: {side}={canvas!r} is a {type(canvas).__name__}; legal: a Canvas.")
-        if not isinstance(self.lengths, Mapping) or not all(isinstance(n, Tensor) for n in self.lengths.values()):
+        if not isinstance(self.lengths, (dict, Mapping)) or any(
+            not isinstance(n, Tensor) for n in self.lengths.values()
+        ):
             raise TypeError(
                 f"Layout: lengths={self.lengths!r}; legal: names of parts with int tensors [batch], such as "
                 f"{{{self.q.parts[-1].name!r}: torch.tensor([20, 24])}}."
             )
-        sides = self.documents if isinstance(self.documents, tuple) else (self.documents,)
-        if not all(side is None or isinstance(side, Tensor) for side in sides):
-            raise TypeError("Layout: documents are no tensors; legal: int [batch, tokens], or a (queries, keys) pair.")
+        if self.documents is not None:
+            sides = self.documents if isinstance(self.documents, tuple) else (self.documents,)
+            if not all(side is None or isinstance(side, Tensor) for side in sides):
+                raise TypeError("Layout: documents are no tensors; legal: int [batch, tokens], or (queries, keys).")
         for pair, rule in self.policy.items():
             if rule not in ("all", "none", "causal"):
                 raise ValueError(f"Layout: policy[{pair!r}]={rule!r}; legal: 'all', 'none', 'causal'.")

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from math import prod
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -88,7 +87,7 @@ class Canvas:
         if isinstance(parts, (int, str, Part)):
             raise TypeError(f"Canvas: parts={parts!r} must be axis lengths such as (30, 48, 80) or a list of Part.")
         parts = tuple(parts)  # type: ignore[assignment]
-        if parts and all(isinstance(p, SupportsIndex) for p in parts):  # numbers of numpy too
+        if parts and all(hasattr(p, "__index__") for p in parts):  # numbers of numpy too
             grid = Part("grid", parts)  # type: ignore[arg-type]
             parts = tuple(p for p in (Part("before", before), grid, Part("after", after)) if p is grid or p.tokens > 0)
         elif before or after:
