@@ -174,23 +174,19 @@ def test_a_level_at_an_edge_stays_on_its_side_in_float32() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("kind", "given", "named", "told"),
     [
-        (lambda: Phase("sigmaa", 0, 1), "phase.coordinate='sigmaa'; legal: always, sigma, progress, prefill"),
-        (lambda: Phase("sigma", 1, 0), "phase.low=1 lies above high=0; low is the smaller, of sigma too"),
-        (lambda: Rule("w", ((0, 1),), branch="conditional"), "rule.branch='conditional'; legal: both, cond, uncond"),
-        (lambda: Rule("w", (0, 1)), r"rule.layers=\(0, 1\); legal: inclusive ranges, such as \(\(0, 5\), \(8, 8\)\)"),
-        (lambda: Rule("w", ((3, 1),)), r"rule.layers=\(\(3, 1\),\); legal: inclusive ranges"),
-        (
-            lambda: MethodSpec("radial", {}, kind="rout"),
-            "methods: kind='rout' is unknown; legal: pattern, route, masks",
-        ),
-        (
-            lambda: AdviseOptions(keep_dense="blocks.0*"),
-            r"AdviseOptions: keep_dense='blocks.0\*'; legal: a tuple of words",
-        ),
+        (Phase, ("sigmaa", 0, 1), {}, "phase.coordinate='sigmaa'; legal: always, sigma, progress, prefill"),
+        (Phase, ("sigma", 1, 0), {}, "phase.low=1 lies above high=0; low is the smaller, of sigma too"),
+        (Rule, ("w", ((0, 1),)), {"branch": "conditional"}, "rule.branch='conditional'; legal: both, cond, uncond"),
+        (Rule, ("w", (0, 1)), {}, r"rule.layers=\(0, 1\); legal: inclusive ranges, such as \(\(0, 5\), \(8, 8\)\)"),
+        (Rule, ("w", ((3, 1),)), {}, r"rule.layers=\(\(3, 1\),\); legal: inclusive ranges"),
+        (MethodSpec, ("radial",), {"kind": "rout"}, "methods: kind='rout' is unknown; legal: pattern, route, masks"),
+        (AdviseOptions, (), {"keep_dense": "blocks.0*"}, r"keep_dense='blocks.0\*'; legal: a tuple of words"),
     ],
 )
-def test_records_made_in_python_are_checked_as_those_of_files(make: Callable[[], object], told: str) -> None:
+def test_records_made_in_python_are_checked_as_those_of_files(
+    kind: Callable[..., object], given: tuple[Any, ...], named: dict[str, Any], told: str
+) -> None:
     with pytest.raises((ValueError, TypeError), match=told):
-        make()
+        kind(*given, **named)
