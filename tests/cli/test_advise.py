@@ -56,6 +56,14 @@ def test_captured_calls_give_operator_figures_only(captured: Path, tmp_path: Pat
         (["validate", "/", "demo"], "recipe '/' is a folder; legal: a file"),
         (["advise", "demo", "--budget", "soon"], "such as 6h, 30m or 90s"),
         (["advise", "calls.safetensors", "--dry-run"], "Leave it out"),
+        (
+            ["advise", "calls.safetensors", "--keep-dense", "*"],
+            "--keep-dense: captured calls are judged each by itself",
+        ),
+        (["advise", "calls.safetensors", "--max", "kl=1"], "--max kl: captured calls are judged each by itself"),
+        (["advise", "demo", "--max", "lpips=1"], "frames has no measure 'lpips'; legal: drift, relative_l2, flicker_"),
+        (["advise", "demo", "--dry-run", "--max", "psnr=1"], "'psnr' is better when higher"),
+        (["advise", "demo", "--keep-dense", "layers.*"], "'layers.*' fits no attention site; there are blocks.0"),
     ],
 )
 def test_bad_usage_says_what_is_legal(words: list[str], text: str, tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach
 from glocal.adapt.records import Core, SiteCall
-from glocal.advise.effort import AdviseOptions, Effort, effort_of, listed
+from glocal.advise.checked import check_measured, check_names
+from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.methods import MethodSpec
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise, whole_memory
@@ -121,6 +122,7 @@ def forecast_advice(
     workload: Workload,
     *,
     objective: Objective,
+    target: Target | None = None,
     effort: str | Effort = "standard",
     options: AdviseOptions | None = None,
     progress: Progress | None = None,
@@ -131,12 +133,15 @@ def forecast_advice(
     """
     level = effort_of(effort)
     asked = AdviseOptions() if options is None else options
+    wanted = Target() if target is None else target
+    check_names(model, objective, wanted, asked)
     shown = NoProgress() if progress is None else progress
     split = workload.split(probe=level.probes, weights=level.samples, validate=level.pairs, validations=level.rungs)
     sample = split.probe.samples[0]
     shown.stage("preflight")
     with torch.no_grad():
         before = preflight(model, sample, objective)
+        check_measured(wanted, before, objective)
         methods = {m.id: m for m in listed(asked, before.shape, causal=before.causal)}
         known = (before, level, methods)
         found = measured_forecast(model, sample, objective, known, len(split.validations), asked.jobs)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from glocal.adapt.attach import Method
+from glocal.adapt.attach import Method, media_sites
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
 from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, quick_products, rows_of
@@ -110,7 +110,7 @@ class MediaMethod(Method):
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Self and joint attention over everything."""
-        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
+        return media_sites(sites)
 
 
 class Probe(MediaMethod):
