@@ -155,7 +155,7 @@ def test_advice_for_a_pipeline_and_its_recipe_in_a_new_one(
     make: Callable[[], Any], kind: str, tile: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = make.__name__
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     # At this size the text refiner weighs as much as the blocks.

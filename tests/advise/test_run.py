@@ -27,10 +27,11 @@ from glocal.advise import (
 )
 from glocal.advise.advice import Advice
 from glocal.advise.calibrate import by_layer
+from glocal.advise.confirm import Confirmed, ConfirmedCall
 from glocal.advise.methods import candidates
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Found, base_rules, of_range
-from glocal.advise.timing import MethodTime, Times, blocks_of
+from glocal.advise.timing import Checked, MethodTime, Times, blocks_of
 from glocal.advise.weights import even_weights, residual_under
 from glocal.models.generation import SampleSpec, VideoDiT
 
@@ -57,7 +58,7 @@ def times_by_pairs(q, k, v, call, methods, *, rounds, inner=None):
 def advice(model: VideoDiT) -> Advice:
     wide = Target(limits={"drift": 1e6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inside, "time_methods", times_by_pairs)
+        patch.setattr(inside, "times_of", times_by_pairs)
         patch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
         return advise(model, distinct(), objective=OBJECTIVE, target=wide, effort=EFFORT, options=OPTIONS)
 
@@ -77,7 +78,7 @@ def test_every_stage_leaves_its_records(advice: Advice) -> None:
 
 
 def test_the_time_model_counts_its_methods(model: VideoDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
     methods = {m.id: m for m in OPTIONS.candidates[:3]} | {"odd": MethodSpec("gna", {"window": [3, 3]})}
     said = io.StringIO()
     progress = TextProgress(said)
@@ -181,3 +182,11 @@ def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
     with_one = replace(advice, chosen=one)
     assert [row["recipe"] for row in rows(with_one) if row.get("chosen")] == [one.recipe.id]
     assert evidence(with_one)["chosen"] == {"name": one.name, "kind": "relative"}
+    timed = Confirmed((ConfirmedCall("2 heads of one method", 3, 0.5, 0.75),), 1.0, 1, 1.0)
+    times = replace(advice.times, checks=(Checked("a plan", 0.5, 0.6),))
+    confirmed = replace(advice, confirmed=timed, times=times)
+    assert {"confirmed call", "time model check"} <= {row["kind"] for row in rows(confirmed)}
+    assert evidence(confirmed)["attention_time"] == {"forecast": 0.625, "measured": 0.8125}
+    page = advice_page(confirmed, model="tiny", workload="4", created="now", reproduce="glocal", facts={})
+    html = render_advice(page)
+    assert "forecast 62% of dense, timed 81%" in html and "2 heads of one method: forecast 0.5" in html

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from glocal.advise.advice import Advice, Run
+from glocal.advise.confirm import confirm, deals
 from glocal.advise.farm import Task
 from glocal.advise.ladder import (
     Anchors,
@@ -23,6 +24,7 @@ from glocal.advise.recipe import Recipe
 from glocal.advise.search import Found, Rung, measure_rung
 from glocal.advise.tasks import Probed, measure_anchors
 from glocal.advise.validation import judged, run_pair, verdict_over
+from glocal.advise.weights import Bucket
 from glocal.advise.workload import Sample, Split
 
 
@@ -53,7 +55,7 @@ def climbed(run: Run, base: Advice, found: Found, split: Split, probed: Sequence
     if not steps:
         run.stage(None)
         return replace(base, reason=why)
-    return _validated(run, base, steps, split)
+    return _validated(run, base, steps, split, found.buckets)
 
 
 def _measure(run: Run, rungs: Sequence[Rung], dense: Sequence[tuple[Sample, tuple[Output, float]]]) -> list[Rung]:
@@ -75,10 +77,18 @@ def _measure(run: Run, rungs: Sequence[Rung], dense: Sequence[tuple[Sample, tupl
     return [mean_rung(own) for own in each if all(r is not None for r in own)]
 
 
-def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> Advice:
-    """The first of `steps` that is accepted, each on samples of its own; dense if none is."""
+def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split, buckets: Sequence[Bucket]) -> Advice:
+    """The first of `steps` that is accepted, each on samples of its own; dense if none is. Before that the forecast of
+    its attention time is replaced by measurement.
+    """
     attempts: list[Attempt] = []
+    before, sample, confirmed = base.preflight, split.probe.samples[0], None
+    site = before.sites[len(before.sites) // 2].name
     for number, (rung, fresh) in enumerate(zip(steps, split.validations, strict=False)):
+        run.stage("confirm time" if not number else f"confirm time {number + 1}")
+        known = rung.recipe, deals(rung.recipe, before.sites, buckets, before.tokens), base.times
+        name = f"confirm/{rung.recipe.id[:16]}"
+        confirmed = run.once(name, confirm, sample, site, known, run.effort.rounds)
         run.stage("validation" if not number else f"validation {number + 1}", len(fresh))
         pairs = [
             Task(f"pair/{rung.recipe.id[:16]}-{s.id}", run_pair, (i, s, rung.recipe))
@@ -89,10 +99,10 @@ def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> A
         if found.verdict.accepted:
             break
     run.stage(None)
-    last, before = attempts[-1], tuple(attempts[:-1])
+    last, failed = attempts[-1], tuple(attempts[:-1])
     status, reason = judged(last.validation)
-    if before:
-        reason += f" {len(before)} faster recipe{'s' if len(before) > 1 else ''} failed on other samples."
+    if failed:
+        reason += f" {len(failed)} faster recipe{'s' if len(failed) > 1 else ''} failed on other samples."
     recipe = Recipe("dense", fallback=last.rung.recipe.fallback)
     if status != "dense":
         recipe = replace(last.rung.recipe, status=status)
@@ -103,5 +113,6 @@ def _validated(run: Run, base: Advice, steps: Sequence[Rung], split: Split) -> A
         reason=reason,
         chosen=last.rung,
         validation=last.validation,
-        rejected=before,
+        rejected=failed,
+        confirmed=confirmed,
     )

@@ -17,8 +17,10 @@ from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.checked import check_measured, check_names
+from glocal.advise.confirm import MOST
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.methods import MethodSpec
+from glocal.advise.modelled import CALLS
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise, whole_memory
 from glocal.advise.probe import Probe, ProbeSpec
@@ -71,7 +73,10 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
         return StageForecast(name, seconds, None if before.memory is None else before.memory + extra, disk)
 
-    timed = (cost.candidates + 2) * (effort.rounds + 2) * before.attention / len(before.sites)
+    call = before.attention / len(before.sites)
+    # Every candidate runs once; some 40 calls at most are timed.
+    timed = ((min(cost.candidates, CALLS + 8) + 2) * (effort.rounds + 1) + cost.candidates + 2) * call
+    deals = min(MOST, len(before.sites) * effort.buckets)
     weights = effort.samples * len(effort.budgets) * sum(steps - b.first for b in buckets) * before.forward
     layers = min(len({(s.component, s.kind, s.layer) for s in before.sites}), effort.layers)
     proving = pairs * RUNS_A_PAIR * run
@@ -84,6 +89,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
         stage("ladder", effort.probes * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
+        stage("confirm time", before.forward + cost.validations * (deals + 1) * (effort.rounds + 2) * call),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
         stage("validation", proving / min(shared, effort.pairs), 3 * pairs * before.output, 2 * before.output),
     )

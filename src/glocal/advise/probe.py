@@ -143,7 +143,7 @@ class Probe(MediaMethod):
                 plans[name] = method.plan(call.layout, q, k, call.site.scale, call)
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
-        for group in _by_order(plans):
+        for group in by_order(plans):
             self.records += self._group(q, k, v, call, group)
 
     def _group(
@@ -171,7 +171,7 @@ def in_units(call: SiteCall, out: Tensor) -> SiteCall:
     return replace(call, residual=call.residual / call.factor(out)[..., None].to(call.residual.dtype))
 
 
-def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
+def by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
     """Plans that share orders and blocks share the partial sums."""
     groups: list[dict[str, BlockPlan]] = []
     for name, plan in plans.items():

@@ -271,6 +271,9 @@ def evidence(advice: Any) -> dict[str, Any]:
         out["speedup"] = {"end_to_end": _ends(verdict.speedup)}
         out["speedup"]["step"] = _ends(advice.validation.step)
         out["speedup"]["operator"] = _ends(advice.validation.operator)
+    if advice.confirmed is not None:
+        found = advice.confirmed
+        out["attention_time"] = {"forecast": found.ratio("forecast"), "measured": found.ratio()}
     if advice.weights is not None:
         out["prediction"] = {"loo_p90": advice.weights.band}
         out["ladder"] = [
