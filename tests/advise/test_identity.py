@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,18 @@ def test_config_hash_is_of_the_values(model: VideoDiT) -> None:
     assert config_sha256(model) == config_sha256(VideoDiT(model.config))
     assert config_sha256(model) != config_sha256(VideoDiT(replace(model.config, layers=1)))
     assert config_sha256(nn.Linear(1, 1)) is None
+
+
+def test_notes_of_a_library_to_itself_are_no_part_of_a_configuration() -> None:
+    """Diffusers lists what was left at its defaults in the order of a set, which differs from process to process."""
+
+    def hashed(**config: Any) -> str | None:
+        module = nn.Linear(1, 1)
+        module.config = config  # type: ignore[assignment]
+        return config_sha256(module)
+
+    notes = {"_use_default_values": ["b", "a"], "_name_or_path": "/here", "transformers_version": "5.1"}
+    assert hashed(heads=2) == hashed(heads=2, **notes) != hashed(heads=3)
 
 
 def test_check_names_what_differs(model: VideoDiT) -> None:

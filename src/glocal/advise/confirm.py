@@ -108,7 +108,7 @@ def confirm(
             run()
         contenders = {"dense": lambda: inner(q, k, v, call), **calls}
         generator = torch.Generator().manual_seed(0)
-        paired = compare_paired(contenders, max(rounds, 2), q.device, generator, warmup=1)
+        paired = compare_paired(contenders, max(rounds, 2), q.device, generator, warmup=0)
         timed = tuple(
             ConfirmedCall(_words(recipe, deal), every[deal], forecast_deal(deal, times), paired.times[str(n)].median)
             for n, deal in enumerate(chosen)

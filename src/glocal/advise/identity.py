@@ -57,7 +57,11 @@ def sampled_bytes(tensor: Tensor) -> bytes:
 
 
 def config_sha256(module: nn.Module) -> str | None:
-    """Hash of `module.config` (a dataclass, a mapping, or anything with `to_dict`); None if it has none."""
+    """Hash of `module.config` (a dataclass, a mapping, or anything with `to_dict`); None if it has none.
+
+    Names that begin with an underscore are a library's notes to itself (where a model was loaded from, which values were
+    left at their defaults, in any order), and its version says nothing of the model: both are left out.
+    """
     config = getattr(module, "config", None)
     if config is None:
         return None
@@ -70,6 +74,7 @@ def config_sha256(module: nn.Module) -> str | None:
         plain = dict(config)
     else:
         plain = vars(config)
+    plain = {n: v for n, v in plain.items() if not str(n).startswith("_") and n != "transformers_version"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
