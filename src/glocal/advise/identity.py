@@ -59,8 +59,8 @@ def sampled_bytes(tensor: Tensor) -> bytes:
 def config_sha256(module: nn.Module) -> str | None:
     """Hash of `module.config` (a dataclass, a mapping, or anything with `to_dict`); None if it has none.
 
-    Names that begin with an underscore are a library's notes to itself (where a model was loaded from, which values were
-    left at their defaults, in any order), and its version says nothing of the model: both are left out.
+    Names that begin with an underscore are a library's notes to itself (where a model was loaded from, which values
+    were left at their defaults, in any order), and its version says nothing of the model: both are left out.
     """
     config = getattr(module, "config", None)
     if config is None:
