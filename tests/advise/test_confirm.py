@@ -9,7 +9,7 @@ import torch
 
 from glocal.adapt.records import Site
 from glocal.advise import Frames, MethodSpec, Phase, Recipe, Rule, Workload, candidates, confirm
-from glocal.advise.confirm import Confirmed, ConfirmedCall, deals, forecast_deal
+from glocal.advise.confirm import Confirmed, ConfirmedCall, deals, forecast_deal, refined
 from glocal.advise.recipe import Fallback
 from glocal.advise.timing import MethodTime, Times
 from glocal.advise.weights import make_buckets
@@ -93,3 +93,13 @@ def test_beyond_the_commonest_calls_the_forecast_stands(
 def test_a_run_is_the_sum_of_its_calls() -> None:
     found = Confirmed((ConfirmedCall("2 heads a", 3, 0.5, 0.75),), 1.0, 1, 1.0)
     assert found.ratio() == pytest.approx((3 * 0.75 + 1) / 4) and found.ratio("forecast") == pytest.approx(2.5 / 4)
+
+
+def test_what_further_methods_cost_comes_from_the_calls_of_an_allocation() -> None:
+    """Two methods in a call cost 0.5 s more than their shares by the time model, and 1, 2 and 3 s by these calls."""
+    calls = [ConfirmedCall("", 1, 4.0, 4.0, 1)]
+    calls += [ConfirmedCall("", 1, 4.0 + 0.5, (4.0 + cost) / 2, 2) for cost in (1.0, 3.0)]
+    calls += [ConfirmedCall("", 1, 4.0 + 2 * 0.5, (4.0 + 2 * 2.0) / 2, 3)]
+    found = refined(TIMES, Confirmed(tuple(calls), 4.0, 0, 1.0))  # dense took half as long beside them
+    assert found.split == pytest.approx(2.0) and found.methods == TIMES.methods
+    assert refined(TIMES, Confirmed(tuple(calls[:1]), 4.0, 0, 1.0)) is TIMES

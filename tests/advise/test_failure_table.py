@@ -110,6 +110,7 @@ def test_a_model_that_does_not_reproduce_itself_stops_and_the_operator_is_named(
 def test_one_pass_models_get_advice_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segmentation end to end: rules hold always, mIoU stands beside the error, the ceiling knows no place."""
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     model = private()
@@ -179,6 +180,7 @@ def test_several_canvases_in_one_workload_are_all_proven(
     model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     sizes = ({"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32, "width": 32})
@@ -318,6 +320,7 @@ def test_less_memory_stands_in_the_evidence(
 
     monkeypatch.setattr(probe, "partial_sums", sums)
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     found = advise(model, workload, objective=objective, effort=EFFORT, options=OPTIONS)
     assert {r.head for r in found.records} == {-1, 0, 1}
@@ -384,6 +387,7 @@ def test_a_refusal_before_anything_was_tried_has_a_page(
     from glocal.report import render_advice
 
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     if why == "floor":
         monkeypatch.setattr(climb, "refused", lambda anchors, target: "No recipe can be judged on this model.")

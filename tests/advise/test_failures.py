@@ -46,6 +46,7 @@ def half_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return Times(dense, {n: replace(dense, method=n, median=0.5, kept=0.4, visited=0.4) for n in methods}, None)
 
     monkeypatch.setattr(inside, "times_of", fixed)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
 
 

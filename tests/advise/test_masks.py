@@ -107,6 +107,7 @@ def test_advise_calibrates_masks_where_asked(
 ) -> None:
     monkeypatch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     with pytest.raises(ValueError, match="'paro' alone gives no gains of layers"):
         advise(model, workload, objective=objective, options=AdviseOptions(methods=("paro",), min_tokens=64))
     effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1)

@@ -63,6 +63,7 @@ VERDICT = climb.verdict_over
 @pytest.mark.parametrize("name", [*PIPELINES, *DECODERS])
 def test_advice_and_its_recipe_in_a_fresh_process(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     monkeypatch.setattr(climb, "verdict_over", accepted)

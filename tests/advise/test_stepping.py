@@ -46,6 +46,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
 
         measure_rung = climb.measure_rung
         monkeypatch.setattr(inside, "times_of", fixed_times)
+        monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
         monkeypatch.setattr(run, "_refusal", lambda *args: None)
         monkeypatch.setattr(climb, "measure_rung", measured)
         monkeypatch.setattr(climb, "verdict_over", validated)

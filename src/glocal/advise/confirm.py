@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -23,19 +24,22 @@ from glocal.advise.weights import Bucket
 from glocal.advise.workload import Sample
 from glocal.measure.timers import compare_paired
 
-MOST = 24  # distinct calls timed; of further ones, which are the rarest, the forecast stands
+MOST = 12  # distinct calls timed; of further ones, which are the rarest, the forecast stands
 
 Deal = tuple[tuple[str, tuple[int, ...]], ...]  # methods and "dense", each with its heads
 
 
 @dataclass(frozen=True)
 class ConfirmedCall:
-    """One way to deal the heads of a call. calls: how many calls of a run are dealt so. Seconds of one such call."""
+    """One way to deal the heads of a call, to `ways` methods. calls: how many calls of a run are dealt so. Seconds of
+    one such call.
+    """
 
     words: str
     calls: int
     forecast: float
     measured: float
+    ways: int = 1
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,9 @@ def confirm(
         generator = torch.Generator().manual_seed(0)
         paired = compare_paired(contenders, max(rounds, 2), q.device, generator, warmup=0)
         timed = tuple(
-            ConfirmedCall(_words(recipe, deal), every[deal], forecast_deal(deal, times), paired.times[str(n)].median)
+            ConfirmedCall(
+                _words(recipe, deal), every[deal], forecast_deal(deal, times), paired.times[str(n)].median, len(deal)
+            )
             for n, deal in enumerate(chosen)
         )
         rest = {deal: count for deal, count in every.items() if deal not in chosen}
@@ -125,9 +131,19 @@ def confirm(
     return found[0]
 
 
+def refined(times: Times, found: Confirmed) -> Times:
+    """The times, with the cost of further methods in a call as these calls say it: the median over them."""
+    scale = times.dense.median / found.dense
+    mixed = [c for c in found.calls if c.ways > 1]
+    if not mixed:
+        return times
+    costs = [(c.measured * scale - c.forecast) / (c.ways - 1) + times.split for c in mixed]
+    return replace(times, split=max(0.0, median(costs)))
+
+
 def _with(times: Times, recipe: Recipe) -> Times:
     missing: Mapping[str, Any] = {n: times.dense for n in recipe.methods if n not in times.methods}
-    return Times(times.dense, {**times.methods, **missing}, times.model, times.split)
+    return replace(times, methods={**times.methods, **missing})
 
 
 def _call(recipe: Recipe, deal: Deal, qkv: tuple[Tensor, Tensor, Tensor, SiteCall], inner: Core) -> Any:

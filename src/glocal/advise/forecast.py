@@ -62,6 +62,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     run = steps * before.forward
     probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
     calls = probed * len(before.sites) * (effort.probes + effort.samples)  # the second ones with fewer candidates
+    judged = effort.probes + (effort.samples if effort.wide else 0)
     rungs = 3 * len(effort.budgets) + effort.published
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
@@ -88,8 +89,8 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
         stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
-        stage("ladder", effort.probes * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
-        stage("confirm time", before.forward + cost.validations * (deals + 1) * (effort.rounds + 2) * call),
+        stage("ladder", judged * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
+        stage("confirm time", before.forward + (cost.validations + 1) * (deals + 1) * (effort.rounds + 2) * call),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
         stage("validation", proving / min(shared, effort.pairs), 3 * pairs * before.output, 2 * before.output),
     )

@@ -163,7 +163,8 @@ def _advise(run: Run, split: Split) -> Advice:
     everything = tuple(r for p in (*probed, *others) for r in kept(run, p.records))
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
     base = replace(base, records=everything, shrunk=shrunk, weights=weights, layers=layers)
-    return climbed(run, base, replace(found, weights=weights), split, probed)
+    more = others if run.effort.wide else ()
+    return climbed(run, base, replace(found, weights=weights), split, probed, more)
 
 
 def _refusal(run: Run, before: Preflight, times: Times) -> str | None:
