@@ -34,9 +34,10 @@ from glocal.adapt.records import Core, SiteCall
 from glocal.advise.dropped import Dropped
 from glocal.advise.inside import ready_for
 from glocal.advise.methods import MethodSpec, candidates, default_tile
+from glocal.advise.modelled import forecast_of, known_plans
 from glocal.advise.preflight import Inside
 from glocal.advise.probe import Probe, ProbeSpec
-from glocal.advise.timing import MethodTime, time_methods
+from glocal.advise.timing import Checked, MethodTime, Ready, time_methods, timed_together
 from glocal.plan.time_model import TimeSample, fit_time_model
 
 Emit = Callable[[list[dict[str, object]]], None]
@@ -220,6 +221,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plans", type=int, default=99, help=f"plans timed at most; no forecast under {LEAST}")
+    parser.add_argument("--calls", action="store_true", help="forecast them also by plans of known block counts")
     parser.add_argument("--only", choices=["probe", "forecast"], help="one half of the rows")
     parser.add_argument("--take", type=Path, nargs="+", help="measure nothing: rows of these runs into --out")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
@@ -243,7 +245,7 @@ def main() -> None:
             rows[:] = replaced(rows, here)
             write(rows, options.out)
             for row in more:
-                if row["kind"] not in ("forecast", "fitted", "timed"):
+                if row["kind"] not in ("forecast", "timed", "forecast by known plans"):
                     print({k: v for k, v in row.items() if v != ""}, flush=True)
 
         measure(name, case, options, emit)
@@ -309,12 +311,14 @@ def forecast_rows(
     found: list[tuple[str, MethodTime, MethodSpec]] = []
     tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
     chunks = batched(list(tried)[: options.plans], 4)
+    every: dict[str, Ready] = {}
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         dropped = Dropped()
         for chunk in chunks:  # few at a time, each beside dense, so that a run that is cut keeps what it has
             ready = {n: ready_for(dropped, n, tried[n], (q, k, v, call)) for n in chunk}
             working = {n: r for n, r in ready.items() if r is not None}
+            every.update(working)
             # The host's own kernel, and heads of several methods, cost dense calls each: with the first ones only.
             host = None if found else inner
             times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=host)
@@ -325,11 +329,40 @@ def forecast_rows(
             if len(timed) >= LEAST:
                 samples = [TimeSample(t.full, t.partial, 0.0, t.median) for t, _ in timed]
                 emit(forecasts([timing_row(row, method, t) for t, method in timed], samples))
+        if options.calls:
+            emit(by_known_plans((q, k, v, call), every, found, options.rounds, row))
         for n, why in dropped.why.items():
             print("dropped", tried[n].words(), why[:200], flush=True)
 
     with attach(case.model, Inside(site, look)):
         forward()
+
+
+def by_known_plans(
+    qkv: tuple[Tensor, Tensor, Tensor, SiteCall],
+    every: dict[str, Ready],
+    found: list[tuple[str, MethodTime, MethodSpec]],
+    rounds: int,
+    row: dict[str, object],
+) -> list[dict[str, object]]:
+    """Timed plans forecast as `glocal advise` does for many candidates: by a fit to plans of known block counts."""
+    q, k, v, call = qkv
+    groups, calls = known_plans(q, k, v, call, every)
+    times = {n: t for n, t, _ in found}
+    _, taken = timed_together(q, k, v, call, {}, calls, rounds=rounds, inner=None)
+    out: list[dict[str, object]] = []
+    for group in groups:
+        model = group.model(taken, q.shape[1])
+        held = [("check of known plans", c) for c in group.checks(model, taken, q.shape[1])]
+        for n in group.names:
+            forecast = forecast_of(model, every[n].plan, q.shape[1])
+            held.append(("forecast by known plans", Checked(every[n].method.words(), forecast, times[n].median)))
+        for kind, c in held:
+            values = {"forecast_s": f"{c.forecast:.5f}", "measured_s": f"{c.measured:.5f}"}
+            out.append({**row, "kind": kind, "name": c.name, **values, "error": f"{c.forecast / c.measured - 1:.4f}"})
+    worst = max(abs(float(str(r["error"]))) for r in out)
+    name = f"{len(out)} plans by {len(calls)} calls"
+    return [*out, {**row, "kind": "worst by known plans", "name": name, "error": f"{worst:.4f}"}]
 
 
 def forecasts(timed: list[dict[str, object]], samples: list[TimeSample]) -> list[dict[str, object]]:

@@ -78,7 +78,7 @@ def _confirmed(run: Run, name: str, recipe: Recipe, before: Preflight, found: Fo
     """The distinct calls of a recipe, timed at the site that the time model was timed at."""
     site = before.sites[len(before.sites) // 2].name
     known = recipe, deals(recipe, before.sites, found.buckets, before.tokens), found.times
-    return run.once(f"{name}/{recipe.id[:16]}", confirm, sample, site, known, run.effort.rounds)
+    return run.once(f"{name}/{recipe.id[:16]}", confirm, sample, site, known, run.effort.rounds // 2 + 1)
 
 
 def _measure(

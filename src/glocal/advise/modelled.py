@@ -99,7 +99,7 @@ def times_of(
     if one_by_one(methods):
         return time_methods(q, k, v, call, methods, rounds=rounds, inner=inner)
     heads = q.shape[1]
-    groups, beside = _plans(q, k, v, call, methods)
+    groups, beside = known_plans(q, k, v, call, methods)
     terms = _terms(q, k, v, call, methods)
     modelled = {n for g in groups for n in g.names}
     own = {n: r for n, r in methods.items() if n not in modelled or n in dealt(list(methods), heads)}
@@ -118,7 +118,7 @@ def times_of(
     return replace(times, methods=every, model=worst, checks=checks)
 
 
-def _plans(
+def known_plans(
     q: Tensor, k: Tensor, v: Tensor, call: SiteCall, methods: Mapping[str, Ready]
 ) -> tuple[list[Group], dict[str, Callable[[], object]]]:
     """The groups whose kernel takes plans of known counts too, and those plans as calls that ran once."""
