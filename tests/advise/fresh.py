@@ -3,28 +3,54 @@
     python -m tests.advise.fresh HOST FOLDER
 
 builds the model of HOST anew, attaches FOLDER/recipe.json, runs the first sample before, with it and behind its undo,
-and leaves what it found in FOLDER/found.pt.
+and leaves what it found in FOLDER/found.pt. Then it begins an advice with its state in FOLDER/state, and kills itself
+once the ladder is being measured.
 """
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from glocal.advise import Objective, Sample, attach
+from glocal.advise import (
+    Advice,
+    AdviseOptions,
+    Effort,
+    MethodSpec,
+    Objective,
+    Sample,
+    Target,
+    Workload,
+    advise,
+    attach,
+    candidates,
+    climb,
+    inside,
+    run,
+)
 from glocal.advise.next_token import NextToken
 from glocal.advise.pipeline import Pipeline
+from glocal.advise.state import State
 from glocal.data import make_text
 
 from ..adapt.hosts.sizes import COGVIDEOX, FLUX, HUNYUAN_VIDEO, WAN
+from .test_run import times_by_pairs
 
 VIDEO: dict[str, Any] = {"height": 32, "width": 48, "num_frames": 9}
 PIPELINES = ("wan", "hunyuan", "flux", "cogvideox")
 DECODERS = ("llama", "qwen3", "gemma3")
 TOKENS = 600
+SHAPES = {"wan": (3, 2, 3), "hunyuan": (3, 4, 6), "flux": (8, 12), "cogvideox": (3, 2, 3)}
+TILES = {"wan": (1, 2, 3), "hunyuan": (1, 2, 3), "flux": (2, 3), "cogvideox": (1, 2, 3)}
+EFFORT = Effort("tiny", 2, 8, 1, (0.7,), pairs=2, rounds=1, steps_a_bucket=1, published=1, rungs=1)
 
 
 def wan() -> Any:
@@ -155,6 +181,56 @@ def built(name: str) -> tuple[Any, Objective]:
     return pipe, Pipeline(pipe)
 
 
+def methods_of(name: str) -> tuple[MethodSpec, ...]:
+    """Candidates for the grid of a host."""
+    if name in PIPELINES:
+        return tuple(candidates(SHAPES[name], tile_shape=TILES[name])[:4])
+    windows = [{"window": {"fraction": f}, "sinks": 16} for f in (0.25, 0.5)]
+    return tuple(MethodSpec("causal_window", window, block=(32, 32)) for window in windows)
+
+
+def accepted(runs: Any, target: Any) -> Any:
+    """The pairs as they are, and a verdict that does not hang on the time of so small a model."""
+    found = VERDICT(runs, target)
+    return replace(found, verdict=replace(found.verdict, accepted=True, failures=()))
+
+
+VERDICT = climb.verdict_over
+
+
+def settle(put: Callable[[Any, str, Any], None]) -> None:
+    """What depends on the clock is settled by `put` (object, attribute, value), so that samples alone decide."""
+    put(inside, "times_of", times_by_pairs)
+    put(climb, "refined", lambda times, found: times)
+    put(run, "_refusal", lambda *args: None)
+    put(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
+    put(climb, "verdict_over", accepted)
+    # At this size the text refiner weighs as much as the blocks.
+    put(importlib.import_module("glocal.advise.preflight"), "MOST_UNKNOWN", 1.0)
+
+
+def advised(name: str, model: Any, objective: Objective, state: Path | None = None, *, resume: bool = False) -> Advice:
+    """The advice of a host over four samples."""
+    workload = Workload(tuple(sample(name, n) for n in range(4)))
+    objective.check(model, workload)
+    options = AdviseOptions(candidates=methods_of(name), min_tokens=8, state=state, resume=resume)
+    effort = EFFORT if name in PIPELINES else replace(EFFORT, buckets=1, published=0)
+    target = Target(limits={"drift": 1e6})
+    return advise(model, workload, objective=objective, target=target, effort=effort, options=options)
+
+
+def kill_at_the_ladder() -> None:
+    """The process dies where the first rung would be kept."""
+    keep = State.save
+
+    def save(self: State, name: str, value: Any) -> None:
+        if name.startswith("rung"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        keep(self, name, value)
+
+    State.save = save  # type: ignore[method-assign]
+
+
 @torch.no_grad()
 def main() -> None:
     name, folder = sys.argv[1], Path(sys.argv[2])
@@ -167,6 +243,9 @@ def main() -> None:
     handle.undo()
     after = objective.run(model, one).tensor
     torch.save({"before": before, "during": during, "after": after, "stats": stats}, folder / "found.pt")
+    settle(setattr)
+    kill_at_the_ladder()
+    advised(name, model, objective, folder / "state")
 
 
 if __name__ == "__main__":

@@ -1,102 +1,66 @@
-"""Tiny real models of every host: advice, its recipe in a fresh process, what it ran there, and its undo."""
+"""Tiny real models of every host: advice, its recipe in a fresh process, its undo there, and an advice that was killed
+there and goes on here.
+"""
 
 from __future__ import annotations
 
-import importlib
 import os
+import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from glocal.advise import (
-    AdviseOptions,
-    Effort,
-    MethodSpec,
-    Recipe,
-    RecipeError,
-    Sample,
-    Target,
-    Workload,
-    advise,
-    attach,
-    candidates,
-    climb,
-    inside,
-    run,
-)
-
-from .fresh import DECODERS, PIPELINES, built, sample
-from .test_run import times_by_pairs
+from glocal.adapt import attach as attach_method
+from glocal.adapt.attach import media_sites, sites_of
+from glocal.advise import Recipe, RecipeError, Sample, Workload, attach, probe
+from glocal.advise.identity import host_record
+from glocal.advise.probe import Probe, ProbeSpec
 
 REASON = "is not installed: pip install 'glocal[diffusers,transformers]'"
 pytest.importorskip("diffusers", reason=f"diffusers {REASON}")
 pytest.importorskip("transformers", reason=f"transformers, without which diffusers has no pipelines, {REASON}")
 
-EFFORT = Effort("tiny", 2, 8, 1, (0.7,), pairs=2, rounds=1, steps_a_bucket=1, published=1, rungs=1)
-SHAPES = {"wan": (3, 2, 3), "hunyuan": (3, 4, 6), "flux": (8, 12), "cogvideox": (3, 2, 3)}
-TILES = {"wan": (1, 2, 3), "hunyuan": (1, 2, 3), "flux": (2, 3), "cogvideox": (1, 2, 3)}
+from .fresh import DECODERS, PIPELINES, SHAPES, advised, built, methods_of, sample, settle  # noqa: E402
+
+HOSTS = [*PIPELINES, *DECODERS]
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def methods_of(name: str) -> tuple[MethodSpec, ...]:
-    if name in PIPELINES:
-        return tuple(candidates(SHAPES[name], tile_shape=TILES[name])[:4])
-    windows = [{"window": {"fraction": f}, "sinks": 16} for f in (0.25, 0.5)]
-    return tuple(MethodSpec("causal_window", window, block=(32, 32)) for window in windows)
-
-
-def accepted(runs: Any, target: Any) -> Any:
-    """The pairs as they are, and a verdict that does not hang on the time of so small a model."""
-    found = VERDICT(runs, target)
-    return replace(found, verdict=replace(found.verdict, accepted=True, failures=()))
-
-
-VERDICT = climb.verdict_over
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*PIPELINES, *DECODERS])
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kill -9 is of POSIX systems")
+@pytest.mark.parametrize("name", HOSTS)
 def test_advice_and_its_recipe_in_a_fresh_process(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "times_of", times_by_pairs)
-    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
-    monkeypatch.setattr(run, "_refusal", lambda *args: None)
-    monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
-    monkeypatch.setattr(climb, "verdict_over", accepted)
-    # At this size the text refiner weighs as much as the blocks.
-    monkeypatch.setattr(importlib.import_module("glocal.advise.preflight"), "MOST_UNKNOWN", 1.0)
+    settle(monkeypatch.setattr)
     model, objective = built(name)
-    workload = Workload(tuple(sample(name, n) for n in range(4)))
-    objective.check(model, workload)
-    options = AdviseOptions(candidates=methods_of(name), min_tokens=8)
-    effort = EFFORT if name in PIPELINES else replace(EFFORT, buckets=1, published=0)
-    found = advise(
-        model, workload, objective=objective, target=Target(limits={"drift": 1e6}), effort=effort, options=options
-    )
+    found = advised(name, model, objective)
     assert found.status == "candidate" and found.validation is not None and found.validation.pairs[0].error > 0
     assert found.recipe.rules and {r.kind for r in found.ladder} >= {"allocation", "single"}
     if name in PIPELINES:
         _check_pipeline(name, found)
     found.recipe.save(tmp_path / "recipe.json")
     with torch.no_grad(), attach(model, tmp_path / "recipe.json"):
-        here = objective.run(model, workload.samples[0]).tensor
-    subprocess.run(
+        here = objective.run(model, sample(name, 0)).tensor
+    done = subprocess.run(
         [sys.executable, "-m", "tests.advise.fresh", name, str(tmp_path)],
         cwd=ROOT,
-        check=True,
-        timeout=300,
+        capture_output=True,
+        text=True,
+        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     fresh = torch.load(tmp_path / "found.pt", weights_only=True)
     assert torch.equal(fresh["before"], fresh["after"])
     assert not torch.equal(fresh["before"], fresh["during"])
     torch.testing.assert_close(fresh["during"], here, rtol=1e-4, atol=1e-4)
     assert sum(calls for calls, _ in fresh["stats"].values()) > 0
     assert any(0 < kept < 1 for calls, kept in fresh["stats"].values() if calls)
+    again = advised(name, model, objective, tmp_path / "state", resume=True)  # killed there, goes on here
+    assert again.recipe.id == found.recipe.id
 
 
 def _check_pipeline(name: str, found: Any) -> None:
@@ -108,12 +72,44 @@ def _check_pipeline(name: str, found: Any) -> None:
     assert canvas["shape"] == list(SHAPES[name]) and (canvas["before"] + canvas["after"] > 0) == (kind == "joint")
 
 
-def test_other_weights_are_refused_and_named(tmp_path: Path) -> None:
-    from glocal.advise.identity import host_record
+@pytest.mark.parametrize("name", HOSTS)
+def test_out_of_memory_inside_the_probe_halves_and_goes_on(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In every host: one head at a time is all there is memory for, each head has its records, the run is untouched."""
+    model, objective = built(name)
+    methods = {m.id: m for m in methods_of(name)}
 
+    def probed() -> tuple[Probe, torch.Tensor]:
+        found = Probe(ProbeSpec(methods, lambda step: 0, frozenset({0}), blocks=8))
+        with torch.no_grad(), attach_method(model, found):
+            return found, objective.brief(model, sample(name, 0)).tensor
+
+    whole, before = probed()
+    true_sums = probe.partial_sums
+
+    def sums(rows: Any, keys: Any) -> Any:
+        if rows.q.shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return true_sums(rows, keys)
+
+    monkeypatch.setattr(probe, "partial_sums", sums)
+    less, after = probed()
+    assert torch.equal(before, after)
+    assert less.share is not None and less.share.heads == 1 and less.share.shrunk
+    heads = {(s.component, s.name): s.heads for s in media_sites(sites_of(model))}
+    seen = {(r.component, r.site) for r in less.records}
+    assert seen and {(r.component, r.site, r.head) for r in less.records} == {
+        (*place, head) for place in seen for head in range(-1, heads[place])
+    }
+
+    def by_place(found: Probe) -> dict[Any, float]:
+        return {(r.component, r.site, r.head, r.branch, r.method): r.residual for r in found.records}
+
+    assert by_place(less) == pytest.approx(by_place(whole), rel=1e-3, abs=1e-6)
+
+
+def test_other_weights_are_refused_and_named(tmp_path: Path) -> None:
     pipe, _ = built("flux")
-    recipe = Recipe("dense", host=host_record(pipe, (1.0, 0.0), None))
-    recipe.save(tmp_path / "recipe.json")
+    Recipe("dense", host=host_record(pipe, (1.0, 0.0), None)).save(tmp_path / "recipe.json")
     with torch.no_grad():
         next(pipe.transformer.parameters()).add_(1)
     with pytest.raises(RecipeError, match=r"host.components\[transformer\].weights_sha256: the recipe was proven on"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -82,7 +82,7 @@ def _job(
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "weights": known,
         "workload": workload.hash(),
-        "objective": repr(objective) if hasattr(objective, "__dataclass_fields__") else objective.name,
+        "objective": _told(objective),
         "effort": repr(effort),
         "target": repr(target),
         "methods": methods,
@@ -93,6 +93,18 @@ def _job(
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def _told(objective: Objective) -> str:
+    """An objective in words that are the same in every process: functions by name, not by where they lie."""
+    if not is_dataclass(objective):
+        return f"{type(objective).__qualname__} {objective.name}"
+    found = {}
+    for part in fields(objective):
+        value = getattr(objective, part.name)
+        named = value if hasattr(value, "__qualname__") else type(value)
+        found[part.name] = named.__qualname__ if callable(value) else repr(value)
+    return f"{type(objective).__qualname__}({', '.join(f'{n}={v}' for n, v in found.items())})"
 
 
 def _advise(run: Run, split: Split) -> Advice:
