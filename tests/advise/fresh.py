@@ -55,7 +55,7 @@ EFFORT = Effort("tiny", 2, 8, 1, (0.7,), pairs=2, rounds=1, steps_a_bucket=1, pu
 
 def wan() -> Any:
     """Two experts: the second one takes over below half of the noise."""
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     sizes = {**WAN, "in_channels": 16, "out_channels": 16}
     vae = diffusers.AutoencoderKLWan(
@@ -73,7 +73,7 @@ def wan() -> Any:
 
 
 def hunyuan() -> Any:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     vae = diffusers.AutoencoderKLHunyuanVideo(
         block_out_channels=(8, 8, 8, 8), latent_channels=4, norm_num_groups=4, layers_per_block=1
@@ -90,7 +90,7 @@ def hunyuan() -> Any:
 
 
 def flux() -> Any:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     vae = diffusers.AutoencoderKL(
         latent_channels=4,
@@ -111,7 +111,7 @@ def flux() -> Any:
 
 
 def cogvideox() -> Any:
-    import diffusers
+    diffusers: Any = importlib.import_module("diffusers")
 
     vae = diffusers.AutoencoderKLCogVideoX(
         block_out_channels=(8, 8, 8, 8),

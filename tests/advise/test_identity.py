@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from glocal.advise import Frames, MethodSpec, Mismatch, Recipe, RecipeError, Rule, Target, Workload, attach, validate
-from glocal.advise.identity import config_sha256, host_record, sampled_bytes, weights_sha256
+from glocal.advise.identity import components, config_sha256, host_record, quantisation, sampled_bytes, weights_sha256
 from glocal.advise.recipe import Fallback
 from glocal.models.generation import VideoDiT, VideoDiTConfig
 
@@ -123,3 +124,42 @@ def test_a_recipe_proven_again_belongs_to_the_other_weights(
     assert advice.recipe.check(changed) == [] and len(advice.recipe.check(model)) == 1
     assert advice.recipe.objective == {"name": "frames", "version": 1, "limits": {"drift": 1e6}}
     assert advice.recipe.host["scheduler"]["sigmas"] == list(objective.levels)
+
+
+def test_the_scale_of_an_adapter_is_part_of_a_model(model: VideoDiT) -> None:
+    """An adapter that is not merged: its tensors and its scale, which is no tensor and so in no weights hash."""
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.lora = nn.ModuleDict({"style": nn.Linear(4, 2), "other": nn.Linear(4, 2)})
+            self.scaling = {"style": 1.0, "other": 0.5}
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = copy.deepcopy(model)
+        made.extra = Adapted()
+    assert components(model)[0]["adapters"] == []
+    made.peft_config = {"style": None, "other": None}  # type: ignore[assignment]
+    recipe = recipe_of(made)
+    found = recipe.host["components"][0]["adapters"]
+    assert [(a["name"], a["scale"]) for a in found] == [("other", 0.5), ("style", 1.0)]
+    assert found[0]["sha256"] != found[1]["sha256"] and recipe.check(made) == []
+    made.extra.scaling["style"] = 0.7
+    assert [m.field for m in recipe.check(made)] == ["host.components[transformer].adapters"]
+    with pytest.raises(RecipeError, match="adapters: the recipe was proven on .*'scale': 1.0"):
+        attach(made, recipe)
+
+
+def test_quantised_weights_and_the_schedule_are_named() -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
+    from .fresh import built
+
+    pipe, _ = built("wan")
+    host = host_record(pipe, (1.0, 0.0), 4.0)
+    assert host["scheduler"]["class"].endswith("FlowMatchEulerDiscreteScheduler")
+    assert host["scheduler"]["boundary"] == 0.5 and len(host["scheduler"]["config_sha256"]) == 64
+    assert [c["quantisation"] for c in host["components"]] == [None, None]
+    module = nn.Linear(1, 1)
+    module.config = {"quantization_config": {"quant_method": "bitsandbytes"}}  # type: ignore[assignment]
+    assert quantisation(module) == "bitsandbytes"
