@@ -141,7 +141,8 @@ def adapters(module: nn.Module) -> list[dict[str, Any]]:
             if f".{name}." in key and isinstance(tensor, Tensor):
                 digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
                 digest.update(sampled_bytes(tensor))
-        scales = {part.scaling[name] for part in module.modules() if name in (getattr(part, "scaling", None) or {})}
+        known: list[Any] = [getattr(part, "scaling", None) for part in module.modules()]
+        scales = {scaling[name] for scaling in known if isinstance(scaling, Mapping) and name in scaling}
         ordered = sorted(map(float, scales))
         scale = ordered[0] if len(ordered) == 1 else ordered
         found.append({"name": name, "sha256": digest.hexdigest(), "scale": scale, "fused": False})
