@@ -20,6 +20,7 @@ from glocal.advise.partial import (
     candidates_at,
     gather_keys,
     partial_sums,
+    picks_at,
     rows_of,
 )
 from glocal.advise.probe import LEAST_BLOCKS, Probe, ProbeSpec, measure, spread
@@ -54,7 +55,8 @@ def probed(
     at = blocks_of(plan, [block], here, segments)[0]
     rows = rows_of(q, at, here, (0, every))
     lists = [Lists(plan, [block], every)]
-    out, mass, _ = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every))
+    picks = picks_at(lists, 0, every)
+    out, mass, _ = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every), picks)
     return out[0], mass[0], rows.places
 
 

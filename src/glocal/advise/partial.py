@@ -148,17 +148,27 @@ def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
     return PartialSums(p, p.sum(2), value)
 
 
+def picks_at(plans: Sequence[Lists], at: int, heads: int) -> Tensor:
+    """How often all heads visit each key block in full, by all plans and by dense attention: [H, C + 1, blocks]."""
+    every = [plan.full(at, (0, heads)) for plan in plans]
+    return torch.stack([*every, torch.ones_like(every[0])], 1)
+
+
 def candidates_at(
-    part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], keys: Keys, heads: tuple[int, int]
+    part: PartialSums,
+    plans: Sequence[Lists],
+    at: tuple[int, Block],
+    keys: Keys,
+    heads: tuple[int, int],
+    picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block, and the dense output
     [H, R, D].
 
-    at: its place among the chosen blocks, and itself. Whole blocks of all plans are one product of [plans, key blocks]
-    with the partial sums; partial blocks are added.
+    at: its place among the chosen blocks, and itself. picks: as of `picks_at`. Whole blocks of all plans are one
+    product of [plans, key blocks] with the partial sums; partial blocks are added.
     """
-    every = torch.ones_like(part.mass[..., 0])  # dense: all blocks
-    picked = torch.stack([*(plan.full(at[0], heads) for plan in plans), every], 1)  # [H, C + 1, blocks]
+    picked = picks[slice(*heads)]  # [H, C + 1, blocks]
     mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C + 1, H, R]
     value = picked @ part.value.flatten(2)  # [H, C + 1, R * D]
     value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C + 1, H, R, D]
@@ -215,6 +225,8 @@ class Lists:
         heads: tuple[int, int],
     ) -> None:
         """Add the partly visible key blocks to mass [H, R] and value [H, R, D]."""
+        if not any(counts[at[0]] for counts in self.counts):
+            return
         part, keys = sums
         mine = self.of_head[slice(*heads)]
         for unique in mine.unique().tolist() if self.several else (0,):

@@ -17,7 +17,16 @@ from torch import Tensor
 from glocal.adapt.attach import Method, media_sites
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
-from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, quick_products, rows_of
+from glocal.advise.partial import (
+    Lists,
+    blocks_of,
+    candidates_at,
+    gather_keys,
+    partial_sums,
+    picks_at,
+    quick_products,
+    rows_of,
+)
 from glocal.advise.router_rows import Blocks, RectifiedRows, RouterRows, router_blocks, shares_seen
 from glocal.plan.blockplan import BlockPlan
 
@@ -284,6 +293,7 @@ def measured(group: Group, spec: ProbeSpec, at_once: int, weigh: Weigh | None = 
     apart = list(dict.fromkeys(lists))  # methods that differ in their correction alone share a plan and its sums
     which = torch.tensor([apart.index(one) for one in lists], device=q.device)
     place = {number: at for at, number in enumerate(chosen)}
+    picks: dict[int, Tensor] = {}  # of a query block, for all heads
     for head in range(0, every, width):
         last = min(head + width, every)
         if own_orders:
@@ -293,11 +303,14 @@ def measured(group: Group, spec: ProbeSpec, at_once: int, weigh: Weigh | None = 
         for block in blocks:
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
-            outs, masses, dense = candidates_at(part, apart, (place[block.number], block), keys, (head, last))
+            at = place[block.number]
+            if at not in picks:
+                picks[at] = picks_at(apart, at, every)
+            outs, masses, dense = candidates_at(part, apart, (at, block), keys, (head, last), picks[at])
             outs, masses = outs[which], masses[which]
             for number, candidate in enumerate(group.candidates):
                 if candidate.after is not None:
-                    outs[number] = candidate.after.at(place[block.number], (head, last), outs[number])
+                    outs[number] = candidate.after.at(at, (head, last), outs[number])
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
             if weigh is not None:
