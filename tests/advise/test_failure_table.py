@@ -397,3 +397,16 @@ def test_a_refusal_before_anything_was_tried_has_a_page(
     assert found.status == "dense" and not found.ladder and found.anchors is not None
     html = render_advice(advice_page(found, model="m", workload="w", created="now", reproduce="glocal", facts={}))
     assert found.reason in html
+
+
+def test_candidates_that_are_all_slower_than_dense_refuse(
+    model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(q: Any, k: Any, v: Any, call: Any, methods: Any, *, rounds: int, inner: Any = None) -> Any:
+        found = times_by_pairs(q, k, v, call, methods, rounds=rounds)
+        return replace(found, dense=replace(found.dense, median=1e-9))
+
+    monkeypatch.setattr(inside, "times_of", slow)
+    found = advise(model, workload, objective=objective, effort=EFFORT, options=replace(OPTIONS, min_tokens=1))
+    assert found.status == "dense" and not found.recipe.rules and not found.records
+    assert found.reason == "Every candidate is slower than the best dense kernel here (cpu)."
