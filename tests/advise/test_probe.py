@@ -73,7 +73,11 @@ def test_probe_equals_direct_attention(number: int, generator: torch.Generator) 
         assert bool(((mass > 0) & (mass <= 1 + 1e-5)).all())
 
 
-def test_partial_blocks_are_recomputed(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("at_once", [256, 2])
+def test_partial_blocks_are_recomputed(
+    at_once: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glocal.advise.partial.AT_ONCE", at_once)
     method = MethodSpec("gna", {"window": [3, 3, 3]}, {"tile": [2, 2, 4]}, (16, 16))
     q, k, v = tensors(generator, 2, 240)
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)

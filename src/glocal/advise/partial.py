@@ -178,6 +178,9 @@ def candidates_at(
     return outs[:-1], mass[:-1] / mass[-1].clamp(min=1e-30), outs[-1]
 
 
+AT_ONCE = 256  # partial blocks copied at a time
+
+
 class Lists:
     """The lists of one plan at some query blocks, of sample 0; heads that share a list are computed together. plan: the
     plan itself, where all heads share its lists, so that the lists may serve again.
@@ -236,12 +239,14 @@ class Lists:
             some: slice | Tensor = slice(None)  # the usual pattern: no copies of keys by head
             if self.several:
                 some = (mine == unique).nonzero()[:, 0].to(mass.device)
-            blocks = self.index[unique, at[0], :count]
             bits = self._bits(unique, at, count)
-            p = (part.p[some][:, blocks] * bits).flatten(1, 2)  # [H, count * kv_block, R]
-            mass[some] += p.sum(1)
-            values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
-            value[some] += p.transpose(1, 2) @ values
+            for first in range(0, count, AT_ONCE):
+                here = slice(first, min(first + AT_ONCE, count))
+                blocks = self.index[unique, at[0], here]
+                p = (part.p[some][:, blocks] * bits[here]).flatten(1, 2)  # [H, blocks * kv_block, R]
+                mass[some] += p.sum(1)
+                values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
+                value[some] += p.transpose(1, 2) @ values
 
     def _bits(self, unique: int, at: tuple[int, Block], count: int) -> Tensor:
         """What the rows of a query block see of its partial key blocks, bool [count, kv_block, R]."""
