@@ -49,11 +49,10 @@ class Blocks:
 
     def same(self, other: Blocks) -> bool:
         """Whether both cut queries and keys alike."""
-        return (
-            (self.q_block, self.kv_block) == (other.q_block, other.kv_block)
-            and torch.equal(self.q_order, other.q_order)
-            and torch.equal(self.kv_order, other.kv_order)
-        )
+        if (self.q_block, self.kv_block) != (other.q_block, other.kv_block):
+            return False
+        pairs = (self.q_order, other.q_order), (self.kv_order, other.kv_order)
+        return all(a is b or torch.equal(a, b) for a, b in pairs)  # a look waits for the device
 
 
 def router_blocks(method: MethodSpec, call: SiteCall, device: torch.device) -> Blocks | None:
