@@ -24,6 +24,7 @@ from glocal.advise.partial import (
     rows_of,
 )
 from glocal.advise.probe import LEAST_BLOCKS, Probe, ProbeSpec, measure, spread
+from glocal.advise.router_rows import Blocks
 from glocal.advise.tasks import Looks, measure_anchors, probe_sample
 from glocal.advise.weights import make_buckets
 from glocal.canvas import Canvas, Layout, Part
@@ -51,8 +52,8 @@ def probed(
     here = call_of(SHAPE, q.shape[1]) if call is None else call
     every = q.shape[1]
     segments = here.layout.segments(1, "cpu")
-    keys = gather_keys(k, v, plan, here, segments, (0, every, every))
-    at = blocks_of(plan, [block], here, segments)[0]
+    keys = gather_keys(k, v, Blocks.of(plan), here, segments, (0, every, every))
+    at = blocks_of(Blocks.of(plan), [block], here, segments)[0]
     rows = rows_of(q, at, here, (0, every))
     lists = [Lists(plan, [block], every)]
     picks = picks_at(lists, 0, every)
@@ -182,7 +183,7 @@ def test_padding_is_neither_asked_nor_seen(generator: torch.Generator) -> None:
     direct = exact(q, k, v, method, call)
     seen = set()
     for block in range(plan.q_blocks):
-        found = blocks_of(plan, [block], call, layout.segments(1, "cpu"))
+        found = blocks_of(Blocks.of(plan), [block], call, layout.segments(1, "cpu"))
         if found:
             out, _, rows = probed(q, k, v, plan, block, call)
             torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)
