@@ -74,7 +74,7 @@ def test_calls_are_timed_inside_the_model(
     known = RECIPE, deals(RECIPE, SITES, BUCKETS, 256), TIMES
     found = confirm.confirm(model, objective, workload.samples[0], "blocks.1.attn", known, 1)
     assert ran == ["a2", "a1", "b1"] * 2  # every way once before it is timed, and once timed
-    assert [(c.calls, c.forecast, c.measured) for c in found.calls] == [(4, 4.0, 6.0), (2, 3.5, 5.0)]
+    assert [(c.calls, c.forecast, c.measured) for c in found.calls] == [(4, 5.0, 6.0), (2, 4.375, 5.0)]
     assert found.calls[1].words == f"1 head {METHODS['a'].words()}; 1 head {METHODS['b'].words()}"
     assert (found.dense, found.others, found.others_ratio) == (10.0, 2, 1.0)
     assert found.ratio() == pytest.approx((4 * 0.6 + 2 * 0.5 + 2) / 8)
@@ -97,9 +97,9 @@ def test_a_run_is_the_sum_of_its_calls() -> None:
 
 def test_what_further_methods_cost_comes_from_the_calls_of_an_allocation() -> None:
     """Two methods in a call cost 0.5 s more than their shares by the time model, and 1, 2 and 3 s by these calls."""
-    calls = [ConfirmedCall("", 1, 4.0, 4.0, 1)]
-    calls += [ConfirmedCall("", 1, 4.0 + 0.5, (4.0 + cost) / 2, 2) for cost in (1.0, 3.0)]
-    calls += [ConfirmedCall("", 1, 4.0 + 2 * 0.5, (4.0 + 2 * 2.0) / 2, 3)]
+    calls = [ConfirmedCall("", 1, 2.0, 2.0, 1)]
+    calls += [ConfirmedCall("", 1, (4.0 + 0.5) / 2, (4.0 + cost) / 2, 2) for cost in (1.0, 3.0)]
+    calls += [ConfirmedCall("", 1, (4.0 + 2 * 0.5) / 2, (4.0 + 2 * 2.0) / 2, 3)]
     found = refined(TIMES, Confirmed(tuple(calls), 4.0, 0, 1.0))  # dense took half as long beside them
     assert found.split == pytest.approx(2.0) and found.methods == TIMES.methods
     assert refined(TIMES, Confirmed(tuple(calls[:1]), 4.0, 0, 1.0)) is TIMES

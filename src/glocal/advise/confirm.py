@@ -32,7 +32,7 @@ Deal = tuple[tuple[str, tuple[int, ...]], ...]  # methods and "dense", each with
 @dataclass(frozen=True)
 class ConfirmedCall:
     """One way to deal the heads of a call, to `ways` methods. calls: how many calls of a run are dealt so. Seconds of
-    one such call.
+    one such call; the forecast is over the dense call beside it, as machines are faster at one time than at another.
     """
 
     words: str
@@ -113,9 +113,14 @@ def confirm(
         contenders = {"dense": lambda: inner(q, k, v, call), **calls}
         generator = torch.Generator().manual_seed(0)
         paired = compare_paired(contenders, max(rounds, 2), q.device, generator, warmup=0)
+        scale = paired.times["dense"].median / times.dense.median
         timed = tuple(
             ConfirmedCall(
-                _words(recipe, deal), every[deal], forecast_deal(deal, times), paired.times[str(n)].median, len(deal)
+                _words(recipe, deal),
+                every[deal],
+                scale * forecast_deal(deal, times),
+                paired.times[str(n)].median,
+                len(deal),
             )
             for n, deal in enumerate(chosen)
         )
@@ -137,7 +142,7 @@ def refined(times: Times, found: Confirmed) -> Times:
     mixed = [c for c in found.calls if c.ways > 1]
     if not mixed:
         return times
-    costs = [(c.measured * scale - c.forecast) / (c.ways - 1) + times.split for c in mixed]
+    costs = [scale * (c.measured - c.forecast) / (c.ways - 1) + times.split for c in mixed]
     return replace(times, split=max(0.0, median(costs)))
 
 
