@@ -6,7 +6,8 @@
 
 Weights are random and a few blocks stand for all of them (every block has one attention of the same size): rows say how
 many ran and how many the model has. Before anything is timed, the model with the probe in it must give the bits of the
-model without. Forecasts: every plan by a time model that is fitted to all the others.
+model without. Forecasts: every plan by a time model that is fitted to all the others. Rows of a model and half (probe,
+forecast) take the place of older ones in the file; the others stay.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from glocal.adapt.records import Core, SiteCall
 from glocal.advise.dropped import Dropped
 from glocal.advise.inside import ready_for
 from glocal.advise.methods import MethodSpec, candidates, default_tile
+from glocal.advise.modelled import forecast_of, known_plans
 from glocal.advise.preflight import Inside
 from glocal.advise.probe import Probe, ProbeSpec
-from glocal.advise.timing import MethodTime, blocks_of, time_methods
-from glocal.canvas import Canvas, Layout
+from glocal.advise.timing import Checked, MethodTime, Ready, time_methods, timed_together
 from glocal.plan.time_model import TimeSample, fit_time_model
 
 Emit = Callable[[list[dict[str, object]]], None]
@@ -120,7 +121,6 @@ def hunyuan(device: str, tiny: bool, blocks: int) -> Case:
     return Case(model, arguments, (frames, height // 2, width // 2), blocks, 60)
 
 
-SHAPES = {"wan": (21, 45, 80), "hunyuan": (33, 45, 80)}  # tokens at full size
 LEAST = 16  # timed plans that make a forecast
 MODELS: dict[str, Callable[[str, bool, int], Case]] = {"wan": wan, "hunyuan": hunyuan}
 
@@ -142,7 +142,8 @@ def plans(shape: tuple[int, ...], tile: tuple[int, ...]) -> list[MethodSpec]:
         window = [{"fraction": f} for f in fractions]
         found.append(MethodSpec("gna", {"window": window, "stride": list(tile)}, order, (size, size)))
         found.append(MethodSpec("gna", {"window": window}, order, (size, size)))
-    return found
+    stride = next(n for n in range(len(found) * 2 // 5, len(found)) if math.gcd(n, len(found)) == 1)
+    return [found[number * stride % len(found)] for number in range(len(found))]  # the first ones are of all kinds
 
 
 def seconds(run: Callable[[], object], cuda: bool, repeats: int) -> float:
@@ -192,6 +193,23 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
     write_atomic(path, table.getvalue())
 
 
+def read(path: Path) -> list[dict[str, object]]:
+    """All rows of a file."""
+    with path.open(newline="") as file:
+        return [dict(row) for row in csv.DictReader(file)]
+
+
+def half(row: dict[str, object]) -> tuple[object, bool]:
+    """The model of a row, and whether it says what the probe costs."""
+    return row["model"], row["kind"] == "dense forward" or "probe" in str(row["kind"])
+
+
+def replaced(rows: list[dict[str, object]], more: list[dict[str, object]]) -> list[dict[str, object]]:
+    """`more` in place of older rows of the same model and half."""
+    new = {half(row) for row in more}
+    return sorted([row for row in rows if half(row) not in new] + more, key=lambda row: str(row["model"]), reverse=True)
+
+
 @torch.no_grad()
 def main() -> None:
     """Parse the command line and measure."""
@@ -203,27 +221,31 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--plans", type=int, default=99, help=f"plans timed at most; no forecast under {LEAST}")
+    parser.add_argument("--calls", action="store_true", help="forecast them also by plans of known block counts")
     parser.add_argument("--only", choices=["probe", "forecast"], help="one half of the rows")
-    parser.add_argument("--finish", type=Path, help="rows of a run that was cut: forecast from what it timed")
+    parser.add_argument("--take", type=Path, nargs="+", help="measure nothing: rows of these runs into --out")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_probe.csv")
     options = parser.parse_args()
-    rows: list[dict[str, object]] = []
-    if options.finish is not None:
-        rows = finish(options.finish)
+    rows = read(options.out) if options.out.exists() else []
+    if options.take is not None:
+        for path in options.take:
+            rows = replaced(rows, read(path))
         write(rows, options.out)
-        print(rows[-1])
         return
     for name in options.model:
         torch.manual_seed(0)
         case = MODELS[name](options.device, options.tiny, options.blocks)
 
-        def emit(more: list[dict[str, object]]) -> None:
-            if any(row["kind"] == "forecast" for row in more):  # they say what the timed rows said, and more
-                rows[:] = [row for row in rows if row["kind"] != "timed" or row["model"] != more[0]["model"]]
-            rows.extend(more)
+        here: list[dict[str, object]] = []
+
+        def emit(more: list[dict[str, object]], here: list[dict[str, object]] = here) -> None:
+            if any(row["kind"] == "forecast" for row in more):  # they say what the rows before them said, and more
+                here[:] = [row for row in here if row["kind"] not in ("timed", "forecast", "worst forecast")]
+            here.extend(more)
+            rows[:] = replaced(rows, here)
             write(rows, options.out)
             for row in more:
-                if row["kind"] not in ("forecast", "fitted", "timed"):
+                if row["kind"] not in ("forecast", "timed", "forecast by known plans"):
                     print({k: v for k, v in row.items() if v != ""}, flush=True)
 
         measure(name, case, options, emit)
@@ -289,26 +311,58 @@ def forecast_rows(
     found: list[tuple[str, MethodTime, MethodSpec]] = []
     tried = {m.id: m for m in plans(case.shape, default_tile(case.shape))}
     chunks = batched(list(tried)[: options.plans], 4)
+    every: dict[str, Ready] = {}
 
     def look(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> None:
         dropped = Dropped()
         for chunk in chunks:  # few at a time, each beside dense, so that a run that is cut keeps what it has
             ready = {n: ready_for(dropped, n, tried[n], (q, k, v, call)) for n in chunk}
             working = {n: r for n, r in ready.items() if r is not None}
-            times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=inner)
+            every.update(working)
+            # The host's own kernel, and heads of several methods, cost dense calls each: with the first ones only.
+            host = None if found else inner
+            times = time_methods(q, k, v, call, working, rounds=options.rounds, inner=host)
             found.append(("dense", times.dense, MethodSpec("dense")))
             found.extend((n, t, tried[n]) for n, t in times.methods.items())
             emit([timing_row(row, method, t) for _, t, method in found[-1 - len(times.methods) :]])
+            timed = [(t, method) for _, t, method in found if method.system != "dense" and t.median > 0]
+            if len(timed) >= LEAST:
+                samples = [TimeSample(t.full, t.partial, 0.0, t.median) for t, _ in timed]
+                emit(forecasts([timing_row(row, method, t) for t, method in timed], samples))
+        if options.calls:
+            emit(by_known_plans((q, k, v, call), every, found, options.rounds, row))
         for n, why in dropped.why.items():
             print("dropped", tried[n].words(), why[:200], flush=True)
 
     with attach(case.model, Inside(site, look)):
         forward()
-    timed = [f for f in found if f[0] != "dense" and f[1].median > 0]
-    if len(timed) < LEAST:  # a run that only compiles the kernels
-        return
-    samples = [TimeSample(t.full, t.partial, 0.0, t.median) for _, t, _ in timed]
-    emit(forecasts([timing_row(row, method, t) for _, t, method in timed], samples))
+
+
+def by_known_plans(
+    qkv: tuple[Tensor, Tensor, Tensor, SiteCall],
+    every: dict[str, Ready],
+    found: list[tuple[str, MethodTime, MethodSpec]],
+    rounds: int,
+    row: dict[str, object],
+) -> list[dict[str, object]]:
+    """Timed plans forecast as `glocal advise` does for many candidates: by a fit to plans of known block counts."""
+    q, k, v, call = qkv
+    groups, calls = known_plans(q, k, v, call, every)
+    times = {n: t for n, t, _ in found}
+    _, taken = timed_together(q, k, v, call, {}, calls, rounds=rounds, inner=None)
+    out: list[dict[str, object]] = []
+    for group in groups:
+        model = group.model(taken, q.shape[1])
+        held = [("check of known plans", c) for c in group.checks(model, taken, q.shape[1])]
+        for n in group.names:
+            forecast = forecast_of(model, every[n].plan, q.shape[1])
+            held.append(("forecast by known plans", Checked(every[n].method.words(), forecast, times[n].median)))
+        for kind, c in held:
+            values = {"forecast_s": f"{c.forecast:.5f}", "measured_s": f"{c.measured:.5f}"}
+            out.append({**row, "kind": kind, "name": c.name, **values, "error": f"{c.forecast / c.measured - 1:.4f}"})
+    worst = max(abs(float(str(r["error"]))) for r in out)
+    name = f"{len(out)} plans by {len(calls)} calls"
+    return [*out, {**row, "kind": "worst by known plans", "name": name, "error": f"{worst:.4f}"}]
 
 
 def forecasts(timed: list[dict[str, object]], samples: list[TimeSample]) -> list[dict[str, object]]:
@@ -322,23 +376,6 @@ def forecasts(timed: list[dict[str, object]], samples: list[TimeSample]) -> list
         out.append({**row, "kind": "forecast", **values})
     last = {**timed[0], "kind": "worst forecast", "name": f"{len(errors)} plans", "error": f"{max(errors):.4f}"}
     return [*out, {**last, "visited": "", "kernel": "", "measured_s": ""}]
-
-
-def finish(path: Path) -> list[dict[str, object]]:
-    """Forecasts for the timed rows of a run that was cut; block counts come from the planner."""
-    with path.open(newline="") as file:
-        rows: list[dict[str, object]] = [dict(row) for row in csv.DictReader(file)]
-    out = [r for r in rows if r["kind"] in ("dense forward", "dense call")]
-    for name in dict.fromkeys(r["model"] for r in rows):
-        timed = [r for r in rows if r["kind"] == "timed" and r["model"] == name]
-        shape = SHAPES[str(name)]
-        known = {m.words(): m for m in plans(shape, default_tile(shape))}
-        samples = []
-        for row in timed:
-            built = known[str(row["name"])].plan(Layout.of(Canvas(shape)))
-            samples.append(TimeSample(*blocks_of(built, int(str(row["heads"]))), 0.0, float(str(row["measured_s"]))))
-        out += forecasts(timed, samples)
-    return out
 
 
 if __name__ == "__main__":

@@ -29,7 +29,20 @@ from glocal.models.generation import SampleSpec, VideoDiT, VideoDiTConfig
 FIELDS = (("shape", ("disc", "square")), ("colour", ("red", "green", "blue")))
 EFFORT = Effort("tiny", 2, 4, 1, (0.9, 0.7), pairs=2, rounds=1, steps_a_bucket=1, published=1)
 METHODS = tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))[:4])
-STAGES = ("preflight", "times", "probe", "layer", "weights", "bucket", "anchors", "rung", "pair", "write")
+STAGES = (
+    "preflight",
+    "times",
+    "probe",
+    "layer",
+    "weights",
+    "bucket",
+    "mixed",
+    "anchors",
+    "rung",
+    "confirm",
+    "pair",
+    "write",
+)
 
 
 def make() -> tuple[VideoDiT, Frames]:
@@ -62,9 +75,10 @@ VERDICT = climb.verdict_over
 
 def settle() -> None:
     """What depends on the clock is settled, so that a recipe depends on samples alone."""
-    inside.time_methods = fixed_times  # type: ignore[assignment]
+    inside.times_of = fixed_times  # type: ignore[assignment]
     run._refusal = lambda *args: None  # type: ignore[assignment]
     climb.winners = lambda measured, anchors, target: (sorted(measured, key=lambda r: r.recipe.id), "")  # type: ignore[assignment]
+    climb.refined = lambda times, found: times  # type: ignore[assignment]
     climb.verdict_over = accepted
 
 

@@ -109,7 +109,8 @@ def test_a_model_that_does_not_reproduce_itself_stops_and_the_operator_is_named(
 
 def test_one_pass_models_get_advice_with_labels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Segmentation end to end: rules hold always, mIoU stands beside the error, the ceiling knows no place."""
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     model = private()
@@ -178,7 +179,8 @@ def test_too_little_memory_stops(model: VideoDiT) -> None:
 def test_several_canvases_in_one_workload_are_all_proven(
     model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     sizes = ({"frames": 4, "height": 32, "width": 32}, {"frames": 8, "height": 32, "width": 32})
@@ -317,7 +319,8 @@ def test_less_memory_stands_in_the_evidence(
         return true_sums(rows, keys)
 
     monkeypatch.setattr(probe, "partial_sums", sums)
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     found = advise(model, workload, objective=objective, effort=EFFORT, options=OPTIONS)
     assert {r.head for r in found.records} == {-1, 0, 1}
@@ -383,7 +386,8 @@ def test_a_refusal_before_anything_was_tried_has_a_page(
     from glocal.cli._advice_page import advice_page
     from glocal.report import render_advice
 
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     if why == "floor":
         monkeypatch.setattr(climb, "refused", lambda anchors, target: "No recipe can be judged on this model.")
@@ -393,3 +397,16 @@ def test_a_refusal_before_anything_was_tried_has_a_page(
     assert found.status == "dense" and not found.ladder and found.anchors is not None
     html = render_advice(advice_page(found, model="m", workload="w", created="now", reproduce="glocal", facts={}))
     assert found.reason in html
+
+
+def test_candidates_that_are_all_slower_than_dense_refuse(
+    model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(q: Any, k: Any, v: Any, call: Any, methods: Any, *, rounds: int, inner: Any = None) -> Any:
+        found = times_by_pairs(q, k, v, call, methods, rounds=rounds)
+        return replace(found, dense=replace(found.dense, median=1e-9))
+
+    monkeypatch.setattr(inside, "times_of", slow)
+    found = advise(model, workload, objective=objective, effort=EFFORT, options=replace(OPTIONS, min_tokens=1))
+    assert found.status == "dense" and not found.recipe.rules and not found.records
+    assert found.reason == "Every candidate is slower than the best dense kernel here (cpu)."

@@ -45,7 +45,8 @@ def half_time(monkeypatch: pytest.MonkeyPatch) -> None:
         dense = MethodTime("dense", 1.0, 1.0, 1.0, 1, 0, 0, 1.0, 1.0, "cpu")
         return Times(dense, {n: replace(dense, method=n, median=0.5, kept=0.4, visited=0.4) for n in methods}, None)
 
-    monkeypatch.setattr(inside, "time_methods", fixed)
+    monkeypatch.setattr(inside, "times_of", fixed)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
 
 

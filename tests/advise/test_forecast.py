@@ -32,7 +32,7 @@ def known(forward: float = 2.0, memory: int | None = 1000) -> Preflight:
 def test_stages_are_arithmetic_over_the_preflight() -> None:
     cost = Cost((1.0, 0.75, 0.5, 0.25, 0.0), candidates=10, probe_call=0.5)
     stages = {s.name: s for s in forecast_stages(known(), EFFORT, cost)}
-    names = ["preflight", "time model", "probe", "layers", "step weights", "ladder", "validation"]
+    names = ["preflight", "time model", "probe", "layers", "step weights", "ladder", "confirm time", "validation"]
     assert list(stages) == names
     assert stages["layers"].seconds == 3 * 1 * 2 * 2.0  # layers, plain methods, probed steps, seconds of a forward
     assert stages["validation"].seconds == 2 * 4 * 4 * 2.0  # pairs, runs of a pair, steps, seconds of a forward

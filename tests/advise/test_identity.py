@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from glocal.advise import Frames, MethodSpec, Mismatch, Recipe, RecipeError, Rule, Target, Workload, attach, validate
-from glocal.advise.identity import config_sha256, host_record, sampled_bytes, weights_sha256
+from glocal.advise.identity import components, config_sha256, host_record, quantisation, sampled_bytes, weights_sha256
 from glocal.advise.recipe import Fallback
 from glocal.models.generation import VideoDiT, VideoDiTConfig
 
@@ -59,6 +61,18 @@ def test_config_hash_is_of_the_values(model: VideoDiT) -> None:
     assert config_sha256(model) == config_sha256(VideoDiT(model.config))
     assert config_sha256(model) != config_sha256(VideoDiT(replace(model.config, layers=1)))
     assert config_sha256(nn.Linear(1, 1)) is None
+
+
+def test_notes_of_a_library_to_itself_are_no_part_of_a_configuration() -> None:
+    """Diffusers lists what was left at its defaults in the order of a set, which differs from process to process."""
+
+    def hashed(**config: Any) -> str | None:
+        module = nn.Linear(1, 1)
+        module.config = config  # type: ignore[assignment]
+        return config_sha256(module)
+
+    notes = {"_use_default_values": ["b", "a"], "_name_or_path": "/here", "transformers_version": "5.1"}
+    assert hashed(heads=2) == hashed(heads=2, **notes) != hashed(heads=3)
 
 
 def test_check_names_what_differs(model: VideoDiT) -> None:
@@ -112,3 +126,42 @@ def test_a_recipe_proven_again_belongs_to_the_other_weights(
     assert advice.recipe.check(changed) == [] and len(advice.recipe.check(model)) == 1
     assert advice.recipe.objective == {"name": "frames", "version": 1, "limits": {"drift": 1e6}}
     assert advice.recipe.host["scheduler"]["sigmas"] == list(objective.levels)
+
+
+def test_the_scale_of_an_adapter_is_part_of_a_model(model: VideoDiT) -> None:
+    """An adapter that is not merged: its tensors and its scale, which is no tensor and so in no weights hash."""
+
+    class Adapted(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(4, 4)
+            self.lora = nn.ModuleDict({"style": nn.Linear(4, 2), "other": nn.Linear(4, 2)})
+            self.scaling = {"style": 1.0, "other": 0.5}
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = copy.deepcopy(model)
+        made.extra = Adapted()
+    assert components(model)[0]["adapters"] == []
+    made.peft_config = {"style": None, "other": None}  # type: ignore[assignment]
+    recipe = recipe_of(made)
+    found = recipe.host["components"][0]["adapters"]
+    assert [(a["name"], a["scale"]) for a in found] == [("other", 0.5), ("style", 1.0)]
+    assert found[0]["sha256"] != found[1]["sha256"] and recipe.check(made) == []
+    made.extra.scaling["style"] = 0.7
+    assert [m.field for m in recipe.check(made)] == ["host.components[transformer].adapters"]
+    with pytest.raises(RecipeError, match="adapters: the recipe was proven on .*'scale': 1.0"):
+        attach(made, recipe)
+
+
+def test_quantised_weights_and_the_schedule_are_named() -> None:
+    pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
+    from .fresh import built
+
+    pipe, _ = built("wan")
+    host = host_record(pipe, (1.0, 0.0), 4.0)
+    assert host["scheduler"]["class"].endswith("FlowMatchEulerDiscreteScheduler")
+    assert host["scheduler"]["boundary"] == 0.5 and len(host["scheduler"]["config_sha256"]) == 64
+    assert [c["quantisation"] for c in host["components"]] == [None, None]
+    module = nn.Linear(1, 1)
+    module.config = {"quantization_config": {"quant_method": "bitsandbytes"}}  # type: ignore[assignment]
+    assert quantisation(module) == "bitsandbytes"

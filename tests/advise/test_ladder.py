@@ -137,8 +137,22 @@ def test_the_nearest_rung_is_the_least_wrong_of_the_faster_ones() -> None:
 
 def test_samples_are_averaged() -> None:
     one = Rung("a", "single", Recipe("dense"), None, None, None, 1.0, 2.0, 0.1, {"psnr": 20.0})
-    two = mean_rung([one, replace(one, seconds=3.0, dense_seconds=4.0, error=0.3, measures={"psnr": 30.0})])
+    each = [Anchors(1.0, 0.0, 1.0, {"psnr": 1.0}), Anchors(2.0, 0.2, 3.0, {"psnr": 3.0})]
+    two = mean_rung([one, replace(one, seconds=3.0, dense_seconds=4.0, error=0.3, measures={"psnr": 30.0})], each)
+    assert two.worst == pytest.approx(0.1)  # the other one's is (0.3 - 0.2) / (3 - 0.2)
     assert (two.seconds, two.dense_seconds, two.error, two.samples) == pytest.approx((2.0, 3.0, 0.2, 2))
     assert two.measures == {"psnr": 25.0} and two.speedup == pytest.approx(1.5)
-    ends = mean_anchors([Anchors(1.0, 0.0, 1.0, {"psnr": 1.0}), Anchors(2.0, 0.2, 3.0, {"psnr": 3.0})])
+    ends = mean_anchors(each)
     assert (ends.seconds, ends.floor, ends.ceiling) == pytest.approx((1.5, 0.1, 2.0)) and ends.measures == {"psnr": 2.0}
+
+
+def test_a_recipe_that_fails_on_one_sample_is_no_winner() -> None:
+    """Its mean is within the limit, but one sample drifts more than twice as far, which no validation would accept."""
+
+    def rung(name: str, seconds: float, worst: float) -> Rung:
+        return Rung(name, "single", Recipe("dense"), None, None, None, seconds, 1.0, 0.09, samples=2, worst=worst)
+
+    anchors, fast, sound = Anchors(1.0, 0.0, 1.0, {}), rung("fast", 0.5, 0.21), rung("sound", 0.8, 0.19)
+    assert [r.name for r in winners([fast, sound], anchors, Target())[0]] == ["sound"]
+    none, why = winners([fast], anchors, Target())
+    assert not none and "is 0.090, 0.210 on the worst sample (fast); the limit is 0.100" in why

@@ -106,7 +106,8 @@ def test_advise_calibrates_masks_where_asked(
     model: VideoDiT, objective: Frames, workload: Workload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     with pytest.raises(ValueError, match="'paro' alone gives no gains of layers"):
         advise(model, workload, objective=objective, options=AdviseOptions(methods=("paro",), min_tokens=64))
     effort = Effort("test", 2, 4, 1, (0.9,), 2, 2, 1, 0, show=True, rungs=1)

@@ -89,7 +89,8 @@ def test_texts_from_files_at_several_lengths(tmp_path: Path, decoder: Decoder) -
 
 def test_prefill_advice_end_to_end(decoder: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal candidates, rules for prefills of the text model, proven on the length; short prompts run dense."""
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))  # whatever it takes
     methods = tuple(
@@ -120,7 +121,8 @@ def test_prefill_advice_end_to_end(decoder: Decoder, monkeypatch: pytest.MonkeyP
 
 
 def test_prefill_advice_for_a_decoder_of_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -146,7 +148,8 @@ def test_prefill_advice_for_a_decoder_of_transformers(monkeypatch: pytest.Monkey
 def test_on_the_built_in_model_the_allocation_keeps_the_needles_that_one_window_loses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     objective = NextToken(encode, tokens=2048, scored=128, window=256, fact=FACT, question=QUESTION)

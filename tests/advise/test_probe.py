@@ -20,9 +20,11 @@ from glocal.advise.partial import (
     candidates_at,
     gather_keys,
     partial_sums,
+    picks_at,
     rows_of,
 )
 from glocal.advise.probe import LEAST_BLOCKS, Probe, ProbeSpec, measure, spread
+from glocal.advise.router_rows import Blocks
 from glocal.advise.tasks import Looks, measure_anchors, probe_sample
 from glocal.advise.weights import make_buckets
 from glocal.canvas import Canvas, Layout, Part
@@ -50,11 +52,12 @@ def probed(
     here = call_of(SHAPE, q.shape[1]) if call is None else call
     every = q.shape[1]
     segments = here.layout.segments(1, "cpu")
-    keys = gather_keys(k, v, plan, here, segments, (0, every, every))
-    at = blocks_of(plan, [block], here, segments)[0]
+    keys = gather_keys(k, v, Blocks.of(plan), here, segments, (0, every, every))
+    at = blocks_of(Blocks.of(plan), [block], here, segments)[0]
     rows = rows_of(q, at, here, (0, every))
     lists = [Lists(plan, [block], every)]
-    out, mass, _ = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every))
+    picks = picks_at(lists, 0, every)
+    out, mass, _ = candidates_at(partial_sums(rows, keys), lists, (0, at), keys, (0, every), picks)
     return out[0], mass[0], rows.places
 
 
@@ -71,7 +74,11 @@ def test_probe_equals_direct_attention(number: int, generator: torch.Generator) 
         assert bool(((mass > 0) & (mass <= 1 + 1e-5)).all())
 
 
-def test_partial_blocks_are_recomputed(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("at_once", [256, 2])
+def test_partial_blocks_are_recomputed(
+    at_once: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("glocal.advise.partial.AT_ONCE", at_once)
     method = MethodSpec("gna", {"window": [3, 3, 3]}, {"tile": [2, 2, 4]}, (16, 16))
     q, k, v = tensors(generator, 2, 240)
     plan = method.plan(call_of(SHAPE, 2).layout, q, k)
@@ -176,7 +183,7 @@ def test_padding_is_neither_asked_nor_seen(generator: torch.Generator) -> None:
     direct = exact(q, k, v, method, call)
     seen = set()
     for block in range(plan.q_blocks):
-        found = blocks_of(plan, [block], call, layout.segments(1, "cpu"))
+        found = blocks_of(Blocks.of(plan), [block], call, layout.segments(1, "cpu"))
         if found:
             out, _, rows = probed(q, k, v, plan, block, call)
             torch.testing.assert_close(out, direct[:, rows], rtol=0, atol=1e-5)

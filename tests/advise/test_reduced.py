@@ -55,7 +55,8 @@ def test_sizes_agree_within_half() -> None:
 def test_weights_come_from_the_reduced_canvas_where_both_agree(
     alike: bool, model: VideoDiT, workload: Workload, objective: Frames, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     monkeypatch.setattr(run, "_refusal", lambda *args: None)
     monkeypatch.setattr(climb, "winners", lambda measured, anchors, target: (list(measured), ""))
     monkeypatch.setattr(reduced, "FRAMES", 2)

@@ -43,7 +43,20 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Rows]:
 def test_killed_in_every_stage_and_resumed_gives_the_same_recipe(killed: Callable[[int], Rows]) -> None:
     *cut, resumed, whole = killed(1)
     assert [row["stage"] for row in cut if row["stage"] != "nothing kept"] == [
-        *("preflight", "times", "probe", "layer", "weights", "bucket", "anchors", "rung", "pair", "write")
+        *(
+            "preflight",
+            "times",
+            "probe",
+            "layer",
+            "weights",
+            "bucket",
+            "mixed",
+            "anchors",
+            "rung",
+            "confirm",
+            "pair",
+            "write",
+        )
     ]
     assert all(row["signal"] == 9 for row in cut), cut
     assert all(row["left"] == ["state"] for row in cut), "something half-written was left"

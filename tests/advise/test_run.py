@@ -27,16 +27,15 @@ from glocal.advise import (
 )
 from glocal.advise.advice import Advice
 from glocal.advise.calibrate import by_layer
+from glocal.advise.confirm import Confirmed, ConfirmedCall
 from glocal.advise.methods import candidates
 from glocal.advise.recipe import Fallback
 from glocal.advise.search import Found, base_rules, of_range
-from glocal.advise.timing import MethodTime, Times, blocks_of
+from glocal.advise.timing import Checked, MethodTime, Times, blocks_of
 from glocal.advise.weights import even_weights, residual_under
 from glocal.models.generation import SampleSpec, VideoDiT
 
-EFFORT = Effort(
-    "tiny", buckets=2, blocks=4, plain=2, budgets=(0.8, 0.6), pairs=2, rounds=2, steps_a_bucket=1, published=1
-)
+EFFORT = Effort("tiny", 2, 4, 2, budgets=(0.8, 0.6), pairs=2, rounds=2, steps_a_bucket=1, published=1, wide=True)
 OPTIONS = AdviseOptions(candidates=tuple(candidates((4, 8, 8), tile_shape=(2, 4, 4))), min_tokens=64)
 OBJECTIVE = Frames(SampleSpec(steps=4), frames=4, height=32, width=32)
 
@@ -57,7 +56,8 @@ def times_by_pairs(q, k, v, call, methods, *, rounds, inner=None):
 def advice(model: VideoDiT) -> Advice:
     wide = Target(limits={"drift": 1e6})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inside, "time_methods", times_by_pairs)
+        patch.setattr(inside, "times_of", times_by_pairs)
+        patch.setattr("glocal.advise.climb.refined", lambda times, found: times)
         patch.setattr(run, "_refusal", lambda *args: None)  # attention's share of so small a model is noise
         return advise(model, distinct(), objective=OBJECTIVE, target=wide, effort=EFFORT, options=OPTIONS)
 
@@ -74,10 +74,12 @@ def test_every_stage_leaves_its_records(advice: Advice) -> None:
     assert advice.weights is not None and all(w > 0 for w in advice.weights.weight)
     assert {r.kind for r in advice.ladder} >= {"allocation"}
     assert all(r.error is not None and r.seconds for r in advice.ladder)
+    assert {r.samples for r in advice.ladder} == {2}  # the probe sample and that of the step weights
 
 
 def test_the_time_model_counts_its_methods(model: VideoDiT, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inside, "time_methods", times_by_pairs)
+    monkeypatch.setattr(inside, "times_of", times_by_pairs)
+    monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
     methods = {m.id: m for m in OPTIONS.candidates[:3]} | {"odd": MethodSpec("gna", {"window": [3, 3]})}
     said = io.StringIO()
     progress = TextProgress(said)
@@ -181,3 +183,11 @@ def test_page_and_evidence_hold_the_measured_rows(advice: Advice) -> None:
     with_one = replace(advice, chosen=one)
     assert [row["recipe"] for row in rows(with_one) if row.get("chosen")] == [one.recipe.id]
     assert evidence(with_one)["chosen"] == {"name": one.name, "kind": "relative"}
+    timed = Confirmed((ConfirmedCall("2 heads of one method", 3, 0.5, 0.75),), 1.0, 1, 1.0)
+    times = replace(advice.times, checks=(Checked("a plan", 0.5, 0.6),))
+    confirmed = replace(advice, confirmed=timed, times=times)
+    assert {"confirmed call", "time model check"} <= {row["kind"] for row in rows(confirmed)}
+    assert evidence(confirmed)["attention_time"] == {"forecast": 0.625, "measured": 0.8125}
+    page = advice_page(confirmed, model="tiny", workload="4", created="now", reproduce="glocal", facts={})
+    html = render_advice(page)
+    assert "forecast 62% of dense, timed 81%" in html and "2 heads of one method: forecast 0.5" in html

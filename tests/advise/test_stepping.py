@@ -45,7 +45,8 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[list[str]]]:
             return replace(rung, seconds=1 / (2 + rung.error), dense_seconds=1.0)
 
         measure_rung = climb.measure_rung
-        monkeypatch.setattr(inside, "time_methods", fixed_times)
+        monkeypatch.setattr(inside, "times_of", fixed_times)
+        monkeypatch.setattr("glocal.advise.climb.refined", lambda times, found: times)
         monkeypatch.setattr(run, "_refusal", lambda *args: None)
         monkeypatch.setattr(climb, "measure_rung", measured)
         monkeypatch.setattr(climb, "verdict_over", validated)

@@ -56,6 +56,14 @@ def test_captured_calls_give_operator_figures_only(captured: Path, tmp_path: Pat
         (["validate", "/", "demo"], "recipe '/' is a folder; legal: a file"),
         (["advise", "demo", "--budget", "soon"], "such as 6h, 30m or 90s"),
         (["advise", "calls.safetensors", "--dry-run"], "Leave it out"),
+        (
+            ["advise", "calls.safetensors", "--keep-dense", "*"],
+            "--keep-dense: captured calls are judged each by itself",
+        ),
+        (["advise", "calls.safetensors", "--max", "kl=1"], "--max kl: captured calls are judged each by itself"),
+        (["advise", "demo", "--max", "lpips=1"], "frames has no measure 'lpips'; legal: drift, relative_l2, flicker_"),
+        (["advise", "demo", "--dry-run", "--max", "psnr=1"], "'psnr' is better when higher"),
+        (["advise", "demo", "--keep-dense", "layers.*"], "'layers.*' fits no attention site; there are blocks.0"),
     ],
 )
 def test_bad_usage_says_what_is_legal(words: list[str], text: str, tmp_path: Path) -> None:
@@ -167,3 +175,45 @@ def test_resume_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert Recipe.load(out / "recipe.json").id == recipe.id
     nothing = RUNNER.invoke(app, [*words, "-o", str(tmp_path / "new"), "--resume"])
     assert nothing.exit_code == 2 and "holds no state of a run" in nothing.output and not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The words of a short job on a tiny model; what hangs on the clock is settled, and every recipe is accepted."""
+    from glocal.advise import Effort, effort
+
+    from ..advise.fresh import settle
+
+    (tmp_path / "toy_video_again.py").write_text(TOY)
+    pairs = itertools.product(("disc", "square"), ("red", "green"))
+    lines = [json.dumps({"id": f"s{n}", "seed": n, "shape": s, "colour": c}) for n, (s, c) in enumerate(pairs)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tiny = Effort("tiny", 2, 4, 1, (0.9,), pairs=2, rounds=1, steps_a_bucket=1, published=0, rungs=1)
+    monkeypatch.setitem(effort.EFFORTS, "quick", tiny)
+    settle(monkeypatch.setattr)
+    words = ["advise", "toy_video_again:load", "--workload", str(tmp_path / "samples.jsonl"), "--effort", "quick"]
+    return [*words, "-o", str(tmp_path / "out"), "--max", "drift=100", "--json"]
+
+
+def test_a_recipe_that_misses_nothing_is_exit_code_0(toy: list[str], tmp_path: Path) -> None:
+    done = RUNNER.invoke(app, [*toy, "--methods", "tile_windows"])
+    assert done.exit_code == 0, done.output
+    recipe = Recipe.load(tmp_path / "out" / "recipe.json")
+    assert recipe.status == json.loads(done.stdout)["status"] == "candidate" and recipe.rules
+    assert {"forecast", "measured"} == set(recipe.evidence["attention_time"])
+
+
+def test_a_refusal_is_exit_code_1_and_the_page_says_it_first(
+    toy: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glocal.advise import run
+
+    why = "Every candidate is slower than the best dense kernel here (cpu)."
+    monkeypatch.setattr(run, "_refusal", lambda *args: why)
+    done = RUNNER.invoke(app, toy)
+    assert done.exit_code == 1, done.output
+    recipe = Recipe.load(tmp_path / "out" / "recipe.json")
+    assert recipe.status == "dense" and not recipe.rules
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert why in page[page.index("<body") :][:4000]

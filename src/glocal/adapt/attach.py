@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -167,6 +167,11 @@ def sites_of(model: Any) -> tuple[Site, ...]:
     return tuple(
         replace(site, component=name) for name, part in parts(model).items() for site in host_of(part).sites(part)
     )
+
+
+def media_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+    """Self and joint attention over everything: no cross attention, no layers with a sliding window."""
+    return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
 
 
 def _offered(model: Any, host: HostAdapter, method: Method, piped: bool) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 
 from glocal._progress import Progress
 from glocal.advise.calibrate import LayerGains
+from glocal.advise.confirm import Confirmed
 from glocal.advise.dropped import Dropped
 from glocal.advise.effort import AdviseOptions, Effort, Target
 from glocal.advise.farm import Farm
@@ -34,7 +35,7 @@ class Advice:
     status: "validated" (at least 8 pairs accepted), "candidate" (accepted with fewer), "dense". reason: one sentence.
     rejected: recipes that failed validation before the chosen one was tried. stages: seconds spent by stage.
     layers: how far the errors of a layer add up, over the mean; predictions count by it. shrunk: where the probe had to
-    do with less memory.
+    do with less memory. confirmed: the distinct calls of the chosen recipe, forecast and timed.
     """
 
     recipe: Recipe
@@ -56,6 +57,7 @@ class Advice:
     rejected: tuple[Attempt, ...] = ()
     stages: Mapping[str, float] = field(default_factory=dict)
     shrunk: tuple[Shrunk, ...] = ()
+    confirmed: Confirmed | None = None
 
     @property
     def accepted(self) -> bool:

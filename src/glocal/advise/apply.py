@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from glocal.adapt.attach import Handle, Method
+from glocal.adapt.attach import Handle, Method, media_sites
 from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.host import HostAdapter
 from glocal.adapt.records import Core, Site, SiteCall
@@ -66,7 +66,7 @@ class RecipeMethod(Method):
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Self and joint attention; cross attention stays dense, layers with a sliding window as they are."""
-        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
+        return media_sites(sites)
 
     def core(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, inner: Core) -> Tensor:
         """q, k, v [B, H, N, D] -> [B, H, N, D]."""

@@ -21,7 +21,8 @@ class Effort:
     where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket runs, by an
     allocation for each budget, give the step weights. correct: once the ladder is measured, fit the step weights to it
     and allocate again. layers: groups of layers whose gains are measured at most, each by one step of the whole model
-    at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens.
+    at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens. wide: the
+    ladder is measured on the samples of the step weights too, so that one sample does not choose the recipe.
     """
 
     name: str
@@ -41,10 +42,11 @@ class Effort:
     reduced: int = 30_000
     layers: int = 8
     looks: int = 5
+    wide: bool = False
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.85,), 3, 3, 1, 1, show=True, rungs=1, looks=1),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.9,), 4, 5, 1, 1, show=True, rungs=1, looks=1, wide=True),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),

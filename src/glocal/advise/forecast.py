@@ -16,8 +16,11 @@ from torch import Tensor
 from glocal._progress import NoProgress, Progress
 from glocal.adapt.attach import attach
 from glocal.adapt.records import Core, SiteCall
-from glocal.advise.effort import AdviseOptions, Effort, effort_of, listed
+from glocal.advise.checked import check_measured, check_names
+from glocal.advise.confirm import MOST
+from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.methods import MethodSpec
+from glocal.advise.modelled import CALLS
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Inside, Preflight, preflight, synchronise, whole_memory
 from glocal.advise.probe import Probe, ProbeSpec
@@ -59,6 +62,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     run = steps * before.forward
     probed = sum(min(b.steps, effort.steps_a_bucket) for b in buckets)
     calls = probed * len(before.sites) * (effort.probes + effort.samples)  # the second ones with fewer candidates
+    judged = effort.probes + (effort.samples if effort.wide else 0)
     rungs = 3 * len(effort.budgets) + effort.published
     one = before.sites[0]
     # Scores and their exponentials of one query block of at most 64 rows against all keys, fp32, all heads.
@@ -70,7 +74,10 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     def stage(name: str, seconds: float, extra: int = 0, disk: int = 0) -> StageForecast:
         return StageForecast(name, seconds, None if before.memory is None else before.memory + extra, disk)
 
-    timed = (cost.candidates + 2) * (effort.rounds + 2) * before.attention / len(before.sites)
+    call = before.attention / len(before.sites)
+    # Every candidate runs once; some 40 calls at most are timed.
+    timed = ((min(cost.candidates, CALLS + 8) + 2) * (effort.rounds + 1) + cost.candidates + 2) * call
+    deals = min(MOST, len(before.sites) * effort.buckets)
     weights = effort.samples * len(effort.budgets) * sum(steps - b.first for b in buckets) * before.forward
     layers = min(len({(s.component, s.kind, s.layer) for s in before.sites}), effort.layers)
     proving = pairs * RUNS_A_PAIR * run
@@ -82,7 +89,8 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
         stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
-        stage("ladder", effort.probes * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
+        stage("ladder", judged * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
+        stage("confirm time", before.forward + (cost.validations + 1) * (deals + 1) * (effort.rounds + 2) * call),
         # Pictures of four pairs, two sides each, one byte a value where the result has four.
         stage("validation", proving / min(shared, effort.pairs), 3 * pairs * before.output, 2 * before.output),
     )
@@ -121,6 +129,7 @@ def forecast_advice(
     workload: Workload,
     *,
     objective: Objective,
+    target: Target | None = None,
     effort: str | Effort = "standard",
     options: AdviseOptions | None = None,
     progress: Progress | None = None,
@@ -131,12 +140,15 @@ def forecast_advice(
     """
     level = effort_of(effort)
     asked = AdviseOptions() if options is None else options
+    wanted = Target() if target is None else target
+    check_names(model, objective, wanted, asked)
     shown = NoProgress() if progress is None else progress
     split = workload.split(probe=level.probes, weights=level.samples, validate=level.pairs, validations=level.rungs)
     sample = split.probe.samples[0]
     shown.stage("preflight")
     with torch.no_grad():
         before = preflight(model, sample, objective)
+        check_measured(wanted, before, objective)
         methods = {m.id: m for m in listed(asked, before.shape, causal=before.causal)}
         known = (before, level, methods)
         found = measured_forecast(model, sample, objective, known, len(split.validations), asked.jobs)

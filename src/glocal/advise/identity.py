@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from glocal.adapt.attach import sites_of
+from glocal.adapt.pipelines import is_pipeline
 
 SAMPLED = 64 * 1024
 PIECE = 1024
@@ -56,8 +57,12 @@ def sampled_bytes(tensor: Tensor) -> bytes:
     return raw.cpu().numpy().tobytes()
 
 
-def config_sha256(module: nn.Module) -> str | None:
-    """Hash of `module.config` (a dataclass, a mapping, or anything with `to_dict`); None if it has none."""
+def config_sha256(module: Any) -> str | None:
+    """Hash of `module.config` (a dataclass, a mapping, or anything with `to_dict`); None if it has none.
+
+    Names that begin with an underscore are a library's notes to itself (where a model was loaded from, which values
+    were left at their defaults, in any order), and its version says nothing of the model: both are left out.
+    """
     config = getattr(module, "config", None)
     if config is None:
         return None
@@ -70,11 +75,12 @@ def config_sha256(module: nn.Module) -> str | None:
         plain = dict(config)
     else:
         plain = vars(config)
+    plain = {n: v for n, v in plain.items() if not str(n).startswith("_") and n != "transformers_version"}
     return hashlib.sha256(json.dumps(plain, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def components(model: Any) -> list[dict[str, Any]]:
-    """One record for each component that has attention sites: name, class, hashes, dtype."""
+    """One record for each component that has attention sites: name, class, hashes, dtype, quantisation, adapters."""
     layers: dict[str, int] = {}
     for site in sites_of(model):
         layers[site.component] = max(layers.get(site.component, 0), site.layer + 1)
@@ -88,7 +94,7 @@ def host_record(model: Any, levels: Sequence[float], guidance: float | None) -> 
         "library": {"name": library, "tested": [_version(library)]},
         "class": _class(model),
         "components": components(model),
-        "scheduler": {"sigmas": [float(level) for level in levels]},
+        "scheduler": {**_scheduler(model), "sigmas": [float(level) for level in levels]},
         "guidance": {"kind": "none" if guidance is None else "two_calls", "scale": guidance},
     }
 
@@ -104,7 +110,7 @@ def differences(host: Mapping[str, Any], model: Any) -> list[Mismatch]:
     for name in proven:
         if name not in here:
             continue
-        for key in ("class", "config_sha256", "weights_sha256", "dtype"):
+        for key in ("class", "config_sha256", "weights_sha256", "dtype", "quantisation", "adapters"):
             was, now = proven[name].get(key), here[name][key]
             if was is not None and was != now:
                 found.append(Mismatch(f"host.components[{name}].{key}", str(was), str(now)))
@@ -119,7 +125,48 @@ def _component(name: str, module: nn.Module) -> dict[str, Any]:
         "config_sha256": config_sha256(module),
         "weights_sha256": weights_sha256(module),
         "dtype": None if first is None else str(first.dtype).removeprefix("torch."),
+        "quantisation": quantisation(module),
+        "adapters": adapters(module),
     }
+
+
+def adapters(module: nn.Module) -> list[dict[str, Any]]:
+    """LoRA adapters that are not merged: name, hash of their tensors, and scale (each one, where layers differ). A
+    scale is no tensor, so the weights hash does not see it.
+    """
+    found = []
+    for name in sorted(getattr(module, "peft_config", None) or {}):
+        digest = hashlib.sha256()
+        for key, tensor in sorted(module.state_dict().items()):
+            if f".{name}." in key and isinstance(tensor, Tensor):
+                digest.update(f"{key} {tuple(tensor.shape)}\n".encode())
+                digest.update(sampled_bytes(tensor))
+        known: list[Any] = [getattr(part, "scaling", None) for part in module.modules()]
+        scales = {scaling[name] for scaling in known if isinstance(scaling, Mapping) and name in scaling}
+        ordered = sorted(map(float, scales))
+        scale = ordered[0] if len(ordered) == 1 else ordered
+        found.append({"name": name, "sha256": digest.hexdigest(), "scale": scale, "fused": False})
+    return found
+
+
+def quantisation(module: nn.Module) -> str | None:
+    """How a library says it quantised a module."""
+    config = getattr(module, "config", None)
+    told = config.get("quantization_config") if isinstance(config, Mapping) else None
+    told = getattr(config, "quantization_config", told)
+    if told is None:
+        return None
+    method = told.get("quant_method") if isinstance(told, Mapping) else getattr(told, "quant_method", None)
+    return str(getattr(method, "value", method)) if method is not None else type(told).__name__
+
+
+def _scheduler(model: Any) -> dict[str, Any]:
+    """Class and configuration of a pipeline's scheduler, and where a second expert takes over; nothing of others."""
+    scheduler = getattr(model, "scheduler", None)
+    if not is_pipeline(model) or scheduler is None:
+        return {}
+    boundary = getattr(getattr(model, "config", None), "boundary_ratio", None)
+    return {"class": _class(scheduler), "config_sha256": config_sha256(scheduler), "boundary": boundary}
 
 
 def _module(model: Any, name: str) -> nn.Module:

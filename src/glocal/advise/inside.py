@@ -13,9 +13,10 @@ from glocal.adapt.attach import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise.dropped import Dropped, broken
 from glocal.advise.methods import MethodSpec
+from glocal.advise.modelled import times_of
 from glocal.advise.objective import Objective
 from glocal.advise.preflight import AdviceError, Inside
-from glocal.advise.timing import Ready, Times, time_methods
+from glocal.advise.timing import Ready, Times
 from glocal.advise.workload import Sample
 
 
@@ -47,7 +48,10 @@ def times_inside(
             if ready is not None:
                 working[name] = ready
             progress.step()
-        found.append(time_methods(q, k, v, call, working, rounds=rounds, inner=inner))
+        found.append(times_of(q, k, v, call, working, rounds=rounds, inner=inner))
+        for name in working:
+            if name not in found[-1].methods:
+                dropped.unfit(name, "times cannot be forecast here, and it is not among the candidates that were timed")
 
     with attach_method(model, Inside(site, look)):
         objective.brief(model, sample)

@@ -39,11 +39,14 @@ def mean_anchors(found: Sequence[Anchors]) -> Anchors:
     return Anchors(seconds, floor, ceiling, measures)
 
 
-def mean_rung(found: Sequence[Rung]) -> Rung:
-    """One recipe measured on several samples: means of seconds, errors and measures."""
+def mean_rung(found: Sequence[Rung], ends: Sequence[Anchors]) -> Rung:
+    """One recipe measured on several samples: means of seconds, errors and measures, and the worst drift of a sample
+    between its own anchors.
+    """
     measures = {name: fmean(r.measures[name] for r in found) for name in found[0].measures}
     parts = {name: fmean(getattr(r, name) for r in found) for name in ("seconds", "dense_seconds", "error")}
-    return replace(found[0], **parts, measures=measures, samples=len(found))
+    worst = max(drift(r.error or 0.0, a.floor, a.ceiling) for r, a in zip(found, ends, strict=True))
+    return replace(found[0], **parts, measures=measures, samples=len(found), worst=worst)
 
 
 def refused(anchors: Anchors, target: Target) -> str | None:
@@ -83,7 +86,8 @@ def needed(target: Target) -> float:
 
 
 def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple[list[Rung], str]:
-    """The measured winner, never the predicted one: the fastest rung within the limits that meets the target.
+    """The measured winner, never the predicted one: the fastest rung within the limits that meets the target. As in the
+    validation, the worst sample may drift twice as far as the limit on the mean.
     Behind it the steps down from it: slower rungs, each of less error than the one before. Of the allocations for one
     budget only the one of least error counts, as all were given the same time. Or none, and why.
     """
@@ -96,6 +100,7 @@ def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple
     known = [r for r in measured if r.error is not None]
     others = {name: most for name, most in target.limits.items() if name != "drift"}
     within = [r for r in known if drift_of(r) <= limit and all(r.measures[n] <= most for n, most in others.items())]
+    within = [r for r in within if r.worst is None or r.worst <= 2 * limit]
     fast = [r for r in within if r.speedup is not None and r.speedup >= max(needed(target), 1.0)]
     best_of = {r.budget: r for r in sorted(filter(by_item, fast), key=lambda r: r.error or 0.0, reverse=True)}
     fast = [r for r in fast if not by_item(r) or r is best_of[r.budget]]
@@ -110,7 +115,8 @@ def winners(measured: Sequence[Rung], anchors: Anchors, target: Target) -> tuple
         if best is None:
             return [], "No recipe could be made within the budgets."
         also = f", and of {', '.join(sorted(others))} as asked" if others else ""
-        least = f"{drift_of(best):.3f} ({best.name})"
+        worst = "" if best.worst is None or best.samples < 2 else f", {best.worst:.3f} on the worst sample"
+        least = f"{drift_of(best):.3f}{worst} ({best.name})"
         return [], f"The least drift of all recipes tried is {least}; the limit is {limit:.3f}{also}."
     top = max(within, key=lambda r: r.speedup or 0.0)
     return [], (

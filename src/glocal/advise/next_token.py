@@ -73,6 +73,11 @@ class NextToken(OnePass):
         return "next_token"
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """As `distance` gives them."""
+        return ("root_kl", "kl", "top1_changed", "retrieval", "retrieval_lost", *map(_lost_at, self.depths))
+
+    @property
     def coordinate(self) -> Coordinate:
         """Rules hold for prefills."""
         return "prefill"
@@ -179,7 +184,7 @@ class NextToken(OnePass):
             "retrieval": sum(kept) / max(len(kept), 1),
             "retrieval_lost": sum(lost) / max(sum(found), 1.0),
         }
-        return {**measures, **{f"lost_at_{d:.0%}".rstrip("%"): one for d, one in zip(self.depths, lost, strict=True)}}
+        return {**measures, **{_lost_at(d): one for d, one in zip(self.depths, lost, strict=True)}}
 
     def ceiling(self, model: Any, sample: Sample) -> Output:
         """What the first and the last tokens alone say: nothing from further back."""
@@ -197,6 +202,11 @@ class Nearby(MediaMethod):
         """q [B, H, N, D] -> [B, H, N, D]."""
         score = Score(scale=call.site.scale, softcap=call.site.softcap)
         return attend(q, k, v, self.pattern, canvas=call.layout, score=score).out
+
+
+def _lost_at(depth: float) -> str:
+    """The measure of one depth."""
+    return f"lost_at_{depth:.0%}".rstrip("%")
 
 
 def _found(output: Output) -> list[float]:

@@ -33,6 +33,7 @@ from glocal.models.generation.sampler import sample as draw_clip
 from glocal.ops import Score, attend
 
 Coordinate = Literal["sigma", "prefill", "always"]
+PICTURES = ("psnr", "ssim", "flicker_difference")  # measures of frames
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,7 @@ class Objective(Protocol):
 
     An objective whose samples say a size may tell it by `sizes(sample)`, its arguments of pixels and frames by name:
     step weights are then measured on a smaller canvas.
+    measures: all that `distance` may give. A sample may lack some of them (small frames have no SSIM).
     coordinate: how phases of a recipe are said: "sigma" for models that run over noise levels, "prefill" for language,
     "always" for one pass. restart: whether `run` can go on from a latent. guidance: its scale, None without.
     higher: measures that are better when higher, so `--max` cannot bound them.
@@ -68,6 +70,11 @@ class Objective(Protocol):
     @property
     def name(self) -> str:
         """As in `recipe.objective`."""
+        ...
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """See the class; the main error first."""
         ...
 
     @property
@@ -158,6 +165,11 @@ class Latents:
     def name(self) -> str:
         """As in `recipe.objective`."""
         return type(self).__name__.lower()
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Of the latents."""
+        return ("relative_l2",)
 
     @property
     def coordinate(self) -> Coordinate:
@@ -272,6 +284,11 @@ class Frames(Latents):
     """
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """Of the latents, then of the frames."""
+        return (*super().measures, *PICTURES)
+
+    @property
     def higher(self) -> frozenset[str]:
         """PSNR and SSIM."""
         return frozenset({"psnr", "ssim"})
@@ -304,6 +321,11 @@ class Operator:
     def name(self) -> str:
         """As in `recipe.objective`."""
         return "operator"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Of all heads together, and of the worst one."""
+        return ("relative_l2", "worst_head")
 
     def run(self, model: Core, sample: Sample) -> Output:
         """The output [B, H, N, Dv] of one captured call."""

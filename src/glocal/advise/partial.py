@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from glocal.adapt.records import SiteCall
+from glocal.advise.router_rows import Blocks
 from glocal.plan.blockplan import BlockPlan, unpack
 
 
@@ -89,9 +90,7 @@ class Block:
     segment: Tensor | None
 
 
-def blocks_of(
-    plan: BlockPlan, numbers: Sequence[int], call: SiteCall, segments: Segments, head: int = 0
-) -> list[Block]:
+def blocks_of(plan: Blocks, numbers: Sequence[int], call: SiteCall, segments: Segments, head: int = 0) -> list[Block]:
     """The rows of some query blocks that are there and no padding, of sample 0."""
     order = plan.q_order[0, head if plan.q_order.shape[1] > 1 else 0].reshape(-1, plan.q_block)
     found = []
@@ -111,7 +110,7 @@ Segments = tuple[Tensor, Tensor] | None
 
 
 def gather_keys(
-    k: Tensor, v: Tensor, plan: BlockPlan, call: SiteCall, segments: Segments, heads: tuple[int, int, int]
+    k: Tensor, v: Tensor, plan: Blocks, call: SiteCall, segments: Segments, heads: tuple[int, int, int]
 ) -> Keys:
     """Keys of query heads `first` to `last` - 1 of `all` (heads = first, last, all): k, v [B, Hkv, N, D], sample 0."""
     first, last, every = heads
@@ -149,17 +148,27 @@ def partial_sums(rows: Rows, keys: Keys) -> PartialSums:
     return PartialSums(p, p.sum(2), value)
 
 
+def picks_at(plans: Sequence[Lists], at: int, heads: int) -> Tensor:
+    """How often all heads visit each key block in full, by all plans and by dense attention: [H, C + 1, blocks]."""
+    every = [plan.full(at, (0, heads)) for plan in plans]
+    return torch.stack([*every, torch.ones_like(every[0])], 1)
+
+
 def candidates_at(
-    part: PartialSums, plans: Sequence[Lists], at: tuple[int, Block], keys: Keys, heads: tuple[int, int]
+    part: PartialSums,
+    plans: Sequence[Lists],
+    at: tuple[int, Block],
+    keys: Keys,
+    heads: tuple[int, int],
+    picks: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs [C, H, R, D] and masses kept [C, H, R] of all plans for the rows of one query block, and the dense output
     [H, R, D].
 
-    at: its place among the chosen blocks, and itself. Whole blocks of all plans are one product of [plans, key blocks]
-    with the partial sums; partial blocks are added.
+    at: its place among the chosen blocks, and itself. picks: as of `picks_at`. Whole blocks of all plans are one
+    product of [plans, key blocks] with the partial sums; partial blocks are added.
     """
-    every = torch.ones_like(part.mass[..., 0])  # dense: all blocks
-    picked = torch.stack([*(plan.full(at[0], heads) for plan in plans), every], 1)  # [H, C + 1, blocks]
+    picked = picks[slice(*heads)]  # [H, C + 1, blocks]
     mass = (picked @ part.mass).transpose(0, 1).contiguous()  # [C + 1, H, R]
     value = picked @ part.value.flatten(2)  # [H, C + 1, R * D]
     value = value.unflatten(-1, (mass.shape[-1], -1)).transpose(0, 1).contiguous()  # [C + 1, H, R, D]
@@ -169,8 +178,12 @@ def candidates_at(
     return outs[:-1], mass[:-1] / mass[-1].clamp(min=1e-30), outs[-1]
 
 
+AT_ONCE = 256  # partial blocks copied at a time
+
+
 class Lists:
-    """The lists of one plan at some query blocks, of sample 0; heads that share a list are computed together.
+    """The lists of one plan at some query blocks, of sample 0; heads that share a list are computed together. plan: the
+    plan itself, where all heads share its lists, so that the lists may serve again.
 
     A block that only padding makes partial counts as full: nothing is summed at padding. What decides the flow lies on
     the CPU, so that a device is waited for once a plan.
@@ -182,7 +195,9 @@ class Lists:
         owner = plan.owner[0].cpu().long()
         every = owner.repeat_interleave(heads // owner.numel())  # [H]
         distinct, self.of_head = every.unique(return_inverse=True)  # [U], [H]
-        self.plan = plan
+        self.several = len(distinct) > 1
+        self.plan = None if self.several else plan
+        self.masks, self.kv_block = plan.masks, plan.kv_block
         device = plan.device
         pick, chosen = distinct.to(device)[:, None], torch.tensor(list(numbers), device=device)[None]
         index, live = plan.full.index[pick, chosen].long(), plan.full.live[pick, chosen]  # [U, chosen, most]
@@ -190,26 +205,13 @@ class Lists:
         assert plan.partial.mask is not None
         index, live = plan.partial.index[pick, chosen].long(), plan.partial.live[pick, chosen]
         masks = plan.partial.mask[pick, chosen].long()
-        whole = live & self._whole(index, masks, chosen)
+        whole = live & _whole(plan, index, masks, chosen)
         self.fulls.scatter_add_(-1, index, whole.float())
         live = live & ~whole
         order = torch.argsort((~live).byte(), dim=-1, stable=True)
         self.index, self.mask = index.gather(-1, order), masks.gather(-1, order)  # [U, chosen, most]
         self.counts = live.sum(-1).tolist()  # [U][chosen]
-        self.several = len(distinct) > 1
         self.of_head_there = self.of_head.to(device)
-
-    def _whole(self, index: Tensor, masks: Tensor, chosen: Tensor) -> Tensor:
-        """Which entries [U, chosen, most] show all there is to see."""
-        plan = self.plan
-        if plan.q_order.shape[1] > 1 or plan.kv_order.shape[1] > 1 or not plan.masks.shape[0]:
-            return torch.zeros_like(index, dtype=torch.bool)  # padding differs by head
-        rows, keys = (
-            (order[0, 0].reshape(-1, block) >= 0).sum(-1)
-            for order, block in ((plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block))
-        )
-        seen = torch.cat([unpack(part, plan.kv_block).sum((-1, -2)) for part in plan.masks.split(1024)])  # [M]
-        return seen[masks] == rows[chosen][..., None] * keys[index]
 
     def full(self, at: int, heads: tuple[int, int]) -> Tensor:
         """How often each head visits each key block in full, float [H, blocks]."""
@@ -226,6 +228,8 @@ class Lists:
         heads: tuple[int, int],
     ) -> None:
         """Add the partly visible key blocks to mass [H, R] and value [H, R, D]."""
+        if not any(counts[at[0]] for counts in self.counts):
+            return
         part, keys = sums
         mine = self.of_head[slice(*heads)]
         for unique in mine.unique().tolist() if self.several else (0,):
@@ -235,22 +239,36 @@ class Lists:
             some: slice | Tensor = slice(None)  # the usual pattern: no copies of keys by head
             if self.several:
                 some = (mine == unique).nonzero()[:, 0].to(mass.device)
-            blocks = self.index[unique, at[0], :count]
             bits = self._bits(unique, at, count)
-            p = (part.p[some][:, blocks] * bits).flatten(1, 2)  # [H, count * kv_block, R]
-            mass[some] += p.sum(1)
-            values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
-            value[some] += p.transpose(1, 2) @ values
+            for first in range(0, count, AT_ONCE):
+                here = slice(first, min(first + AT_ONCE, count))
+                blocks = self.index[unique, at[0], here]
+                p = (part.p[some][:, blocks] * bits[here]).flatten(1, 2)  # [H, blocks * kv_block, R]
+                mass[some] += p.sum(1)
+                values = keys.values[some].unflatten(1, (-1, keys.block))[:, blocks].flatten(1, 2)
+                value[some] += p.transpose(1, 2) @ values
 
     def _bits(self, unique: int, at: tuple[int, Block], count: int) -> Tensor:
         """What the rows of a query block see of its partial key blocks, bool [count, kv_block, R]."""
         seen = self.bits.get((unique, at[0]))
         if seen is None:
-            masks = self.plan.masks[self.mask[unique, at[0], :count]]
-            seen = unpack(masks, self.plan.kv_block).transpose(1, 2).contiguous()
+            masks = self.masks[self.mask[unique, at[0], :count]]
+            seen = unpack(masks, self.kv_block).transpose(1, 2).contiguous()
             if not self.several:  # wanted again by the next heads, and by the next call
                 self.bits[unique, at[0]] = seen
         return seen if len(at[1].kept) == seen.shape[-1] else seen[..., at[1].kept]
+
+
+def _whole(plan: BlockPlan, index: Tensor, masks: Tensor, chosen: Tensor) -> Tensor:
+    """Which entries [U, chosen, most] of partial lists show all there is to see."""
+    if plan.q_order.shape[1] > 1 or plan.kv_order.shape[1] > 1 or not plan.masks.shape[0]:
+        return torch.zeros_like(index, dtype=torch.bool)  # padding differs by head
+    rows, keys = (
+        (order[0, 0].reshape(-1, block) >= 0).sum(-1)
+        for order, block in ((plan.q_order, plan.q_block), (plan.kv_order, plan.kv_block))
+    )
+    seen = torch.cat([unpack(part, plan.kv_block).sum((-1, -2)) for part in plan.masks.split(1024)])  # [M]
+    return seen[masks] == rows[chosen][..., None] * keys[index]
 
 
 @contextmanager

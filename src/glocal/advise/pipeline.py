@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from glocal.advise.objective import Coordinate, Output, other_seed
+from glocal.advise.objective import PICTURES, Coordinate, Output, other_seed
 from glocal.advise.workload import Sample, Workload
 from glocal.measure import flicker_difference, psnr, relative_l2, ssim
 
@@ -39,6 +39,11 @@ class Pipeline:
     def name(self) -> str:
         """As in `recipe.objective`."""
         return "frames" if self.pictures else "latents"
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Of the latents, and of the pictures where those are asked for."""
+        return ("relative_l2", *PICTURES) if self.pictures else ("relative_l2",)
 
     @property
     def coordinate(self) -> Coordinate:

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glocal._errors import GlocalError
-from glocal.adapt.attach import Method, attach, sites_of
+from glocal.adapt.attach import Method, attach, media_sites, sites_of
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.apply import RecipeMethod
 from glocal.advise.objective import Objective, Output
@@ -174,7 +174,7 @@ def synchronise(tensor: Tensor) -> None:
 
 def preflight(model: Any, sample: Sample, objective: Objective) -> Preflight:
     """Run one step of `sample` a few times and compare. AdviceError where the model or the host misbehaves."""
-    sites = tuple(s for s in sites_of(model) if s.kind != "cross" and s.sliding_window is None)
+    sites = media_sites(sites_of(model))
     if not sites:
         raise AdviceError(f"{type(model).__name__} has no attention site that its host adapter knows.")
 

@@ -14,10 +14,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from glocal.adapt.attach import Method
+from glocal.adapt.attach import Method, media_sites
 from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.methods import MethodSpec
-from glocal.advise.partial import Lists, blocks_of, candidates_at, gather_keys, partial_sums, quick_products, rows_of
+from glocal.advise.partial import (
+    Lists,
+    blocks_of,
+    candidates_at,
+    gather_keys,
+    partial_sums,
+    picks_at,
+    quick_products,
+    rows_of,
+)
+from glocal.advise.router_rows import Blocks, RectifiedRows, RouterRows, router_blocks, shares_seen
 from glocal.plan.blockplan import BlockPlan
 
 LEAST_BLOCKS = 8  # query blocks a call, however little memory there is
@@ -29,7 +39,8 @@ class ProbeRecord:
 
     head -1 is the sum over heads. mass: attention weight kept. output: relative error of the attention output.
     residual: error of what the site adds to the residual stream, relative to the stream (root mean square over rows);
-    high: its 95th percentile over rows. kept, visited: of the whole plan. lost: rows that kept under 1 % of their mass.
+    high: its 95th percentile over rows. kept, visited: of the plan, of a router's at the probed blocks. lost: rows that
+    kept under 1 % of their mass.
     kind, component: of the site.
     """
 
@@ -96,7 +107,7 @@ class Share:
         return True
 
 
-def share_of(spec: ProbeSpec, q: Tensor, plan: BlockPlan) -> Share:
+def share_of(spec: ProbeSpec, q: Tensor, plan: Blocks) -> Share:
     """As many heads at once as `spec.memory` holds: scores of a query block, its sums, keys and values in float32."""
     if spec.heads is not None:
         return Share(spec.heads, spec.blocks)
@@ -110,7 +121,7 @@ class MediaMethod(Method):
 
     def sites(self, sites: tuple[Site, ...]) -> tuple[Site, ...]:
         """Self and joint attention over everything."""
-        return tuple(s for s in sites if s.kind != "cross" and s.sliding_window is None)
+        return media_sites(sites)
 
 
 class Probe(MediaMethod):
@@ -135,31 +146,41 @@ class Probe(MediaMethod):
 
     @torch.no_grad()
     def _measure(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> None:
-        plans: dict[str, BlockPlan] = {}
+        while True:
+            try:
+                with quick_products(q):
+                    self.records += self._once(q, k, v, call)
+                return
+            except (torch.OutOfMemoryError, MemoryError):
+                if self.share is None or not self.share.less(call.site.name, q.shape[1]):
+                    raise
+                if q.is_cuda:
+                    torch.cuda.empty_cache()
+
+    def _once(self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall) -> list[ProbeRecord]:
+        """Records of one call, with as much at once as the share says."""
+        groups: list[Group] = []
         for name, method in self.spec.methods.items():
             if name in self.errors:
                 continue
             try:
-                plans[name] = method.plan(call.layout, q, k, call.site.scale, call)
+                plan, blocks = None, router_blocks(method, call, q.device)
+                if blocks is None:
+                    plan = method.plan(call.layout, q, k, call.site.scale, call)
+                    blocks = Blocks.of(plan)
+                group = next((g for g in groups if g.blocks.same(blocks)), None)
+                if group is None:
+                    self.share = share_of(self.spec, q, blocks) if self.share is None else self.share
+                    group = Group((q, k, v), call, blocks, self.share.blocks, self.lists)
+                    groups.append(group)
+                group.add(name, method, plan)
             except ValueError as error:  # does not fit this canvas: dropped, and said so in the report
                 self.errors[name] = str(error)
-        for group in _by_order(plans):
-            self.records += self._group(q, k, v, call, group)
-
-    def _group(
-        self, q: Tensor, k: Tensor, v: Tensor, call: SiteCall, plans: Mapping[str, BlockPlan]
-    ) -> list[ProbeRecord]:
-        if self.share is None:
-            self.share = share_of(self.spec, q, next(iter(plans.values())))
-        while True:
-            try:
-                with quick_products(q):
-                    return measure(q, k, v, call, plans, self.spec, self.share, self.weigh, self.lists)
-            except (torch.OutOfMemoryError, MemoryError):
-                if not self.share.less(call.site.name, q.shape[1]):
-                    raise
-                if q.is_cuda:
-                    torch.cuda.empty_cache()
+        found: list[ProbeRecord] = []
+        for group in groups:
+            if group.candidates and self.share is not None:
+                found += measured(group, self.spec, self.share.heads, self.weigh)
+        return found
 
 
 def in_units(call: SiteCall, out: Tensor) -> SiteCall:
@@ -171,12 +192,12 @@ def in_units(call: SiteCall, out: Tensor) -> SiteCall:
     return replace(call, residual=call.residual / call.factor(out)[..., None].to(call.residual.dtype))
 
 
-def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
-    """Plans that share orders and blocks share the partial sums."""
+def by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
+    """Plans that cut queries and keys into the same blocks."""
     groups: list[dict[str, BlockPlan]] = []
     for name, plan in plans.items():
         for group in groups:
-            if _same_blocks(next(iter(group.values())), plan):
+            if Blocks.of(next(iter(group.values()))).same(Blocks.of(plan)):
                 group[name] = plan
                 break
         else:
@@ -184,13 +205,59 @@ def _by_order(plans: Mapping[str, BlockPlan]) -> list[dict[str, BlockPlan]]:
     return groups
 
 
-def _same_blocks(a: BlockPlan, b: BlockPlan) -> bool:
-    """Whether two plans cut queries and keys into the same blocks."""
-    return (
-        (a.q_block, a.kv_block) == (b.q_block, b.kv_block)
-        and torch.equal(a.q_order, b.q_order)
-        and torch.equal(a.kv_order, b.kv_order)
-    )
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """What the probe keeps of a method at one call: its lists at the chosen query blocks, the shares of pairs that it
+    keeps and visits (of a router at those blocks, else of the whole plan), and its correction there.
+    """
+
+    name: str
+    lists: Lists
+    kept: float
+    visited: float
+    after: RectifiedRows | None
+
+
+class Group:
+    """Candidates that cut queries and keys into the same blocks, and so share the partial sums. known: lists of earlier
+    calls by method, taken where the plan is the same object and the chosen blocks are the same.
+    """
+
+    def __init__(
+        self,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        call: SiteCall,
+        blocks: Blocks,
+        count: int,
+        known: dict[str, Lists] | None = None,
+    ) -> None:
+        self.qkv, self.call, self.blocks = qkv, call, blocks
+        self.chosen = spread(blocks.q_blocks, count)
+        self.known = {} if known is None else known
+        self.candidates: list[Candidate] = []
+        self.rows = RouterRows(qkv, call, torch.tensor(self.chosen, device=qkv[0].device))
+        self._made: dict[int, Lists] = {}  # by plan, which these hold
+
+    def add(self, name: str, method: MethodSpec, plan: BlockPlan | None) -> None:
+        """A candidate with its whole plan, or a router that is asked for the chosen blocks alone."""
+        heads = self.qkv[0].shape[1]
+        if plan is None:
+            some = self.rows.plan(method)
+            lists = Lists(some, range(len(self.chosen)), heads)
+            seen, after = shares_seen(some), self.rows.rectified(method, some, whole=False)
+        else:
+            lists = self._lists(name, plan, heads)
+            seen, after = (plan.kept, plan.visited), self.rows.rectified(method, plan, whole=True)
+        self.candidates.append(Candidate(name, lists, *seen, after))
+
+    def _lists(self, name: str, plan: BlockPlan, heads: int) -> Lists:
+        """Methods with the same plan have the same lists."""
+        mine = self._made.get(id(plan), self.known.get(name))
+        if mine is None or mine.plan is not plan or mine.numbers != tuple(self.chosen):
+            mine = Lists(plan, self.chosen, heads)
+        if not mine.several:
+            self._made[id(plan)] = self.known[name] = mine
+        return mine
 
 
 # weigh(call, heads (first, last), rows [R], errors [C, H, R, D]) -> what each row's error counts for [C, H, R].
@@ -198,35 +265,35 @@ Weigh = Callable[[SiteCall, tuple[int, int], Tensor, Tensor], Tensor]
 
 
 def measure(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    call: SiteCall,
-    plans: Mapping[str, BlockPlan],
-    spec: ProbeSpec,
-    share: Share | None = None,
-    weigh: Weigh | None = None,
-    known: dict[str, Lists] | None = None,
+    q: Tensor, k: Tensor, v: Tensor, call: SiteCall, plans: Mapping[str, BlockPlan], spec: ProbeSpec
 ) -> list[ProbeRecord]:
-    """Records of one call: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at its first row).
-
-    known: lists of earlier calls by method, taken where the plan is the same object and the blocks are the same.
+    """Records of one call for whole plans on the same blocks: q [B, H, N, D], k, v [B, Hkv, N, D] (a batch is probed at
+    its first row).
     """
-    first, every = next(iter(plans.values())), q.shape[1]
-    at_once = share_of(spec, q, first) if share is None else share
+    blocks = Blocks.of(next(iter(plans.values())))
+    share = share_of(spec, q, blocks)
+    group = Group((q, k, v), call, blocks, share.blocks)
+    for name, plan in plans.items():
+        group.add(name, spec.methods[name], plan)
+    return measured(group, spec, share.heads)
+
+
+def measured(group: Group, spec: ProbeSpec, at_once: int, weigh: Weigh | None = None) -> list[ProbeRecord]:
+    """Records of the candidates of a group, `at_once` heads at a time."""
+    (q, k, v), call, first, chosen = group.qkv, group.call, group.blocks, group.chosen
+    every = q.shape[1]
     own_orders = first.q_order.shape[1] > 1 or first.kv_order.shape[1] > 1
-    width = 1 if own_orders else min(at_once.heads, every)
-    chosen = spread(first.q_blocks, at_once.blocks)
+    width = 1 if own_orders else min(at_once, every)
     found: list[Tensor] = []  # [C, width, 3, rows]: residual error, output error, mass
     reach = Reach(call, every, v.shape[-1])
     sums: dict[int, list[Tensor]] = {}  # of a query block: what all heads' errors add up to, and their norms
     segments = call.layout.segments(q.shape[0], q.device)
     blocks = blocks_of(first, chosen, call, segments)
-    lists = _lists(plans, chosen, every, {} if known is None else known)
+    lists = [candidate.lists for candidate in group.candidates]
     apart = list(dict.fromkeys(lists))  # methods that differ in their correction alone share a plan and its sums
     which = torch.tensor([apart.index(one) for one in lists], device=q.device)
-    after = [spec.methods[name].rectified(q, k, v, plan, call) for name, plan in plans.items()]
     place = {number: at for at, number in enumerate(chosen)}
+    picks: dict[int, Tensor] = {}  # of a query block, for all heads
     for head in range(0, every, width):
         last = min(head + width, every)
         if own_orders:
@@ -236,11 +303,14 @@ def measure(
         for block in blocks:
             rows = rows_of(q, block, call, (head, last))
             part = partial_sums(rows, keys)
-            outs, masses, dense = candidates_at(part, apart, (place[block.number], block), keys, (head, last))
+            at = place[block.number]
+            if at not in picks:
+                picks[at] = picks_at(apart, at, every)
+            outs, masses, dense = candidates_at(part, apart, (at, block), keys, (head, last), picks[at])
             outs, masses = outs[which], masses[which]
-            for number, correction in enumerate(after):
-                if correction is not None:
-                    outs[number] = correction.at(block.number, (head, last), outs[number])
+            for number, candidate in enumerate(group.candidates):
+                if candidate.after is not None:
+                    outs[number] = candidate.after.at(at, (head, last), outs[number])
             errors = outs - dense
             single, local, summed = reach.compare(errors, dense, rows.places, (head, last))
             if weigh is not None:
@@ -255,29 +325,14 @@ def measure(
             found.append(torch.cat(parts, -1))
     records: list[ProbeRecord] = []
     for number, columns in enumerate(found):
-        records += _records(range(number * width, every), columns, plans, call, spec)
+        records += _records(range(number * width, every), columns, group, spec)
     if sums:
         whole = torch.cat([Reach.together(summed) for summed in sums.values()], -1)
-        records += _records([-1], whole[:, None], plans, call, spec)
+        records += _records([-1], whole[:, None], group, spec)
     return records
 
 
-def _lists(plans: Mapping[str, BlockPlan], chosen: Sequence[int], heads: int, known: dict[str, Lists]) -> list[Lists]:
-    """The lists of every method; methods with the same plan have the same ones."""
-    found: dict[int, Lists] = {}
-    for name, plan in plans.items():
-        mine = found.get(id(plan), known.get(name))
-        if mine is None or mine.plan is not plan or mine.numbers != tuple(chosen):
-            mine = Lists(plan, chosen, heads)
-        found[id(plan)] = mine
-        if not mine.several:
-            known[name] = mine
-    return [found[id(plan)] for plan in plans.values()]
-
-
-def _records(
-    heads: Sequence[int], columns: Tensor, plans: Mapping[str, BlockPlan], call: SiteCall, spec: ProbeSpec
-) -> list[ProbeRecord]:
+def _records(heads: Sequence[int], columns: Tensor, group: Group, spec: ProbeSpec) -> list[ProbeRecord]:
     """A record for each of `heads` (as many as are there) and candidate: columns [C, heads, 3, rows]."""
     errors, masses = columns[:, :, :2], columns[:, :, 2]
     square = errors.square().mean(-1).sqrt()  # [C, heads, 2]
@@ -285,7 +340,7 @@ def _records(
     lost = (masses < 0.01).sum(-1)
     # One transfer for all of them: a device is waited for once.
     values = torch.stack([masses.mean(-1), square[..., 1], square[..., 0], high, lost.to(square)], -1).transpose(0, 1)
-    where, state = call.site, call.state
+    where, state = group.call.site, group.call.state
     place = (spec.bucket_of(state.step), state.step, state.branch, spec.sample)
     return [
         ProbeRecord(
@@ -293,16 +348,16 @@ def _records(
             where.layer,
             head,
             *place,
-            name,
+            candidate.name,
             *numbers[:4],
-            kept=plan.kept,
-            visited=plan.visited,
+            kept=candidate.kept,
+            visited=candidate.visited,
             lost=int(numbers[4]),
             kind=where.kind,
             component=where.component,
         )
         for head, row in zip(heads, values.tolist(), strict=False)
-        for (name, plan), numbers in zip(plans.items(), row, strict=True)
+        for candidate, numbers in zip(group.candidates, row, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice
+from glocal.advise.checked import check_limits, check_measured
 from glocal.advise.effort import Effort, Target
 from glocal.advise.inside import times_inside
 from glocal.advise.objective import Objective
@@ -40,15 +41,17 @@ def validate(
     """
     if not any(rule.use != "dense" for rule in recipe.rules):
         raise ValueError(f"recipe {recipe.id[:12]} has status {recipe.status!r} and no sparse rule: nothing to prove.")
+    asked = Target() if target is None else target
+    check_limits(objective, asked)
     fresh = _unseen(recipe, workload, pairs)
     effort = Effort("validate", pairs=len(fresh))
-    asked = Target() if target is None else target
     bar = NoProgress() if progress is None else progress
     sample = fresh.samples[0]
     stages: dict[str, float] = {}
     with torch.no_grad():
         began = _stage(bar, stages, None, "preflight", 0.0)
         before = preflight(model, sample, objective)
+        check_measured(asked, before, objective)
         unproven = replace(recipe, workload={}, host={})  # other weights are what it is proven on
         began = _stage(bar, stages, "preflight", "time model", began)
         site = before.sites[len(before.sites) // 2].name

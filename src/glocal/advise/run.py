@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -13,6 +13,7 @@ from glocal._progress import NoProgress, Progress
 from glocal.advise.advice import Advice, Run
 from glocal.advise.calibrate import by_layer
 from glocal.advise.calibrated import calibrated
+from glocal.advise.checked import check_measured, check_names
 from glocal.advise.climb import climbed
 from glocal.advise.effort import AdviseOptions, Effort, Target, effort_of, listed
 from glocal.advise.farm import Farm
@@ -52,9 +53,7 @@ def advise(
     level = effort_of(effort)
     asked = AdviseOptions() if options is None else options
     wanted = Target() if target is None else target
-    for name in wanted.limits:
-        if name in objective.higher:
-            raise ValueError(f"limits: {name!r} is better when higher, and a limit bounds from above.")
+    check_names(model, objective, wanted, asked)
     split = workload.split(probe=level.probes, weights=level.samples, validate=level.pairs, validations=level.rungs)
     split = split.sized(asked.canvases)
     state = State(asked.state, _job(model, workload, objective, level, wanted, asked), resume=asked.resume)
@@ -83,7 +82,7 @@ def _job(
         "model": f"{type(model).__module__}.{type(model).__qualname__}",
         "weights": known,
         "workload": workload.hash(),
-        "objective": repr(objective) if hasattr(objective, "__dataclass_fields__") else objective.name,
+        "objective": _told(objective),
         "effort": repr(effort),
         "target": repr(target),
         "methods": methods,
@@ -96,11 +95,23 @@ def _job(
     }
 
 
+def _told(objective: Objective) -> str:
+    """An objective in words that are the same in every process: functions by name, not by where they lie."""
+    if not is_dataclass(objective):
+        return f"{type(objective).__qualname__} {objective.name}"
+    found = {}
+    for part in fields(objective):
+        value = getattr(objective, part.name)
+        named = value if hasattr(value, "__qualname__") else type(value)
+        found[part.name] = named.__qualname__ if callable(value) else repr(value)
+    return f"{type(objective).__qualname__}({', '.join(f'{n}={v}' for n, v in found.items())})"
+
+
 def _advise(run: Run, split: Split) -> Advice:
     probe_sample_, objective, options = split.probe.samples[0], run.objective, run.options
     run.stage("preflight")
     before = run.once("preflight", lambda model, objective: preflight(model, probe_sample_, objective))
-    _check_limits(run.target, before, objective)
+    check_measured(run.target, before, objective)
     buckets = make_buckets(before.levels, run.effort.buckets, objective.coordinate)
     methods = {m.id: m for m in listed(options, before.shape, causal=before.causal)}
     if options.budget is not None and not options.resume:
@@ -147,8 +158,6 @@ def _advise(run: Run, split: Split) -> Advice:
     if not plain:
         raise AdviceError("Every method that was to give the gains of layers failed; see the errors of the candidates.")
     records = [r for p in probed for r in kept(run, p.records) if r.method in methods]
-    if not records:
-        raise ValueError(f"keep_dense={list(options.keep_dense)!r} leaves no site to advise on.")
     base = replace(base, records=tuple(records), shrunk=tuple(s for p in probed for s in p.shrunk))
 
     known = (probe_sample_, probed[0])
@@ -166,15 +175,8 @@ def _advise(run: Run, split: Split) -> Advice:
     everything = tuple(r for p in (*probed, *others) for r in kept(run, p.records))
     shrunk = tuple(s for p in (*probed, *others) for s in p.shrunk)
     base = replace(base, records=everything, shrunk=shrunk, weights=weights, layers=layers)
-    return climbed(run, base, replace(found, weights=weights), split, probed)
-
-
-def _check_limits(target: Target, before: Preflight, objective: Objective) -> None:
-    """ValueError for a limit on what this objective does not measure."""
-    legal = ["drift", *(name for name in before.measures if name not in objective.higher)]
-    for name in target.limits:
-        if name not in legal:
-            raise ValueError(f"limits: {objective.name} has no measure {name!r}; legal: {', '.join(legal)}.")
+    more = others if run.effort.wide else ()
+    return climbed(run, base, replace(found, weights=weights), split, probed, more)
 
 
 def _refusal(run: Run, before: Preflight, times: Times) -> str | None:

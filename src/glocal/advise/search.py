@@ -32,7 +32,7 @@ class Rung:
     """One recipe of the ladder. kind: "allocation" is by residual error, "relative" by relative error of the output.
     budget: attention time over dense that it was made for, attention_ratio: forecast of it, predicted: end-to-end
     error; None for published settings. seconds, dense_seconds, error: measured, means over `samples` samples; None
-    before.
+    before. worst: the largest drift of one of them.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Rung:
     error: float | None = None
     measures: Mapping[str, float] = field(default_factory=dict)
     samples: int = 1
+    worst: float | None = None
 
     @property
     def speedup(self) -> float | None:

@@ -39,6 +39,11 @@ class Segmentation(OnePass):
         return "segmentation"
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """The last two need labels."""
+        return ("relative_l2", "pixels_changed", "miou", "miou_lost")
+
+    @property
     def coordinate(self) -> Coordinate:
         """Rules hold always."""
         return "always"

@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 _CLASSES = {
     "glocal.adapt.records": ("Site",),
+    "glocal.advise.confirm": ("Confirmed", "ConfirmedCall"),
     "glocal.advise.dropped": ("Dropped",),
     "glocal.advise.inside": ("Timed",),
     "glocal.advise.ladder": ("Anchors",),
@@ -35,7 +36,7 @@ _CLASSES = {
     "glocal.advise.recipe": ("Expected", "Fallback", "Phase", "Queries", "Recipe", "Rule"),
     "glocal.advise.search": ("Rung",),
     "glocal.advise.tasks": ("Probed",),
-    "glocal.advise.timing": ("MethodTime", "Times"),
+    "glocal.advise.timing": ("Checked", "MethodTime", "Times"),
     "glocal.advise.validation": ("Pair", "PairRun", "Spent"),
     "glocal.advise.weights": ("StepWeight",),
     "glocal.plan.time_model": ("TimeModel",),

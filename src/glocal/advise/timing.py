@@ -1,4 +1,4 @@
-"""The time model: a few calls timed inside a real one, interleaved with dense; other plans are arithmetic."""
+"""Methods timed inside a real call, interleaved with dense; `advise.modelled` forecasts where there are many."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from glocal.adapt.records import Core, Site, SiteCall
 from glocal.advise.apply import RecipeMethod
 from glocal.advise.methods import MethodSpec
 from glocal.advise.recipe import Fallback, Recipe, Rule
-from glocal.measure.timers import compare_paired
+from glocal.measure.timers import Timing, compare_paired
 from glocal.ops import Score, attend
 from glocal.patterns import Causal
 from glocal.plan.blockplan import BlockPlan
+from glocal.plan.cost import imbalance
 from glocal.plan.time_model import TimeModel, TimeSample, fit_time_model
 
 _MIXED = "several methods in one call"
@@ -33,7 +34,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class MethodTime:
-    """One method at one call of all heads, in seconds: median and spread, and the blocks it visits (a head's mean)."""
+    """One method at one call of all heads, in seconds: median and spread, and the blocks it visits (a head's mean).
+
+    rounds: how often it was timed; 0 for a forecast. uneven: full and partial blocks that uneven rows cost beside.
+    """
 
     method: str
     median: float
@@ -45,19 +49,31 @@ class MethodTime:
     kept: float
     visited: float
     kernel: str
+    uneven: float = 0.0
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A plan whose time was forecast and then measured, in seconds."""
+
+    name: str
+    forecast: float
+    measured: float
 
 
 @dataclass(frozen=True)
 class Times:
-    """dense: the best dense kernel present. methods: timed ones. model: fit over them, None with too few.
-    trusted: whether the fit met plans outside it within 10 %; if not, only measured times are used.
-    split: seconds that every further method costs in one call whose heads run several.
+    """dense: the best dense kernel present. methods: timed ones, or forecast ones (`MethodTime.rounds`). model: fit
+    over timed calls, None with too few. trusted: whether the fit met plans outside it within 10 %; if not, only
+    measured times are used. split: seconds that every further method costs in one call whose heads run several.
+    checks: plans that the model of many candidates was held against.
     """
 
     dense: MethodTime
     methods: Mapping[str, MethodTime]
     model: TimeModel | None
     split: float = 0.0
+    checks: tuple[Checked, ...] = ()
 
     @property
     def trusted(self) -> bool:
@@ -74,6 +90,21 @@ def blocks_of(plan: BlockPlan, heads: int) -> tuple[float, float]:
     owner = plan.owner.long()
     full, partial = (float(lists.count.sum(-1).double()[owner].mean()) * heads for lists in (plan.full, plan.partial))
     return full, partial
+
+
+def uneven_blocks(plan: BlockPlan, heads: int) -> float:
+    """What uneven rows of one call of `heads` heads cost, in blocks: where a processor waits for the last row."""
+    processors = torch.get_num_threads()
+    if plan.device.type == "cuda":
+        processors = torch.cuda.get_device_properties(plan.device).multi_processor_count
+    rows = (plan.full.count + plan.partial.count)[plan.owner[0].long()].cpu()  # [H|1, blocks]
+    whole = rows.expand(heads, -1) if len(rows) == 1 else rows.repeat_interleave(heads // len(rows), 0)
+    return imbalance(whole.flatten().tolist(), processors) * float(whole.sum())
+
+
+def sample_of(plan: BlockPlan, heads: int, seconds: float) -> TimeSample:
+    """A timed call for the time model."""
+    return TimeSample(*blocks_of(plan, heads), uneven_blocks(plan, heads), seconds)
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, call: SiteCall, backend: str = "auto") -> tuple[Tensor, str]:
@@ -100,7 +131,22 @@ def time_methods(
     faster one is "dense"; and one more contender is a call whose heads run several methods, for `split`. Planning of
     patterns is outside (plans are cached); routing of routers is inside, as it will be.
     """
-    contenders: dict[str, Callable[[], object]] = {}
+    return timed_together(q, k, v, call, methods, {}, rounds=rounds, inner=inner)[0]
+
+
+def timed_together(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    call: SiteCall,
+    methods: Mapping[str, Ready],
+    beside: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    inner: Core | None,
+) -> tuple[Times, Mapping[str, Timing]]:
+    """As `time_methods`, with further calls in the same comparison, which ran once already."""
+    contenders: dict[str, Callable[[], object]] = dict(beside)
     kernels = {name: ready.kernel for name, ready in methods.items()}
     if inner is not None:
         contenders["dense: host"], kernels["dense: host"] = lambda: inner(q, k, v, call), "the host's own"
@@ -121,7 +167,7 @@ def time_methods(
     found = compare_paired(contenders, rounds=max(rounds, 2), device=q.device, generator=generator, warmup=0)
     times = {}
     for name, timing in found.times.items():
-        if name == _MIXED:
+        if name == _MIXED or name in beside:
             continue
         plan = methods[name].plan if name in methods else None
         full, partial = (0.0, 0.0) if plan is None else blocks_of(plan, q.shape[1])
@@ -136,18 +182,20 @@ def time_methods(
             1.0 if plan is None else plan.kept,
             1.0 if plan is None else plan.visited,
             kernels[name],
+            0.0 if plan is None else uneven_blocks(plan, q.shape[1]),
         )
     dense = min((times.pop(name) for name in list(times) if name.startswith("dense: ")), key=lambda t: t.median)
     kinds = {name: ready.method.kind for name, ready in methods.items()}
-    samples = [TimeSample(t.full, t.partial, 0.0, t.median) for n, t in times.items() if kinds[n] == "pattern"]
+    samples = [TimeSample(t.full, t.partial, t.uneven, t.median) for n, t in times.items() if kinds[n] == "pattern"]
     fitted, held = samples[::2], samples[1::2]
     model = fit_time_model(fitted, held) if len(fitted) >= 4 else None
     split = 0.0
     if _MIXED in contenders:
-        host = found.times["dense: host"].median  # heads that stay dense run the host's own
-        parts = [len(h) / q.shape[1] * (host if n == "dense" else times[n].median) for n, h in shares.items()]
-        split = max(0.0, found.times[_MIXED].median - sum(parts)) / (len(shares) - 1)
-    return Times(replace(dense, method="dense"), times, model, split)
+        # A small difference of large times: of the least ones, which other load on the machine moves least.
+        host = found.times["dense: host"].low  # heads that stay dense run the host's own
+        parts = [len(h) / q.shape[1] * (host if n == "dense" else times[n].low) for n, h in shares.items()]
+        split = max(0.0, found.times[_MIXED].low - sum(parts)) / (len(shares) - 1)
+    return Times(replace(dense, method="dense"), times, model, split), found.times
 
 
 def dealt(methods: Sequence[str], heads: int) -> dict[str, tuple[int, ...]]:

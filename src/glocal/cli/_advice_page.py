@@ -210,12 +210,15 @@ def _bars(advice: Advice) -> tuple[TimeBar, ...]:
 def _forecast(advice: Advice) -> Forecast | None:
     if not advice.ladder:
         return None
-    model, time = advice.times.model, []
-    if model is not None:
+    model = advice.times.model
+    time = [ForecastPoint(c.name, c.forecast, c.measured) for c in advice.times.checks]
+    if model is not None and not time:
         for name, t in advice.times.methods.items():
             if advice.methods[name].kind == "pattern":
-                predicted = model.seconds(t.full, t.partial)
+                predicted = model.seconds(t.full, t.partial, t.uneven)
                 time.append(ForecastPoint(advice.methods[name].words(), predicted, t.median))
+    if advice.confirmed is not None:
+        time += [ForecastPoint(c.words, c.forecast, c.measured) for c in advice.confirmed.calls]
     ranks = advice.weights is None or advice.weights.band > 2
     error = []
     if not ranks:

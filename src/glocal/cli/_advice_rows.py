@@ -38,6 +38,11 @@ def rows(advice: Advice) -> list[dict[str, Any]]:
                 "dense_seconds": rung.dense_seconds,
             }
         )
+    if advice.confirmed is not None:
+        out += [
+            {"kind": "confirmed call", **asdict(c), "dense": advice.confirmed.dense} for c in advice.confirmed.calls
+        ]
+    out += [{"kind": "time model check", **asdict(c)} for c in advice.times.checks]
     if advice.validation is not None:
         out += [{"kind": "pair", **asdict(p), "drift": p.drift} for p in advice.validation.pairs]
     for attempt in advice.rejected:

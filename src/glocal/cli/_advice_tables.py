@@ -113,7 +113,11 @@ def ladder(advice: Advice) -> Table | None:
     )
     count = advice.ladder[0].samples
     words = "the probe sample, one run" if count == 1 else f"{count} probe samples, means over one run"
-    return Table(columns, table, " ".join([f"Measured on {words} each.", *rivals(advice.ladder)]))
+    told = [f"Measured on {words} each."]
+    if advice.confirmed is not None:
+        most, real = advice.confirmed.ratio("forecast"), advice.confirmed.ratio()
+        told.append(f"Attention of the chosen recipe, call by call: forecast {most:.0%} of dense, timed {real:.0%}.")
+    return Table(columns, table, " ".join([*told, *rivals(advice.ladder)]))
 
 
 def kernels(advice: Advice) -> tuple[KernelTime, ...]:
@@ -123,7 +127,7 @@ def kernels(advice: Advice) -> tuple[KernelTime, ...]:
     return tuple(
         KernelTime(
             f"{t.kernel}",
-            f"{name}, kept {t.kept:.0%}, visited {t.visited:.0%}",
+            f"{name}, kept {t.kept:.0%}, visited {t.visited:.0%}{'' if t.rounds else ', forecast'}",
             t.median * 1e3,
             t.low * 1e3,
             t.high * 1e3,

@@ -127,7 +127,7 @@ def options_of(job: Job, objective: Any, *, state: bool = True) -> AdviseOptions
 
 def run_dry(job: Job, *, as_json: bool, quiet: bool) -> None:
     """Print what every stage of the job would cost; with a budget below it, AdviceError after that."""
-    from glocal.advise import forecast_advice
+    from glocal.advise import Target, forecast_advice
     from glocal.advise.forecast import check_budget, duration, total_seconds
 
     if job.model.endswith(".safetensors"):
@@ -137,6 +137,7 @@ def run_dry(job: Job, *, as_json: bool, quiet: bool) -> None:
         on.model,
         on.workload,
         objective=on.objective,
+        target=Target(job.target_speedup, limits=job.limits),
         effort=on.effort,
         options=options_of(job, on.objective, state=False),
         progress=progress(quiet or as_json),
@@ -270,6 +271,9 @@ def evidence(advice: Any) -> dict[str, Any]:
         out["speedup"] = {"end_to_end": _ends(verdict.speedup)}
         out["speedup"]["step"] = _ends(advice.validation.step)
         out["speedup"]["operator"] = _ends(advice.validation.operator)
+    if advice.confirmed is not None:
+        found = advice.confirmed
+        out["attention_time"] = {"forecast": found.ratio("forecast"), "measured": found.ratio()}
     if advice.weights is not None:
         out["prediction"] = {"loo_p90": advice.weights.band}
         out["ladder"] = [

@@ -22,14 +22,15 @@ def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
     from glocal.advise.operator import advise_operator
     from glocal.report import TableReport, render_table, table_csv
 
+    _check(job)
     if len(job.canvas) > 1:
         raise ValueError(f"--canvas: captured calls lie on one canvas, {len(job.canvas)} are given")
     canvas = extents(job.canvas[0], "--canvas") if job.canvas else None
     check_file("MODEL", job.model)
     workload = Workload.from_tensors(job.model, canvas)
     limit = job.limits.get("relative_l2", 0.05)
-    advice = advise_operator(workload, limit=limit, progress=progress(quiet or as_json))
-    known = facts("cpu")
+    advice = advise_operator(workload, limit=limit, device=job.device, progress=progress(quiet or as_json))
+    known = facts(job.device)
     created = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     report = TableReport(
         title="Operator advice on captured calls",
@@ -56,6 +57,28 @@ def run_operator(job: Job, *, as_json: bool, quiet: bool) -> bool:
     else:
         print_fields(summary)
     return recipe.status != "dense"
+
+
+def _check(job: Job) -> None:
+    """ValueError for what says something of a run of a model: captured calls have none."""
+    given = {
+        "--workload": job.workload,
+        "--effort": job.effort,
+        "--target-speedup": job.target_speedup,
+        "--methods": job.methods,
+        "--keep-dense": job.keep_dense,
+        "--budget": job.budget,
+        "--sensitivity": job.sensitivity != "forward",
+        "--jobs": job.jobs != 1,
+        "--resume": job.resume,
+    }
+    given |= {f"--max {n}": n != "relative_l2" for n, limit in job.limits.items() if (n, limit) != ("drift", 0.10)}
+    for name, value in given.items():
+        if value:
+            raise ValueError(
+                f"{name}: captured calls are judged each by itself; legal beside them: --canvas, --device, "
+                "--max relative_l2=V"
+            )
 
 
 def _table(advice: OperatorAdvice) -> Table:

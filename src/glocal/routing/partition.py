@@ -92,6 +92,11 @@ class Partition:
         gone = table.gather(2, here.clamp(min=0).flatten(2).long()).unflatten(2, here.shape[2:])
         return replace(self, members=torch.where(gone, -1, here), order=None, canvas=None, fixed=False)
 
+    def some(self, numbers: Tensor) -> Partition:
+        """Some of the groups; they are no grid any more, and no order's blocks."""
+        members = self.members[:, :, numbers.to(self.members.device)]
+        return replace(self, members=members, shape=None, order=None, canvas=None, fixed=False)
+
     def gather(self, x: Tensor, fill: float = 0.0) -> Tensor:
         """The tokens of each group, [B, H, groups, most, D] of x [B, H, N, D]; pads hold `fill`."""
         members = self.members.to(x.device)

@@ -119,14 +119,21 @@ class PooledTopK:
     within: Pattern | None = None
     own: bool = False
 
-    def select(self, q: Tensor, k: Tensor, layout: Canvas | Layout) -> Selection:
-        """Selection for q [B, Hq, Nq, D] and k [B, Hkv, Nk, D]."""
-        layout = Layout.of(layout)
+    def parts(self, layout: Layout) -> tuple[Partition, Partition]:
+        """The blocks of queries and of keys."""
         kv_block = self.block if self.kv_block is None else self.kv_block
         q_part, kv_part = (
             Partition.blocks(_present(canvas, tokens), block)
             for canvas, tokens, block in ((layout.q, layout.nq, self.block), (layout.kv, layout.nk, kv_block))
         )
+        return q_part, kv_part
+
+    def select(self, q: Tensor, k: Tensor, layout: Canvas | Layout, *, rows: Tensor | None = None) -> Selection:
+        """Selection for q [B, Hq, Nq, D] and k [B, Hkv, Nk, D]. rows: numbers of the query blocks that are asked for;
+        None for all.
+        """
+        layout = Layout.of(layout)
+        q_part, kv_part = self.parts(layout)
         forced = None
         if self.own:
             if q_part.groups != kv_part.groups:
@@ -135,6 +142,9 @@ class PooledTopK:
                     f"({kv_part.groups})."
                 )
             forced = torch.eye(q_part.groups, dtype=torch.bool, device=q.device)
+        if rows is not None:
+            forced = None if forced is None else forced[rows]
+            q_part = q_part.some(rows)
         return route(
             q, k, layout, RouteSpec(q_part, kv_part, self.keep, self.scorer), within=self.within, forced=forced
         )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from glocal.routing.partition import Partition
+from glocal.routing.shares import means
 
 Combine = Literal["none", "sum", "mean"]
 
@@ -41,7 +42,7 @@ class BlockMean:
 
     def __call__(self, q: Tensor, k: Tensor, q_part: Partition, kv_part: Partition) -> Tensor:
         """Scores [B, Hq|1, query groups, key groups]."""
-        mine, theirs = q_part.mean(q), kv_part.mean(heads_like(k, q))  # [B, Hq, groups, D]
+        mine, theirs = _mean(q_part, q), _mean(kv_part, heads_like(k, q))  # [B, Hq, groups, D]
         scores = combined(mine, theirs, self.combine, self.scale)
         return scores.masked_fill(kv_part.counts.to(q.device)[:, :, None] == 0, -torch.inf)
 
@@ -66,7 +67,7 @@ class MeanToToken:
 
     def __call__(self, q: Tensor, k: Tensor, q_part: Partition, kv_part: Partition) -> Tensor:
         """Scores [B, Hq|1, query groups, key groups]."""
-        mine, theirs = q_part.mean(q), heads_like(k, q).to(high(q))
+        mine, theirs = _mean(q_part, q), heads_like(k, q).to(high(q))
         out = []
         for rows in mine.split(self.chunk, 2):
             tokens = combined(rows, theirs, self.combine, self.scale)  # [B, Hq|1, chunk, Nk]
@@ -74,6 +75,12 @@ class MeanToToken:
             found = groups.logsumexp(-2) if self.reduce == "logsumexp" else groups.amax(-2)
             out.append(found.transpose(2, 3))
         return torch.cat(out, 2)
+
+
+def _mean(part: Partition, x: Tensor) -> Tensor:
+    """Means of the groups; on a GPU without a copy of x in float32 where no gradient is asked for."""
+    plain = not x.is_cuda or (torch.is_grad_enabled() and x.requires_grad)
+    return part.mean(x) if plain or not part.shared else means(x, part)
 
 
 def high(x: Tensor) -> torch.dtype:
