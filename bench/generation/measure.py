@@ -14,7 +14,7 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import LONG, Clock, Dense, alone, best_dense, kernels, seconds, timed_blocks
+from generation.timing import LONG, Clock, Dense, alone, dense_times, kernels, seconds, timed_blocks, told
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
@@ -87,7 +87,9 @@ class Bench:
         torch.manual_seed(0)
         with made_on(self.device, self.dtype):
             self.model: nn.Module = case.kind.build(case.layers, case.width).eval()
-        self.kernel = best_dense(case.kind, case.attended, self.device, self.dtype)
+        self.dense = dense_times(case.kind, case.attended, self.device, self.dtype)
+        print(f"  dense, ms a call: {told(self.dense)}", flush=True)
+        self.kernel = next(iter(self.dense))
         self.given = case.kind.inputs(case.grid, self.device, self.dtype)
 
     def at(self, *, small: bool = False, backend: str = "auto") -> Where:
@@ -211,6 +213,8 @@ def measure(case: Case, options: Options) -> Iterator[Measured]:
                 bench.run(contender, keep=turn > 0)
                 print(f"    {name}: {contender.times.step[-1:]} s", flush=True)
             except Exception as problem:
+                if contender.entry is None and contender.kernel is None:
+                    raise  # nothing can be held against it
                 print(f"{case.name}: {name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 del contenders[name]
         yield Measured(case, bench, contenders, wrong)
