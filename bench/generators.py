@@ -52,6 +52,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="only cases whose name contains this, in this order")
     parser.add_argument("--method", default="", help="only methods whose name contains this")
+    parser.add_argument("--without", action="append", default=[], help="no methods whose name contains this")
+    parser.add_argument(
+        "--patience", type=float, help="end, and say where it stands, if a check or forward takes longer"
+    )
     parser.add_argument("--layers", type=int, help="blocks of each stack to build")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seconds", type=float, help="begin no further case after so many")
@@ -66,7 +70,7 @@ def main() -> int:
     device = torch.device(args.device)
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype is None else args.dtype
     dtype = getattr(torch, chosen)
-    options = Options(device, dtype, args.rounds, args.warm, args.case_seconds)
+    options = Options(device, dtype, args.rounds, args.warm, args.case_seconds, args.patience)
     begin, failed = time.perf_counter(), 0
     for case in dict.fromkeys(
         c for word in ([""] if args.case is None else args.case) for c in CASES if word in c.name
@@ -74,7 +78,8 @@ def main() -> int:
         if args.seconds is not None and time.perf_counter() - begin > args.seconds:
             print(f"{case.name}: left out, {args.seconds:.0f} s are over", file=sys.stderr)
             continue
-        case = replace(case, entries=tuple(e for e in case.entries if args.method in e.name))
+        entries = (e for e in case.entries if args.method in e.name)
+        case = replace(case, entries=tuple(e for e in entries if not any(part in e.name for part in args.without)))
         if args.layers is not None:
             case = replace(case, built=tuple(min(args.layers, n) for n in case.kind.whole))
         measured = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -114,3 +115,18 @@ def test_a_dense_kernel_that_fails_is_told_and_no_rival(
     )
     assert timing.told(found) == "fa4_dense 2000.00, gluon 3000.00, sdpa cudnn 4000.00, sdpa flash refused"
     assert "sdpa flash: TypeError: no such kernel" in capsys.readouterr().out
+
+
+def test_a_process_that_stands_still_says_where_and_ends(parts: Any) -> None:
+    run = (
+        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
+        "from generation.measure import Options\n"
+        "import torch\n"
+        "options = Options(torch.device('cpu'), torch.float32, patience=0.3)\n"
+        "with options.waits(): pass\n"
+        "time.sleep(0.6); print('goes on', flush=True)\n"
+        "with options.waits(): time.sleep(60)\n"
+    )
+    found = subprocess.run([sys.executable, "-c", run, str(BENCH)], capture_output=True, text=True, timeout=120)
+    assert found.stdout == "goes on\n" and found.returncode == 1
+    assert "Timeout" in found.stderr and 'File "<string>", line 7' in found.stderr
