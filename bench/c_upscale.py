@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from torch import Tensor
 from glocal.adapt.c_upscale_hosts import StableDiffusionXL, Words
 from glocal.adapt.c_upscale_run import upscale
 
+Rows = list[dict[str, object]]
 CSV = Path(__file__).resolve().parent.parent / "results" / "c_upscale.csv"
 PLAIN: dict[str, Any] = {"structure": 0.0, "rap": "off", "mix": (0.0, 0.0)}
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -107,34 +109,35 @@ def seconds(run: Any, device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def measure(denoiser: Bare, pixels: int, small: int, rounds: int, device: torch.device) -> list[dict[str, object]]:
-    """Rows of one size."""
+def measure(denoiser: Bare, pixels: int, small: int, rounds: int, device: torch.device) -> Iterator[Rows]:
+    """Rows of one size, after every round anew."""
     runs: dict[str, list[float]] = {name: [] for name in ("plain", *VARIANTS)}
-    for turn in range(rounds + 1):
+    side = -(-(pixels - small) // (small // 2)) + 1
+    for turn in range(rounds + 1):  # the first one is not kept
         for name in runs:
             changed = PLAIN if name == "plain" else VARIANTS[name]
             took = seconds(lambda changed=changed: step(denoiser, pixels, small, device, **changed), device)
+            print(f"  {pixels} px, round {turn}, {name}: {took:.3f} s", flush=True)
             if turn:
                 runs[name].append(took)
-    side = -(-(pixels - small) // (small // 2)) + 1
-    rows: list[dict[str, object]] = []
-    for name in VARIANTS:
-        ratios = sorted(m / p for m, p in zip(runs[name], runs["plain"], strict=True))
-        rows.append({
-            "pixels": pixels,
-            "regions": side**2,
-            "variant": name,
-            "plain_s": f"{median(runs['plain']):.4f}",
-            "seconds": f"{median(runs[name]):.4f}",
-            "overhead": f"{median(ratios) - 1:.4f}",
-            "overhead_low": f"{ratios[0] - 1:.4f}",
-            "overhead_high": f"{ratios[-1] - 1:.4f}",
-            "rounds": rounds,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "torch": torch.__version__,
-        })  # fmt: skip
-        print({k: rows[-1][k] for k in ("pixels", "regions", "variant", "plain_s", "seconds", "overhead")}, flush=True)
-    return rows
+        if turn:
+            yield [_row(name, runs, device, pixels=pixels, regions=side**2) for name in VARIANTS]
+
+
+def _row(name: str, runs: dict[str, list[float]], device: torch.device, **size: int) -> dict[str, object]:
+    ratios = sorted(m / p for m, p in zip(runs[name], runs["plain"], strict=True))
+    return {
+        **size,
+        "variant": name,
+        "plain_s": f"{median(runs['plain']):.4f}",
+        "seconds": f"{median(runs[name]):.4f}",
+        "overhead": f"{median(ratios) - 1:.4f}",
+        "overhead_low": f"{ratios[0] - 1:.4f}",
+        "overhead_high": f"{ratios[-1] - 1:.4f}",
+        "rounds": len(ratios),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+    }
 
 
 def main() -> None:
@@ -157,10 +160,9 @@ def main() -> None:
     error = (step(denoiser, small, small, device, mix=(0.0, 0.0)).float() - plain).norm() / plain.norm()
     if not error < 1e-2:
         raise RuntimeError(f"one region that is the whole picture is off plain denoising by {float(error):.1e}")
-    rows: list[dict[str, object]] = []
     for pixels in (2048, 4096) if args.pixels is None else args.pixels:
-        rows += measure(denoiser, pixels // 16 if args.tiny else pixels, small, args.rounds, device)
-        write(merged(args.out, rows, ("pixels", "variant")), args.out)
+        for rows in measure(denoiser, pixels // 16 if args.tiny else pixels, small, args.rounds, device):
+            write(merged(args.out, rows, ("pixels", "variant")), args.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ smaller maps and windows have, as a share of the pairs of the dense step). Every
 check: at a small size the output of the model equals that by the definition (backend "reference", dense kernels of
 another make); one that does not is reported, gets no row, and the exit code is 1. Then dense and sparse forwards run in
 turn in one process; the dense ones use the fastest dense kernel that is here, and so does what a method leaves dense.
+dense_ms_a_call names all dense kernels that were compared at the shape, and those that refused or are not installed.
 
 A card does not hold the whole models, and their blocks are alike, so a few are built at full width. Measured are: one
 attention call with all that the method does for it (attention_ms: routing, permutation, kernel, rectification), one
@@ -51,6 +52,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--case", action="append", help="only cases whose name contains this, in this order")
     parser.add_argument("--method", default="", help="only methods whose name contains this")
+    parser.add_argument("--without", action="append", default=[], help="no methods whose name contains this")
+    parser.add_argument(
+        "--patience", type=float, help="end, and say where it stands, if a check or forward takes longer"
+    )
     parser.add_argument("--layers", type=int, help="blocks of each stack to build")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16 on a GPU")
     parser.add_argument("--seconds", type=float, help="begin no further case after so many")
@@ -65,33 +70,38 @@ def main() -> int:
     device = torch.device(args.device)
     chosen = ("bfloat16" if device.type == "cuda" else "float32") if args.dtype is None else args.dtype
     dtype = getattr(torch, chosen)
-    options = Options(device, dtype, args.rounds, args.warm, args.case_seconds)
-    begin, wrong = time.perf_counter(), 0
+    options = Options(device, dtype, args.rounds, args.warm, args.case_seconds, args.patience)
+    begin, failed = time.perf_counter(), 0
     for case in dict.fromkeys(
         c for word in ([""] if args.case is None else args.case) for c in CASES if word in c.name
     ):
         if args.seconds is not None and time.perf_counter() - begin > args.seconds:
             print(f"{case.name}: left out, {args.seconds:.0f} s are over", file=sys.stderr)
             continue
-        case = replace(case, entries=tuple(e for e in case.entries if args.method in e.name))
+        entries = (e for e in case.entries if args.method in e.name)
+        case = replace(case, entries=tuple(e for e in entries if not any(part in e.name for part in args.without)))
         if args.layers is not None:
             case = replace(case, built=tuple(min(args.layers, n) for n in case.kind.whole))
         measured = None
-        for measured in measure(case.tiny() if args.tiny else case, options):
-            mine = rows_of(measured)  # a run that is cut keeps the rounds it had
-            write(merged(args.out, mine, ("case", "method")), args.out)
-        assert measured is not None
-        wrong += len(measured.wrong)
-        print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
-        for row in rows_of(measured):
-            print({name: row[name] for name in SHOWN}, flush=True)
-        for text in () if args.profile is None else measured.profiles(args.profile):
-            print(text, flush=True)
+        try:
+            for measured in measure(case.tiny() if args.tiny else case, options):
+                mine = rows_of(measured)  # a run that is cut keeps the rounds it had
+                write(merged(args.out, mine, ("case", "method")), args.out)
+        except Exception as problem:  # the other cases are measured
+            failed += 1
+            print(f"{case.name}: {type(problem).__name__}: {str(problem)[:400]}", file=sys.stderr, flush=True)
+        if measured is not None:
+            failed += len(measured.wrong)
+            print(f"{case.name}: {time.perf_counter() - begin:.0f} s since the start", flush=True)
+            for row in rows_of(measured):
+                print({name: row[name] for name in SHOWN}, flush=True)
+            for text in () if args.profile is None else measured.profiles(args.profile):
+                print(text, flush=True)
         del measured
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return 1 if wrong else 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import csv
 from pathlib import Path
 
 from highres import strip_name
+from highres_verdicts import MEANT, NAMES, groups, judged, verdict
 
 from glocal._files import write_atomic
 from glocal.report import Column, Picture, Table, TableReport, render_table
@@ -17,9 +18,7 @@ from glocal.report import Column, Picture, Table, TableReport, render_table
 ROOT = Path(__file__).resolve().parent.parent
 MEASURES = ("right", "whole", "extra", "missing", "detail")
 SIGNS = {"yes": "better", "no": "worse", "unclear": "unclear", "": None}
-VERDICTS = ("improves", "no clear change", "mixed", "worse")
 WIDE = ".pictures { grid-template-columns: 1fr } .pictures img { width: min(100%, 900px) }"
-NAMES = {"unet": "UNet", "dit": "transformer"}
 
 
 def table(rows: list[dict[str, str]]) -> Table:
@@ -45,26 +44,11 @@ def table(rows: list[dict[str, str]]) -> Table:
     return Table(tuple(columns), tuple(cells))
 
 
-def verdict(right: str, extra: str) -> str:
-    """Of `VERDICTS`, from whether objects right and objects too many are "yes" better, "no" (worse) or "unclear"."""
-    if "no" in (right, extra):
-        return "mixed" if "yes" in (right, extra) else "worse"
-    return "improves" if "yes" in (right, extra) else "no clear change"
-
-
 def verdicts(rows: list[dict[str, str]]) -> list[str]:
     """Which methods improve on naive sampling and which do not, a sentence for each model and side."""
     said = []
-    for model, side in dict.fromkeys((row["model"], row["side"]) for row in rows if row["method"] != "naive"):
-        here = [row for row in rows if (row["model"], row["side"]) == (model, side) and row["method"] != "naive"]
-        better: dict[str, dict[str, str]] = {}
-        for row in here:
-            better.setdefault(row["method"], {})[row["measure"]] = row["better"]
-        parts = []
-        for word in VERDICTS:
-            names = [m.replace(",", "") for m, b in better.items() if verdict(b["right"], b["extra"]) == word]
-            if names:
-                parts.append(f"{word}: {', '.join(names)}")
+    for (model, side), methods in judged(rows).items():
+        parts = [f"{word}: {', '.join(n.replace(',', '') for n in names)}" for word, names in groups(methods).items()]
         said.append(f"{NAMES[model]}, {side} px. {'; '.join(parts)}.")
     return said
 
@@ -93,8 +77,9 @@ def page(rows: list[dict[str, str]], folder: Path) -> str:
         "Means over captions and noises (seeds) that are the same for every method. better or worse: the whole 90 % "
         "interval of the paired differences to naive sampling at the same side lies on that side of zero.",
         "Which methods improve on naive sampling. "
-        + "improves: more objects right or fewer too many, and neither worse; mixed: one better, one worse. A method "
-        "without 'improves' does not show here what its paper claims. " + " ".join(verdicts(rows)),
+        + "; ".join(f"{word}: {meant}" for word, meant in MEANT.items())
+        + ". A method without 'improves' does not show here what its paper claims. "
+        + " ".join(verdicts(rows)),
         "Captions of the pictures, from left to right (rows of another run may have others; what they asked for stands "
         "in the painted strip of their side): " + " ".join(captions),
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from generation.models import WAN
 from generation.rows import merged, write
-from generation.timing import Dense, best_dense, dense
+from generation.timing import Dense, dense, dense_times, told
 from torch import Tensor, nn
 
 from glocal.adapt import attach
@@ -38,6 +38,7 @@ CSV = Path(__file__).resolve().parent.parent / "results" / "ultragen.csv"
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 HEADS, DIM = 12, 128
 Triple = tuple[Tensor, Tensor, Tensor]
+SHOWN = ("case", "variant", "measured", "dense_s", "seconds", "speedup", "rounds")
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,8 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 def measure(
     case: Case, variants: Mapping[str, UltraGenSettings], rounds: int, device: torch.device, heads: int
-) -> list[dict[str, object]]:
-    """Rows of one case."""
+) -> Iterator[list[dict[str, object]]]:
+    """Rows of one variant after every round anew, variant by variant."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = wan(heads, device, dtype)
     clock = Clock(model, device)
@@ -174,8 +175,9 @@ def measure(
         return q, k, v
 
     full = draw(torch.Size(case.grid).numel())
-    kernel = best_dense(replace(WAN, heads=heads), full[0].shape[2], device, dtype)
-    rows: list[dict[str, object]] = []
+    kernels = dense_times(replace(WAN, heads=heads), full[0].shape[2], device, dtype)
+    print(f"  dense, ms a call: {told(kernels)}", flush=True)
+    kernel = next(iter(kernels))
     for name, settings in variants.items():
         error = check(model, settings, device, dtype)
         clock.read()
@@ -195,35 +197,34 @@ def measure(
             with ultragen(model, parts=parts.parts):
                 timed["forward", name] = seconds(lambda: forward(model, given), device)
             timed["module", name] = clock.read()
-            if turn:
-                for key, value in timed.items():
-                    runs.setdefault(key, []).append(value)
-        shares = [sum(settings.pairs(case.grid, n).values()) / full[0].shape[2] ** 2 for n in (0, 1)]
-        for what in ("scores", "module", "forward"):
-            ratios = sorted(d / m for d, m in zip(runs[what, "dense"], runs[what, name], strict=True))
-            rows.append({
-                "case": case.name,
-                "variant": name,
-                "measured": what,
-                "tokens": full[0].shape[2],
-                "pairs_even_odd": " ".join(f"{share:.4f}" for share in shares),
-                "kernel": kernel,
-                "dense_s": f"{median(runs[what, 'dense']):.4f}",
-                "seconds": f"{median(runs[what, name]):.4f}",
-                "speedup": f"{median(ratios):.3f}",
-                "speedup_low": f"{ratios[0]:.3f}",
-                "speedup_high": f"{ratios[-1]:.3f}",
+            if turn == 0:
+                continue
+            for key, value in timed.items():
+                runs.setdefault(key, []).append(value)
+            shares = [sum(settings.pairs(case.grid, n).values()) / full[0].shape[2] ** 2 for n in (0, 1)]
+            common = {"pairs_even_odd": " ".join(f"{share:.4f}" for share in shares), "kernel": kernel}
+            end = {
                 "bound_by_pairs": f"{2 / sum(shares):.2f}",
-                "paper": case.paper if what == "forward" else "",
                 "error": f"{error:.1e}",
-                "rounds": rounds,
+                "rounds": turn,
                 "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
                 "torch": torch.__version__,
-            })  # fmt: skip
-            print(
-                {k: rows[-1][k] for k in ("case", "variant", "measured", "dense_s", "seconds", "speedup")}, flush=True
-            )
-    return rows
+            }
+            yield [
+                {
+                    "case": case.name, "variant": name, "measured": what, "tokens": full[0].shape[2], **common,
+                    **_ratios(runs[what, "dense"], runs[what, name]),
+                    "paper": case.paper if what == "forward" else "", **end,
+                }
+                for what in ("scores", "module", "forward")
+            ]  # fmt: skip
+
+
+def _ratios(dense: Sequence[float], mine: Sequence[float]) -> dict[str, str]:
+    ratios = sorted(d / m for d, m in zip(dense, mine, strict=True))
+    found = {"dense_s": f"{median(dense):.4f}", "seconds": f"{median(mine):.4f}"}
+    names = ("speedup", "speedup_low", "speedup_high")
+    return found | dict(zip(names, (f"{r:.3f}" for r in (median(ratios), ratios[0], ratios[-1])), strict=True))
 
 
 def main() -> None:
@@ -239,7 +240,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=CSV)
     args = parser.parse_args()
     variants = {n: s for n, s in VARIANTS.items() if args.variant is None or n in args.variant}
-    rows: list[dict[str, object]] = []
     cases = CASES
     if args.grid is not None:
         frames, height, width = args.grid
@@ -248,12 +248,14 @@ def main() -> None:
         if args.case not in case.name:
             continue
         here = replace(case, grid=(2, 17, 16)) if args.tiny else case
+        size = 1 if args.tiny else args.heads
         try:
-            rows += measure(here, variants, args.rounds, torch.device(args.device), 1 if args.tiny else args.heads)
+            for rows in measure(here, variants, args.rounds, torch.device(args.device), size):
+                write(merged(args.out, rows, ("case", "variant", "measured")), args.out)
+                for row in rows:
+                    print({k: row[k] for k in SHOWN}, flush=True)
         except torch.OutOfMemoryError as error:
             print(f"{case.name}: {str(error)[:200]}", file=sys.stderr)
-        if rows:
-            write(merged(args.out, rows, ("case", "variant", "measured")), args.out)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import nn
 from generation.cases import Case
 from generation.entries import Entry, Where
 from generation.models import Inputs, made_on
-from generation.timing import LONG, Clock, Dense, alone, best_dense, kernels, seconds, timed_blocks
+from generation.timing import LONG, Clock, Dense, alone, dense_times, kernels, seconds, timed_blocks, told
 from glocal.adapt import Method, attach, fused_norms
 from glocal.adapt.scale_dit import ScaleDiT
 from glocal.adapt.sparse import Ran, SparseMethod
@@ -27,7 +28,8 @@ TOLERANCE = {torch.bfloat16: 3e-2, torch.float32: 1e-4}
 @dataclass(frozen=True)
 class Options:
     """How a case is run. warm: one forward of each method and no clock, so that kernels are compiled. seconds: no
-    further round of a case after so many.
+    further round of a case after so many. patience: seconds that a check or the clocks of a forward may take; a kernel
+    that never ends would hold the process, so then it says where it stands and ends.
     """
 
     device: torch.device
@@ -35,6 +37,17 @@ class Options:
     rounds: int = 3
     warm: bool = False
     seconds: float = 3600.0
+    patience: float | None = None
+
+    @contextmanager
+    def waits(self) -> Iterator[None]:
+        """While the context lasts, the process ends after `patience`."""
+        if self.patience is not None:
+            faulthandler.dump_traceback_later(self.patience, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
 
 
 @dataclass
@@ -87,7 +100,9 @@ class Bench:
         torch.manual_seed(0)
         with made_on(self.device, self.dtype):
             self.model: nn.Module = case.kind.build(case.layers, case.width).eval()
-        self.kernel = best_dense(case.kind, case.attended, self.device, self.dtype)
+        self.dense = dense_times(case.kind, case.attended, self.device, self.dtype)
+        print(f"  dense, ms a call: {told(self.dense)}", flush=True)
+        self.kernel = next(iter(self.dense))
         self.given = case.kind.inputs(case.grid, self.device, self.dtype)
 
     def at(self, *, small: bool = False, backend: str = "auto") -> Where:
@@ -185,7 +200,8 @@ def measure(case: Case, options: Options) -> Iterator[Measured]:
     wrong: list[str] = []
     for entry in case.entries:
         try:
-            error = bench.check(entry)
+            with options.waits():
+                error = bench.check(entry)
             made = entry.make(bench.model, bench.at())
         except Exception as problem:  # whatever a method's kernels raise, the others are measured
             print(f"{case.name}: {entry.name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
@@ -208,9 +224,12 @@ def measure(case: Case, options: Options) -> Iterator[Measured]:
         print(f"  round {turn}: {time.perf_counter() - begin:.0f} s since the case began", flush=True)
         for name, contender in list(contenders.items()):
             try:
-                bench.run(contender, keep=turn > 0)
+                with options.waits():
+                    bench.run(contender, keep=turn > 0)
                 print(f"    {name}: {contender.times.step[-1:]} s", flush=True)
             except Exception as problem:
+                if contender.entry is None and contender.kernel is None:
+                    raise  # nothing can be held against it
                 print(f"{case.name}: {name}: {type(problem).__name__}: {str(problem)[:400]}", flush=True)
                 del contenders[name]
         yield Measured(case, bench, contenders, wrong)

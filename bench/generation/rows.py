@@ -13,6 +13,7 @@ from statistics import median
 import torch
 
 from generation.measure import FLASH, FUSED, Contender, Measured
+from generation.timing import told
 from glocal._files import write_atomic
 
 Step = Callable[..., float]  # of Measured, Contender, round, dense layers: seconds of a forward
@@ -37,7 +38,10 @@ def kernel_step(measured: Measured, contender: Contender, turn: int, dense_layer
 
 
 def run_seconds(measured: Measured, contender: Contender, step: Step = whole_step) -> float:
-    """Seconds of a run, computed from whole steps: dense first steps and layers as published."""
+    """Seconds of a run, computed from whole steps: dense first steps and layers as published.
+
+    nan where a part of the run was not measured.
+    """
     entry, steps = contender.entry, measured.case.steps
     turns = range(len(contender.times.step))
     if entry is None:
@@ -46,12 +50,13 @@ def run_seconds(measured: Measured, contender: Contender, step: Step = whole_ste
     dense = median(step(measured, base, t) for t in turns)
     run = [c for c in measured.contenders.values() if c.entry is not None and c.entry.group == entry.group]
     parts = run if entry.group else [contender]
-    seconds = float(entry.dense_steps * dense)
+    seconds, left = float(entry.dense_steps * dense), steps - entry.dense_steps
     for part in parts:
         assert part.entry is not None
         count = steps - entry.dense_steps if part.entry.steps is None else part.entry.steps
+        left -= count
         seconds += count * median(step(measured, part, t, part.entry.dense_layers) for t in turns)
-    return seconds
+    return seconds if left == 0 else nan
 
 
 def rows_of(measured: Measured) -> list[dict[str, object]]:
@@ -81,6 +86,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "kept": f"{contender.pairs / base.pairs if contender.kept is None else contender.kept:.4f}",
         "visited": f"{sum(r.visited for r in ran) / len(ran):.4f}" if ran else "",
         "kernel": ",".join(sorted({k for r in ran for k in r.kernels})) if ran else dense,
+        "dense_ms_a_call": told(measured.bench.dense) if contender is base else "",
         "attention_ms": _ms(median(times.attention)),
         "attention_speedup": _ratio(median(attention)),
         "block_ms": " + ".join(_ms(median(b[i] for b in times.blocks)) for i in range(len(kind.stacks))),
@@ -92,7 +98,7 @@ def _row(measured: Measured, name: str, contender: Contender) -> dict[str, objec
         "step_speedup_flash2": _ratio(median(flash[t] / s for t, s in zip(turns, mine, strict=True)) if flash else nan),
         "dense_steps": 0 if entry is None else entry.dense_steps,
         "dense_layers": 0 if entry is None else sum(entry.dense_layers),
-        "run_s": f"{run:.1f}",
+        "run_s": "" if run != run else f"{run:.1f}",
         "run_forecast": _ratio(run_seconds(measured, base) / run),
         "run_forecast_flash2": _ratio(nan if other is None else run_seconds(measured, other) / run),
         "kernels_ms": _ms(busy),

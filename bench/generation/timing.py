@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
+from math import nan
 from typing import Any
 
 import torch
@@ -115,26 +115,32 @@ def _every(tokens: int) -> tuple[Canvas, Blocks]:
     return Canvas((tokens,)), Blocks(torch.ones(groups, groups, dtype=torch.bool), 128, 128)
 
 
-def best_dense(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest dense kernel for the shape; one that refuses it is no candidate.
+def dense_times(kind: Kind, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds of one call of every dense kernel for the shape, the fastest first; nan for one that refuses it or is
+    not here, which is said.
 
     Longer sequences than `LONG` are compared at 131,072 tokens.
     UNets, which attend often and to little, are left to torch's own kernels.
     """
     if device.type != "cuda":
-        return "sdpa"
+        return {"sdpa": 0.0}
     own = ("fa4_dense", "gluon") if kind.stacks else ()
     tokens = tokens if tokens < LONG else 1 << 17
     q, k, v = (draw((1, kind.heads, tokens, kind.dim), device, dtype) for _ in "qkv")
     found: dict[str, float] = {}
     for kernel in ("sdpa cudnn", "sdpa flash", *own):
         try:
-            dense(kernel, q, k, v)
+            dense(kernel, q, k, v)  # compiled and warm before it is timed
             found[kernel] = min(seconds(lambda kernel=kernel: dense(kernel, q, k, v), device) for _ in "ab")
-        except (RuntimeError, ValueError, ImportError) as error:
-            print(f"  {kernel}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
-    print("  dense: " + ", ".join(f"{name} {s * 1e3:.2f} ms" for name, s in found.items()), flush=True)
-    return min(found, key=lambda name: found[name])
+        except Exception as error:  # whatever a guest raises, the others are compared
+            found[kernel] = nan
+            print(f"  {kernel}: {type(error).__name__}: {str(error).splitlines()[0][:160]}", flush=True)
+    return dict(sorted(found.items(), key=lambda item: (item[1] != item[1], item[1])))
+
+
+def told(times: Mapping[str, float]) -> str:
+    """Dense kernels and the milliseconds of a call, in one line."""
+    return ", ".join(f"{name} {'refused' if s != s else f'{s * 1e3:.2f}'}" for name, s in times.items())
 
 
 @contextmanager

@@ -1,14 +1,22 @@
-"""Puts measured figures of a vision system into its page: `<!-- figures: davit -->`, from the tables of results/."""
+"""Puts measured figures into pages, from the tables of results/: of a vision system, `<!-- figures: davit -->`; what
+rows of large pictures say against naive sampling, of one method or of all, `<!-- verdicts: hidiffusion -->`.
+"""
 
 from __future__ import annotations
 
 import csv
 import re
+import sys
 from pathlib import Path
 
 from tables import measured
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "bench"))
+
+import highres_verdicts  # noqa: E402
+
+VERDICTS = re.compile(r"<!-- verdicts: (\w+) -->")
 MARK = re.compile(r"<!-- figures: (\w+) -->")
 MODELS = {"hilo": "litv2", "sg_former": "sgformer"}  # how names of models start, where not as their system's
 RUN = "`python bench/{}.py --device {}` makes them"
@@ -16,7 +24,19 @@ RUN = "`python bench/{}.py --device {}` makes them"
 
 def on_page_markdown(markdown: str, **_: object) -> str:
     """Called by mkdocs for each page."""
+    markdown = VERDICTS.sub(lambda found: verdicts(found[1]), markdown)
     return MARK.sub(lambda found: figures(found[1]), markdown)
+
+
+def verdicts(method: str) -> str:
+    """Of one method, or of all."""
+    rows = read("highres")
+    said = highres_verdicts.lines(rows) if method == "all" else highres_verdicts.of_method(rows, method)
+    return (
+        "\n".join(said)
+        if said
+        else "No rows of large pictures were measured yet; `python bench/highres.py` makes them."
+    )
 
 
 def figures(system: str) -> str:

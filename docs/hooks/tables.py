@@ -1,13 +1,15 @@
 """Puts tables made from the code into pages: `<!-- table: systems -->`, `<!-- table: parity -->`, and rows of results:
 `<!-- results: kernels-*.csv | case, ms | pass=forward, method~radial, ms -->` (files, columns, conditions: equal, a
-part of the cell; a bare name: not empty).
+part of the cell; a bare name: not empty). `<!-- picture: video_methods.svg | words -->` shows a figure of results/.
 """
 
 from __future__ import annotations
 
 import csv
+import html
 import re
 import sys
+from base64 import b64encode
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))
@@ -25,7 +27,17 @@ def on_page_markdown(markdown: str, **_: object) -> str:
         mark = f"<!-- table: {name} -->"
         if mark in markdown:
             markdown = markdown.replace(mark, make())
+    markdown = re.sub(r"<!-- picture: ([^|>]+)\|([^>]+)-->", lambda m: picture(*m.groups()), markdown)
     return re.sub(r"<!-- results: ([^|>]+)\|([^|>]+)(?:\|([^>]*))?-->", lambda m: results_table(*m.groups()), markdown)
+
+
+def picture(file: str, words: str) -> str:
+    """A figure that a driver drew, inside the page; a line in words where there is none."""
+    path = ROOT / "results" / file.strip()
+    if not path.is_file():
+        return f"No figure is present at results/{file.strip()}."
+    drawn = b64encode(path.read_bytes()).decode()
+    return f'<img alt="{html.escape(words.strip())}" src="data:image/svg+xml;base64,{drawn}">'
 
 
 def results_table(files: str, columns: str, conditions: str | None) -> str:
