@@ -149,16 +149,18 @@ def route_call(q: Tensor, k: Tensor, call: SiteCall, axes: tuple[int, ...], sett
     forced = _forced(axes, block, settings.curve, settings.neighbours, settings.first_frame).to(q.device)
     least = int((1 - settings.drop) * part.groups)
     keep = Keep(mass=settings.mass, crossing="in", at_least=least, forced="union")
-    competing = share.words[..., None].log() if words.numel() else None
-    kept = kept_blocks(keep, share, forced, competing)
+    kept = kept_blocks(keep, share, forced)
     mask = torch.nn.functional.pad(kept, (0, whole.groups - part.groups, 0, whole.groups - part.groups), value=True)
     good = helpful(mine, theirs) if settings.rectify else kept
     return Routed(plan_blocks(mask, call.layout, whole, whole), share, kept, good, part, whole)
 
 
-def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None, competing: Tensor | None) -> Tensor:
-    """Bool [B, H, query groups, key groups]: the blocks that won a place, and the forced ones."""
-    return keep.mask(share.blocks.log(), forced=forced, competing=competing)
+def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None = None) -> Tensor:
+    """Bool [B, H, query groups, key groups]: the blocks that won a place, and the forced ones. Words compete for places
+    as one column.
+    """
+    blocks, words = share.logits.tensor_split([share.blocks.shape[-1]], -1)
+    return keep.mask(blocks, forced=forced, competing=words if words.shape[-1] else None)
 
 
 def word_keys(k: Tensor, words: Tensor, layout: Layout) -> Tensor | None:
