@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from glocal.adapt.rectified_spaattn import kept_blocks, word_keys
+from glocal.adapt.rectified_spaattn import kept_blocks, least_kept, word_keys
 from glocal.canvas import Canvas, Layout, Order
 from glocal.ops.epilogue import Epilogue
 from glocal.ops.rectify import rectification
@@ -146,7 +146,7 @@ class BestShares:
         """The plan of a call; q, k [B, H, N, D]."""
         groups = groups_of(layout.kv, self.order, str(q.device))
         share = looked_at(q, k, layout, groups, scale).share
-        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, int((1 - self.drop) * groups.part.groups)))
+        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, least_kept(self.drop, groups.part.groups)))
         kept = kept_blocks(keep, share)
         mask = kept.new_ones(*kept.shape[:2], groups.whole.groups, groups.whole.groups)
         mask[:, :, groups.media[:, None], groups.media[None]] = kept
