@@ -13,6 +13,7 @@ from torch import Tensor
 from glocal.adapt import Method, RunState, Site, attach, open_handles
 from glocal.adapt.records import Core, SiteCall
 
+from .hosts.exam import AtCore, AtForward, AtLayer, AtModule, run
 from .hosts.sizes import SD15, WAN
 
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: pip install 'glocal[diffusers]'")
@@ -190,3 +191,27 @@ def test_a_model_whose_weights_wait_elsewhere() -> None:
         assert torch.equal(run(), plain)
     assert len(method.seen) == 1
     assert torch.equal(run(), plain)
+
+
+@pytest.mark.parametrize("method", [AtModule, AtLayer, AtForward])
+def test_offloading_that_comes_later_outlives_the_method(method: type[AtCore]) -> None:
+    accelerate = pytest.importorskip(
+        "accelerate", reason="accelerate is not installed: pip install 'glocal[diffusers]'"
+    )
+    model = wan().transformer
+    given = {
+        "hidden_states": torch.randn(1, 16, 3, 4, 6, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([900.0]),
+        "encoder_hidden_states": torch.randn(1, 5, 16, generator=torch.Generator().manual_seed(1)),
+    }
+    plain = run(model, given)
+    with attach(model, method(0.5)):
+        once = run(model, given)
+        with attach(model, method(2.0)):
+            assert torch.equal(run(model, given), plain)  # powers of two
+            accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+            assert model.blocks[0].scale_shift_table.is_meta and torch.equal(run(model, given), plain)
+        assert torch.equal(run(model, given), once)
+    assert torch.equal(run(model, given), plain)
+    assert model.blocks[0].scale_shift_table.is_meta
+    accelerate.hooks.remove_hook_from_submodules(model)

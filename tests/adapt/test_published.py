@@ -17,6 +17,7 @@ from glocal.adapt.paro_calibration import ParoSpec, calibrate
 from glocal.adapt.published import kind, kinds, made, published
 from glocal.adapt.radial import PRESETS as RADIAL
 from glocal.adapt.sparse import SparseMethod
+from glocal.adapt.teacache import TeaCache
 from glocal.kernels.quant import Quant
 from glocal.models.generation.video_dit import VideoDiT
 
@@ -29,18 +30,21 @@ def test_what_is_published_for_a_model(generator: torch.Generator, model: VideoD
     def names(thing: object) -> list[str]:
         return [f"{p.system} {p.preset}" for p in published(thing)]
 
-    assert names(built(FLUX, generator)[0]) == ["gna flux-4k-90", "rectified_spaattn flux-4k"]
+    assert names(built(FLUX, generator)[0]) == ["gna flux-4k-90", "rectified_spaattn flux-4k", "teacache flux"]
     assert names(built(HUNYUAN, generator)[0]) == [
         "gna hunyuanvideo-58",
         "gna hunyuanvideo-91",
         "radial hunyuanvideo",
         "radial hunyuanvideo-long",
         "rectified_spaattn hunyuanvideo",
+        "teacache hunyuanvideo",
     ]
     assert names(wan(boundary_ratio=0.8)) == [
         "radial wan2.2-a14b",
         "rectified_spaattn wan2.2-t2v",
         "rectified_spaattn wan2.2-i2v",
+        "teacache wan2.2-t2v",
+        "teacache wan2.2-i2v",
     ]
     assert published(model) == ()
     found = published(built(FLUX, generator)[0])[1]
@@ -72,7 +76,8 @@ def test_methods_from_plain_values_in_the_built_in_model(
 
 
 def test_refusals() -> None:
-    assert kinds() == ("freeswim", "gna", "hidiffusion", "paro", "radial", "rectified_spaattn", "tile_windows")
+    systems = ("freeswim", "gna", "hidiffusion", "paro", "radial", "rectified_spaattn", "teacache", "tile_windows")
+    assert kinds() == systems
     assert kind("tile_windows").presets == {}
     with pytest.raises(
         ValueError, match=r"system='radail' is no method of settings; legal: freeswim, .*; nearest: radial"
@@ -89,6 +94,8 @@ def test_refusals() -> None:
             "gna: stride=0.5; legal: a list of whole numbers or a whole number",
         ),
         ("radial", {"decay": "fast"}, "radial: decay='fast'; legal: a number"),
+        ("teacache", {"polynomial": [1, "x"], "threshold": 0.1}, r"polynomial=\[1, 'x'\]; legal: a list of numbers"),
+        ("rectified_spaattn", {"layers": [0.5]}, r"layers=\[0.5\]; legal: a list of whole numbers"),
         ("radial", {"sink": 1}, "radial: sink=1; legal: true or false"),
         ("rectified_spaattn", {"curve": "hilbert"}, "rectified_spaattn: curve='hilbert'; legal: gilbert, raster"),
     ):
@@ -111,6 +118,14 @@ def test_a_preset_with_single_settings_changed() -> None:
     assert method.settings == replace(RADIAL["wan2.1-14b"].settings, dense_steps=3)  # type: ignore[attr-defined]
     hidi = made("hidiffusion", {"preset": "sdxl", "window_attention": False})
     assert isinstance(hidi, HiDiffusion) and not hidi.settings.window_attention and hidi.settings.raunet
+
+
+def test_whole_forwards_are_skipped_by_plain_values(model: VideoDiT, clip: Tensor) -> None:
+    method = made("teacache", {"polynomial": [0.5, 0], "threshold": 10, "signal": "time"})
+    with torch.no_grad(), attach(model, method):
+        for level in (0.9, 0.8, 0.7):
+            model(clip, torch.tensor([level]))
+    assert isinstance(method, TeaCache) and (method.computed, method.skipped) == (1, 2)
 
 
 def test_systems_for_large_sizes_are_listed_apart(generator: torch.Generator) -> None:

@@ -20,7 +20,7 @@ from .hosts.exam import run
 from .test_pipelines import generate, wan
 from .test_sparse_methods import COGVIDEOX, FLUX, HUNYUAN, MOCHI, WAN, made
 
-ALL = SpaSettings(drop=0.0, mass=1.0, block=8)
+ALL = SpaSettings(drop=0.0, mass=0.0, block=8, neighbours=False)
 FEW = SpaSettings(drop=0.7, mass=0.0, block=8, neighbours=False)
 
 
@@ -148,6 +148,7 @@ def test_experts_of_a_pipeline() -> None:
 
 def test_published_settings_and_refusals(generator: torch.Generator) -> None:
     assert PRESETS["flux-4k"].settings.layers == frozenset(range(37, 57))
+    assert PRESETS["wan2.2-t2v"].settings.expert_steps == {"transformer": 3, "transformer_2": 1}  # 6 and 2 calls
     model, given = made(FLUX, generator)
     with pytest.raises(
         ValueError, match=r"preset='hunyuanvideo' is for HunyuanVideo\w+, this is Flux\w+; for it: flux-4k"

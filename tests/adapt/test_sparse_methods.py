@@ -26,6 +26,8 @@ from .hosts import (
     test_diffusers_flux,
     test_diffusers_hunyuan_video,
     test_diffusers_mochi,
+    test_diffusers_pixart,
+    test_diffusers_sd3,
     test_diffusers_wan,
 )
 from .hosts.exam import Inputs, run
@@ -229,6 +231,14 @@ def test_a_canvas_that_does_not_fit_is_named(generator: torch.Generator) -> None
     given["img_ids"] = given["img_ids"].flip(0)
     with gna(model, window=(2, 2)), pytest.raises(ValueError, match="legal: one grid of media tokens and text around"):
         run(model, given)
+
+
+def test_rows_of_an_image_are_no_frames(generator: torch.Generator) -> None:
+    """SD3 has its words behind the image, PixArt none: the grid comes first there, as in a video."""
+    for exam in (test_diffusers_sd3.TestSD3, test_diffusers_pixart.TestPixArt):
+        model, given = made(exam, generator)
+        with radial(model, settings=SMALL), pytest.raises(ValueError, match="image=.*; an image has no frames"):
+            run(model, given)
 
 
 def test_cross_attention_is_left_alone(generator: torch.Generator) -> None:

@@ -254,4 +254,16 @@ def test_systems_for_other_models_say_so() -> None:
         err.split()
     )
     code, _, err = run("demo", "--method", "hidiffusion", "--set", "preset=sdxl")
-    assert code == 2 and "HiDiffusion found no attention site it wants in VideoDiT" in " ".join(err.split())
+    assert code == 2 and "hidiffusion: the model has no stages; legal: a UNet" in " ".join(err.split())
+    code, _, err = run("demo", "--method", "teacache", "--set", "preset=flux")
+    assert code == 2 and "VideoBlock modulates outside its norm; legal: 'time'" in " ".join(err.split())
+
+
+def test_skipped_forwards_are_counted() -> None:
+    words = ("demo", "--method", "teacache", "--set", "signal=time", "--set", "threshold=9", "--steps", "5", "--quiet")
+    code, out, err = run(*words, "--set", "polynomial=1,0", "--guidance", "2", "-c", "shape=disc")
+    assert (code, err) == (0, "")
+    assert "polynomial=[1, 0]" in out and "site" not in out  # no table of attentions: none was touched
+    assert [line.split()[-1] for line in out.splitlines() if line.startswith("forwards")] == ["4", "6"]
+    code, out, _ = run(*words, "--set", "polynomial=1,0", "--set", "last_step=false", "--json")
+    assert code == 0 and json.loads(out)["forwards"] == {"computed": 1, "skipped": 4}

@@ -45,6 +45,8 @@ class HiDiffusion(Method):
         """Stages, what lies around attention, and the downsampler that strides. ValueError for a UNet without one."""
         places = self.settings.places
         stages = [b.name for b in blocks if b.role in ("down", "up")]
+        if not stages:
+            raise ValueError("hidiffusion: the model has no stages; legal: a UNet.")
         taken = set(stages)
         if places.strided is not None:
             taken.add(f"{places.strided}.downsamplers.0")

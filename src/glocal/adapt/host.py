@@ -111,13 +111,19 @@ def wrap_forward(model: Any, point: Point, name: str, wrapper: Callable[[Wrapper
 
 
 def replace_forward(module: nn.Module, wrapper: Callable[[Wrapper], Wrapper]) -> Undo:
-    """Put ``wrapper(module.forward)`` in place; the undo leaves the module's attributes as they were."""
+    """Put ``wrapper(module.forward)`` in place; the undo leaves the module's attributes as they were.
+
+    Offloading that came later (hooks of accelerate, which keep what they found as `_old_forward`) stays in place.
+    """
     had = "forward" in module.__dict__
     original = module.forward
-    module.forward = wrapper(original)  # type: ignore[method-assign]
+    mine = wrapper(original)
+    module.forward = mine  # type: ignore[method-assign]
 
     def undo() -> None:
-        if had:
+        if module.__dict__.get("_old_forward") is mine:
+            module._old_forward = original  # type: ignore[assignment]
+        elif had:
             module.forward = original  # type: ignore[method-assign]
         else:
             del module.__dict__["forward"]

@@ -49,6 +49,7 @@ _KINDS = {
     "paro": ("ParoSettings", "paro_of"),
     "radial": ("RadialSettings", "Radial"),
     "rectified_spaattn": ("SpaSettings", "RectifiedSpaAttn"),
+    "teacache": ("TeaSettings", "TeaCache"),
     "tile_windows": ("TileSettings", "TileMethod"),
 }
 _APART = {"hidiffusion": ("places", "shares")}  # fields without plain values
@@ -140,7 +141,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return value in get_args(kind)
     if origin in (tuple, frozenset):
-        return isinstance(value, (list, tuple, frozenset)) and all(type(entry) is int for entry in value)
+        return isinstance(value, (list, tuple, frozenset)) and all(_fits(entry, get_args(kind)[0]) for entry in value)
     if kind in _WORDS:  # True is no number here, 1 is one
         return type(value) is kind or (kind is float and type(value) is int)
     return isinstance(value, kind if origin is None else origin)
@@ -150,5 +151,5 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return ", ".join(map(str, get_args(kind)))
     if get_origin(kind) in (tuple, frozenset):
-        return "a list of whole numbers"
+        return f"a list of {'whole ' if get_args(kind)[0] is int else ''}numbers"
     return _WORDS.get(kind, getattr(kind, "__name__", str(kind)))

@@ -78,10 +78,11 @@ class Radial(SparseMethod):
     def relation(self, q: Tensor, k: Tensor, call: SiteCall) -> Relation:
         """The mask of the canvas; it is planned once for each size."""
         axes = media_grid(call, "radial")
-        if len(axes) < 2 or not call.layout.q.parts[0].is_grid:
+        first = call.layout.q.parts[0]
+        if len(axes) < 2 or not first.is_grid or first.name == "image":
             raise ValueError(
                 f"radial: site {call.site.name!r} attends on {call.layout.q!r}; legal: frames of tokens first, text "
-                "behind them, in raster order."
+                "behind them, in raster order; an image has no frames."
             )
         return self.settings.pattern
 

@@ -72,9 +72,9 @@ PRESETS: Mapping[str, Preset[SpaSettings]] = {
     "hunyuanvideo": Preset(SpaSettings(0.8), ("HunyuanVideoTransformer3DModel",), _CODE),
     "wan2.1-t2v": Preset(SpaSettings(0.75, first_frame=True, dense_steps=5, dense_layers=2), _WAN, _CODE, experts=1),
     "wan2.1-i2v": Preset(SpaSettings(0.75, first_frame=True, dense_layers=2), _WAN, _CODE, experts=1),
-    # The second expert counts calls from the first one's number plus two: one step more with guidance.
+    # Published as calls, of which guidance makes two a step: six of the first expert, two of the second.
     "wan2.2-t2v": Preset(
-        SpaSettings(0.85, first_frame=True, dense_layers=2, expert_steps={"transformer": 6, "transformer_2": 1}),
+        SpaSettings(0.85, first_frame=True, dense_layers=2, expert_steps={"transformer": 3, "transformer_2": 1}),
         _WAN,
         _CODE,
         experts=2,
@@ -148,18 +148,25 @@ def route_call(q: Tensor, k: Tensor, call: SiteCall, axes: tuple[int, ...], sett
     mine, theirs = pooled(q, part, settings.tail), pooled(k, part, settings.tail)
     share = shares(mine, theirs, word_keys(k, words, call.layout), call.site.scale)
     forced = _forced(axes, block, settings.curve, settings.neighbours, settings.first_frame).to(q.device)
-    least = int((1 - settings.drop) * part.groups)
+    least = least_kept(settings.drop, part.groups)
     keep = Keep(mass=settings.mass, crossing="in", at_least=least, forced="union")
-    competing = share.words[..., None].log() if words.numel() else None
-    kept = kept_blocks(keep, share, forced, competing)
+    kept = kept_blocks(keep, share, forced)
     mask = torch.nn.functional.pad(kept, (0, whole.groups - part.groups, 0, whole.groups - part.groups), value=True)
     good = helpful(mine, theirs) if settings.rectify else kept
     return Routed(plan_blocks(mask, call.layout, whole, whole), share, kept, good, part, whole)
 
 
-def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None, competing: Tensor | None) -> Tensor:
-    """Bool [B, H, query groups, key groups]: the blocks that won a place, and the forced ones."""
-    return keep.mask(share.blocks.log(), forced=forced, competing=competing)
+def least_kept(drop: float, groups: int) -> int:
+    """How many columns a query block keeps at least; the words are one of them, so that at 0 there is one more."""
+    return int((1 - drop) * groups) if drop else groups + 1
+
+
+def kept_blocks(keep: Keep, share: Shares, forced: Tensor | None = None) -> Tensor:
+    """Bool [B, H, query groups, key groups]: the blocks that won a place, and the forced ones. Words compete for places
+    as one column.
+    """
+    blocks, words = share.logits.tensor_split([share.blocks.shape[-1]], -1)
+    return keep.mask(blocks, forced=forced, competing=words if words.shape[-1] else None)
 
 
 def word_keys(k: Tensor, words: Tensor, layout: Layout) -> Tensor | None:

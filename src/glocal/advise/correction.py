@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from glocal._kept import Seen, ordinary
-from glocal.adapt.rectified_spaattn import word_keys
+from glocal.adapt.rectified_spaattn import kept_blocks, least_kept, word_keys
 from glocal.canvas import Canvas, Layout, Order
 from glocal.ops.epilogue import Epilogue
 from glocal.ops.rectify import rectification
@@ -149,9 +149,8 @@ class BestShares:
         """The plan of a call; q, k [B, H, N, D]."""
         groups = groups_of(layout.kv, self.order, str(q.device))
         share = looked_at(q, k, layout, groups, scale).share
-        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, int((1 - self.drop) * groups.part.groups)))
-        competing = share.words[..., None].log() if groups.words.numel() else None
-        kept = keep.mask(share.blocks.log(), competing=competing)
+        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, least_kept(self.drop, groups.part.groups)))
+        kept = kept_blocks(keep, share)
         mask = kept.new_ones(*kept.shape[:2], groups.whole.groups, groups.whole.groups)
         mask[:, :, groups.media[:, None], groups.media[None]] = kept
         return plan_blocks(mask, layout, groups.whole, groups.whole)

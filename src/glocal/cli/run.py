@@ -29,8 +29,8 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            help="A published system instead: gna, radial, rectified_spaattn, tile_windows, paro; freeswim and "
-            "hidiffusion where they fit the model."
+            help="A published system instead: gna, radial, rectified_spaattn, tile_windows, paro; teacache, freeswim "
+            "and hidiffusion where they fit the model."
         ),
     ] = None,
     settings: Annotated[
@@ -183,7 +183,7 @@ def _used(recipe: Path | None, name: str | None, words: list[str]) -> _Used:
     assert name is not None
     values = _values(words)
     method = made(name, values)
-    ran = method.ran if isinstance(method, SparseMethod) else {}  # hidiffusion does not count
+    ran = method.ran if isinstance(method, SparseMethod) else {}  # others count no attention
     return _Used(method, {"method": {"system": name, "settings": values}}, lambda: _stats(name, ran))
 
 
@@ -240,6 +240,8 @@ def _named_values(option: str, words: list[str], example: str) -> dict[str, str]
 
 
 def _record(found: _Run, name: str, used: _Used, settings: _Settings) -> dict[str, Any]:
+    from glocal.adapt.teacache import TeaCache
+
     record: dict[str, Any] = {
         "model": name,
         **used.says,
@@ -260,6 +262,8 @@ def _record(found: _Run, name: str, used: _Used, settings: _Settings) -> dict[st
             for site, s in found.stats.items()
         ],
     }
+    if isinstance(used.method, TeaCache):
+        record["forwards"] = {"computed": used.method.computed, "skipped": used.method.skipped}
     if found.dense is not None:
         from glocal.measure import max_error, relative_l2
 
@@ -277,6 +281,7 @@ def _print(record: dict[str, Any]) -> None:
             **_named(record),
             "output": "x".join(map(str, record["shape"])),
             "seconds": f"{record['seconds']:.3g}, planning included",
+            **{f"forwards {what}": count for what, count in record.get("forwards", {}).items()},
         }
     )
     if "dense" in record:
@@ -287,6 +292,8 @@ def _print(record: dict[str, Any]) -> None:
                 "difference": f"{dense['relative_l2']:.3g} relative, at most {dense['max_error']:.3g}",
             }
         )
+    if not record["sites"]:
+        return
     print()
     rows = []
     for s in record["sites"]:

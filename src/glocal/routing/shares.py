@@ -35,10 +35,13 @@ class Shares:
     """Shares of the mass that a row of block means gives, summing to one.
 
     blocks: [B, H, query groups, key groups]. words: [B, H, query groups], of all single keys together; 0 without any.
+    logits: what they are the softmax of, [B, H, query groups, key groups], with the words as a last column if there are
+    any. To rank by them tells apart what underflows to a share of 0.
     """
 
     blocks: Tensor
     words: Tensor
+    logits: Tensor
 
 
 def pooled(x: Tensor, part: Partition, tail: Tail = "count") -> Pooled:
@@ -121,20 +124,19 @@ def shares(q: Pooled, k: Pooled, words: Tensor | None = None, scale: float | Non
     words: keys [B, H, W, D] that are not pooled; hidden ones are marked by NaN in their first channel. scale: of the
     logits, None for D ** -0.5.
     """
-    factor = q.mean.shape[-1] ** -0.5 if scale is None else scale
-    with exact(q.mean):
-        logits = (q.mean * factor) @ k.mean.transpose(-1, -2)  # [B, H, query groups, key groups]
-    columns = logits.shape[-1]
-    if words is not None and words.shape[2]:
-        hidden = words[..., 0].isnan()[:, :, None]  # [B, H, 1, W]
-        with exact(q.mean):
-            single = (q.mean * factor) @ words.nan_to_num().to(q.mean.dtype).transpose(-1, -2)
-        logits = torch.cat([logits, single.masked_fill(hidden, -torch.inf)], -1)
+    mean = q.mean * (q.mean.shape[-1] ** -0.5 if scale is None else scale)
+    with exact(mean):
+        logits = mean @ k.mean.transpose(-1, -2) + k.counts.to(mean.dtype).log()  # [B, H, query groups, key groups]
+    if words is None or not words.shape[2]:
+        weight = logits.softmax(-1)
+        return Shares(weight, weight.new_zeros(weight.shape[:-1]), logits)
+    hidden = words[..., 0].isnan()[:, :, None]  # [B, H, 1, W]
+    with exact(mean):
+        single = mean @ words.nan_to_num().to(mean.dtype).transpose(-1, -2)
+    single = single.masked_fill(hidden, -torch.inf)
+    logits = torch.cat([logits, single.logsumexp(-1, keepdim=True)], -1)
     weight = logits.softmax(-1)
-    blocks = weight[..., :columns] * k.counts.to(weight.dtype)
-    text = weight[..., columns:].sum(-1)
-    total = blocks.sum(-1) + text
-    return Shares(blocks / total[..., None], text / total)
+    return Shares(weight[..., :-1], weight[..., -1], logits)
 
 
 def helpful(q: Pooled, k: Pooled) -> Tensor:

@@ -55,3 +55,14 @@ class TestMochi(HostExam):
             (1, 1, 5),
         ]
         assert all(q.shape[0] == 1 for q in method.queries)
+
+    @pytest.mark.slow
+    def test_a_compiled_model_attached_and_not(self, model: nn.Module, given: Inputs) -> None:
+        """The functions inside its processor are compiled on their own, since attention is called in a loop."""
+        torch.compiler.reset()
+        plain = run(model, given)
+        model.compile(backend="eager")
+        for method in (AtCore(), AtCore()):
+            with attach(model, method):
+                torch.testing.assert_close(run(model, given), plain)
+            torch.testing.assert_close(run(model, given), plain)

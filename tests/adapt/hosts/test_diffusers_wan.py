@@ -166,3 +166,31 @@ class TestWan(HostExam):
                 torch.testing.assert_close(run(model, given), wanted)
         assert [c.site.name for c in method.calls] == self.joint * 2
         torch.testing.assert_close(run(model, given), plain)
+
+    @pytest.mark.slow
+    def test_all_layers_run_what_was_compiled_once(self, given: Inputs) -> None:
+        """Ten layers are more than torch.compile takes versions of one function."""
+        counts = []
+        for layers in (3, 10):
+            torch.compiler.reset()
+            made, ran = [0], [0]
+
+            def backend(graph: Any, _: Any, made: list[int] = made, ran: list[int] = ran) -> Any:
+                made[0] += 1
+
+                def counted(*args: Any) -> Any:
+                    ran[0] += 1
+                    return graph.forward(*args)
+
+                return counted
+
+            model = diffusers.WanTransformer3DModel(**{**WAN, "num_layers": layers}).eval()
+            with attach(model, AtCore()):
+                model.compile(backend=backend)
+                run(model, given)
+                ran[0] = 0
+                with torch._dynamo.config.patch(error_on_recompile=True):
+                    run(model, {**given, "timestep": given["timestep"] - 1})
+            counts.append((made[0], ran[0] / layers))
+        assert counts[0][0] == counts[1][0]
+        assert counts[1][1] > 3  # around each self-attention, and the rest of the block

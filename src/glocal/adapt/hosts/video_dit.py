@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from glocal.adapt.host import CoreFactory, Point, Undo, wrap_forward
-from glocal.adapt.records import Branch, Core, RunState, Site, SiteCall
+from glocal.adapt.records import Block, Branch, Core, RunState, Site, SiteCall
 from glocal.canvas import Canvas, Layout
 from glocal.models.generation.video_dit import AttentionSite, VideoAttention, VideoDiT
 
@@ -25,6 +25,10 @@ class VideoDiTHost:
             Site(name=f"blocks.{a.layer}.attn", layer=a.layer, heads=a.heads, head_dim=a.head_dim, rotary="3-axis")
             for a in model.sites()
         ]
+
+    def blocks(self, model: VideoDiT) -> Sequence[Block]:
+        """The transformer blocks."""
+        return [Block(f"blocks.{layer}", "layer", block) for layer, block in enumerate(model.blocks)]
 
     def watch(self, model: VideoDiT, state: RunState) -> Undo:
         """Noise level and condition of every forward say where the run is (`RunState.advance`)."""

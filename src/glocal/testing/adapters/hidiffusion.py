@@ -23,7 +23,13 @@ from glocal.adapt.records import RunState
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.case import Case, load
 
-_PRESETS = {"sd15": "sd", "sd21": "sd", "sdxl": "sdxl", "sdxl_turbo": "sdxl-turbo"}
+
+def _preset(model: str) -> str:
+    """Our name for a published kind of model."""
+    if model.startswith(("sd15", "sd21")):
+        return "sd"
+    gentle = "inpaint" in model or "playground" in model
+    return "sdxl-turbo" if "turbo" in model else "sdxl-gentle" if gentle else "sdxl"
 
 
 def run(case: Case, where: Run) -> dict[str, Tensor]:
@@ -83,7 +89,7 @@ def _unet(case: Case) -> dict[str, Tensor]:
         return unet(sample, case["in.timesteps"][step], case["in.encoder"], **given).sample
 
     found = {"mid.unpatched_step0": noise(0)}
-    settings = PRESETS[_PRESETS[c["model"]]].settings
+    settings = PRESETS[_preset(c["model"])].settings
     settings = replace(settings, raunet=c["apply_raunet"], window_attention=c["apply_window_attn"])
     handle = attach(unet, _Recorded(settings, case["in.draws"]))
     handle.state.total = c["num_timesteps"]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from glocal.canvas import Canvas, Layout
 from glocal.ops import attend
-from glocal.patterns import RadialBlocks
+from glocal.patterns import Dense, RadialBlocks
 from glocal.testing.adapter import Adapter, Run
 from glocal.testing.case import Case
 
@@ -31,7 +31,8 @@ def run(case: Case, where: Run) -> dict[str, Tensor]:
 
 
 def _pattern(config: Mapping[str, Any]) -> RadialBlocks:
-    return RadialBlocks(config["block_size"], config["decay_factor"], config["model_type"])
+    """The published rule to the letter: with frames that are not whole blocks a block may not see itself."""
+    return RadialBlocks(config["block_size"], config["decay_factor"], config["model_type"], own_block=False)
 
 
 def _layout(config: Mapping[str, Any]) -> Layout:
@@ -52,15 +53,18 @@ def tables(case: Case) -> dict[str, Tensor]:
 
 
 def attention(case: Case, where: Run) -> dict[str, Tensor]:
-    """Attention over the block mask. Padded text keys are hidden; padded text queries see all valid keys."""
+    """Attention over the block mask, or in a dense step over all. Padded text keys are hidden; padded text queries see
+    all valid keys.
+    """
     config, layout = case.config, _layout(case.config)
     q, k, v = (case[f"in.{name}"].transpose(1, 2) for name in ("query", "key", "value"))  # [B, heads, N, D]
     if config["text_tokens"]:
-        queries = torch.zeros(1, layout.nq, dtype=torch.int32)
+        queries = torch.zeros(q.shape[0], layout.nq, dtype=torch.int32)
         keys = queries.clone()
         keys[:, config["num_frame"] * config["token_per_frame"] + config["valid_text_tokens"] :] = -1
         layout = Layout(layout.q, layout.kv, documents=(queries, keys))
-    done = attend(q, k, v, _pattern(config), canvas=layout, backend=where.backend)
+    pattern = Dense() if config.get("sparsity_type") == "dense" else _pattern(config)
+    done = attend(q, k, v, pattern, canvas=layout, backend=where.backend)
     return {"out.output": done.out.transpose(1, 2)}
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from glocal.adapt.rectified_spaattn import kept_blocks
 from glocal.canvas import Canvas, Layout, Part
 from glocal.canvas.curves import gilbert
 from glocal.canvas.touching import touching_blocks
@@ -81,7 +82,7 @@ def core(case: Case, where: Run) -> dict[str, Tensor]:
         forced |= case["in.block_neighbor"]
     first = config.get("first_frame_blocks", 0)
     forced[:first, :first] = True
-    kept = keep.mask(share.blocks.log(), forced=forced, competing=share.words[..., None].log() if words else None)
+    kept = kept_blocks(keep, share, forced)
     good = helpful(mine, theirs)
 
     canvas = Canvas([p for p in (Part("video", media), Part("text", words)) if p.tokens])
