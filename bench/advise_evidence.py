@@ -373,6 +373,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="kinds of recipes to judge")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--size", type=int, nargs=3, default=(16, 64, 64), help="frames, height, width")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--recipes", type=Path, default=ROOT / "results" / "advise_recipes.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
@@ -402,7 +403,7 @@ def main() -> None:
         compare(rows, emit)
         return
     model = load_demo(options.device)
-    size = (4, 32, 32) if options.tiny else (16, 64, 64)
+    size = (4, 32, 32) if options.tiny else options.size
     objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
     seeds = 2 if options.tiny else options.seeds
     samples = demo_workload(options.first + seeds, fields=model.config.fields).samples
