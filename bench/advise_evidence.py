@@ -1,8 +1,8 @@
-"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers and step weights that
-are measured on allocations of one step range ("residual", what `glocal advise` does); with gains of methods as well;
-with step weights of plain methods; without gains; by relative error of the attention output, with step weights measured
-either way in its own units, or none (which `glocal advise` tries too); and plain recipes: at three budgets of attention
-work, paired over unseen seeds.
+"""Is the allocation worth it? On the built-in video model: by residual error with gains of layers taken at the end of
+the run and step weights measured on allocations of one step range ("residual", what `glocal advise` does); with gains
+of layers taken behind one step; without gains, with step weights of plain methods; by relative error of the attention
+output, with step weights measured either way in its own units, or none (which `glocal advise` tries too); and plain
+recipes: at three budgets of attention work, paired over unseen seeds.
 
     python bench/advise_evidence.py search                      # probe, step weights, gains: recipes
     python bench/advise_evidence.py judge --device cuda         # every recipe on every seed
@@ -24,7 +24,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,13 +39,14 @@ from glocal._files import write_atomic
 from glocal.adapt import attach as attach_method
 from glocal.adapt.records import Core, SiteCall
 from glocal.advise import Latents, MethodSpec, Recipe, Sample, demo_workload
-from glocal.advise.calibrate import Group, LayerGains, by_layer, layer_gains, layer_groups, summed
+from glocal.advise.calibrate import Group, LayerGains, by_layer, layer_gains, layer_groups
 from glocal.advise.methods import candidates
 from glocal.advise.objective import other_seed
 from glocal.advise.preflight import Inside, Preflight, preflight
 from glocal.advise.probe import MediaMethod, ProbeRecord
 from glocal.advise.recipe import Fallback, Rule
 from glocal.advise.search import Found, Rung, allocated, base_rules, of_range, published
+from glocal.advise.stages import plain_methods
 from glocal.advise.tasks import Looks, probe_sample
 from glocal.advise.timing import MethodTime, Times
 from glocal.advise.weights import (
@@ -56,6 +56,7 @@ from glocal.advise.weights import (
     fit_weights,
     make_buckets,
     one_bucket,
+    residual_total,
     residual_under,
 )
 from glocal.canvas import Canvas, Layout
@@ -67,12 +68,11 @@ ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ["row", "budget", "kind", "name", "visited", "seed", "error", "drift", "predicted_error", "predicted_drift"]
 COLUMNS += ["low", "high", "pairs", "device", "torch", "python"]
 Row = dict[str, object]
-PROBES, WEIGHTS = 2, 2  # samples in front of the seeds that are judged
+PROBES, WEIGHTS, MORE = 2, 2, 4  # samples in front of those judged; methods that gains are measured with
 BUDGETS = (0.75, 0.6, 0.45)
-KINDS = ("residual", "gains of methods", "gains of methods, plain step weights", "no gains, plain step weights")
-KINDS += ("output", "output, plain step weights")
+BEGAN = time.monotonic()
+KINDS = ("residual", "gains behind one step", "no gains, plain step weights", "output", "output, plain step weights")
 RELATIVE = "output, no step weights"  # the other allocation of `glocal advise`
-MOST = 8.0  # a gain further from the mean than this is a fluke of a step where a method changed next to nothing
 
 
 class Masked(MediaMethod):
@@ -207,6 +207,11 @@ class Batch:
         return self.errors(self._draw(other, 0, slice(None)), self.latents[-1])
 
 
+def said(words: str) -> None:
+    """A line of progress, with the seconds since the start."""
+    print(f"{time.monotonic() - BEGAN:.0f} s: {words}", flush=True)
+
+
 @dataclass(frozen=True)
 class Searched:
     """kinds: what allocations go by, "residual" first. found: that one."""
@@ -234,24 +239,19 @@ def search(
     before = preflight(model, samples[0], objective)
     buckets = make_buckets(before.levels, 4)
     times, methods = work(model, samples[0], objective, before.sites[len(before.sites) // 2].name, before.shape, more)
-    positions = [n for n, m in methods.items() if m.kind == "pattern" and m.correction == "none"]
-    patterns = sorted(positions, key=lambda n: times.methods[n].visited)
-    middle = [n for n in patterns if 0.15 <= times.methods[n].visited <= 0.6]
-    plain = {n: methods[n] for n in (middle[len(middle) // 4], middle[3 * len(middle) // 4])}
+    plain = plain_methods(times, methods, 2)
     probed = [probe_sample(model, objective, s, methods, Looks(buckets, *looks)) for s in samples]
     records, others = ([r for p in some for r in p.records] for some in (probed[:PROBES], probed[PROBES:]))
-    print(f"probed {len(methods)} methods", flush=True)
+    said(f"probed {len(methods)} methods")
     base = Found(records, times, even_weights(buckets), methods, base_rules(records), Fallback(min_tokens=64))
-    layers = measured_layers(batch, base, plain)
-    gain = measured_gains(batch, replace(base, records=by_layer(records, layers)))
+    several = plain_methods(times, methods, MORE)
+    layers = {whole: measured_layers(batch, base, several, whole) for whole in (True, False)}
+    said("gains of layers")
 
     def counted(own: list[ProbeRecord], kind: str) -> list[ProbeRecord]:
         if kind.startswith("output"):
             return [replace(r, residual=r.output) for r in own]
-        if kind.startswith("no gains,"):
-            return own
-        own = by_layer(own, layers)
-        return [replace(r, residual=r.residual * gain[r.method]) for r in own] if kind.startswith("gains") else own
+        return own if kind.startswith("no gains,") else by_layer(own, layers[kind == "residual"])
 
     kinds = {}
     for kind in KINDS:
@@ -263,7 +263,7 @@ def search(
             for bucket in buckets
         }
         kinds[kind] = replace(found, weights=fit_weights(buckets, ranges_alone(batch, theirs, recipes)))
-        print(kind, [f"{w:.3g}" for w in kinds[kind].weights.weight], flush=True)
+        said(f"{kind} {[f'{w:.3g}' for w in kinds[kind].weights.weight]}")
     return Searched(kinds, before)
 
 
@@ -282,41 +282,23 @@ def ranges_alone(
     return runs
 
 
-def measured_layers(batch: Batch, base: Found, plain: Mapping[str, MethodSpec]) -> LayerGains:
-    """Gains of layers, each by the first step of every step range."""
+def measured_layers(batch: Batch, base: Found, plain: Mapping[str, MethodSpec], whole: bool) -> LayerGains:
+    """Gains of layers in every step range: at the end of the run, or behind the first step of the range."""
     changed: dict[tuple[Group, int], list[float]] = {}
     errors: dict[tuple[Group, int], list[float]] = {}
+    probes = slice(0, PROBES)
     for group in layer_groups(base.records, 1 + max(r.layer for r in base.records)):
         own = [r for r in base.records if group.holds(r)]
         for bucket in base.buckets:
+            here = own if whole else [r for r in own if r.step == bucket.first]
             for name, method in plain.items():
                 rules = tuple(group.rules(base.base, name, bucket.phase))
                 recipe = Recipe("candidate", {name: method}, rules, fallback=base.fallback)
-                place = group, bucket.number
-                changed.setdefault(place, []).append(fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES))))
-                errors.setdefault(place, []).append(_local(batch, own, name, bucket))
+                place, first = (group, bucket.number), bucket.first
+                found = batch.of(recipe, first, probes) if whole else batch.one_step(recipe, first, probes)
+                changed.setdefault(place, []).append(fmean(found))
+                errors.setdefault(place, []).append(residual_total(here, name, bucket.number))
     return layer_gains(changed, errors, len(base.buckets))
-
-
-def measured_gains(batch: Batch, found: Found) -> dict[str, float]:
-    """Gains of methods: what each changes in one step in the middle of the run over what the probe summed there, over
-    the geometric mean of all; 1 where either is nothing.
-    """
-    bucket = found.buckets[len(found.buckets) // 2]
-    logs = {}
-    for name, method in found.methods.items():
-        recipe = one_bucket(bucket, name, method, found.base, found.fallback)
-        moved = fmean(batch.one_step(recipe, bucket.first, slice(0, PROBES)))
-        local = _local(batch, found.records, name, bucket)
-        if moved > 0 and local > 0:  # on a small canvas a method may leave nothing out
-            logs[name] = math.log(moved / local)
-    mean, limit = fmean(logs.values()) if logs else 0.0, math.log(MOST)
-    return {n: math.exp(min(max(logs[n] - mean, -limit), limit)) if n in logs else 1.0 for n in found.methods}
-
-
-def _local(batch: Batch, records: Sequence[ProbeRecord], name: str, bucket: Bucket) -> float:
-    """What the probe summed at the first step of a bucket."""
-    return fmean(summed(records, name, bucket.first, s.id) for s in batch.samples[:PROBES])
 
 
 def plain_rungs(found: Found, budget: float) -> list[Rung]:
@@ -387,8 +369,11 @@ def main() -> None:
     parser.add_argument("part", choices=["search", "judge", "compare"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--first", type=int, default=PROBES + WEIGHTS, help="of the samples judged; 20 to decide by")
+    parser.add_argument("--only", nargs="+", help="kinds of recipes to judge")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--budgets", type=float, nargs="+", default=BUDGETS)
+    parser.add_argument("--size", type=int, nargs=3, default=(16, 64, 64), help="frames, height, width")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--recipes", type=Path, default=ROOT / "results" / "advise_recipes.json")
     parser.add_argument("--out", type=Path, default=ROOT / "results" / "advise_evidence.csv")
@@ -418,19 +403,21 @@ def main() -> None:
         compare(rows, emit)
         return
     model = load_demo(options.device)
-    size = (4, 32, 32) if options.tiny else (16, 64, 64)
+    size = (4, 32, 32) if options.tiny else options.size
     objective = Latents(SampleSpec(steps=4 if options.tiny else options.steps), *size)
     seeds = 2 if options.tiny else options.seeds
-    samples = demo_workload(seeds + PROBES + WEIGHTS, fields=model.config.fields).samples
+    samples = demo_workload(options.first + seeds, fields=model.config.fields).samples
     with torch.no_grad():
-        began = time.monotonic()
         if options.part == "search":
             searched = search(Batch(model, objective, samples[: PROBES + WEIGHTS]), budgets=options.budgets)
             write_recipes(searched, options.budgets, options.recipes)
         else:
-            batch = Batch(model, objective, [*samples[:PROBES], *samples[PROBES + WEIGHTS :]])
-            judge(batch, json.loads(options.recipes.read_text()), rows, emit)
-        print(f"{options.part}: {time.monotonic() - began:.1f} s", flush=True)
+            batch = Batch(model, objective, [*samples[:PROBES], *samples[options.first :]])
+            made = json.loads(options.recipes.read_text())
+            if options.only:
+                made["recipes"] = [r for r in made["recipes"] if r["kind"] in options.only]
+            judge(batch, made, rows, emit)
+        said(options.part)
 
 
 def judge(batch: Batch, made: dict, rows: list[Row], emit: Callable[[list[Row]], None]) -> None:

@@ -7,7 +7,7 @@ predicts of them, with and without gains of layers.
 
 Samples 20 to 27 of the built-in workload; nothing is judged on them. Gains and step weights come from one method
 (`pooled_topk(keep=0.5)`); predictions of the recipes use nothing that was measured of them. The gain of a layer is here
-its end-to-end error over its residual error; `glocal advise` takes the change behind one step instead.
+its end-to-end error over its residual error, as `glocal advise` takes it where the canvas is small enough.
 """
 
 from __future__ import annotations

@@ -17,11 +17,12 @@ from glocal.advise.calibrate import (
     summed,
 )
 from glocal.advise.methods import candidates
+from glocal.advise.objective import main_error, on_cpu
 from glocal.advise.probe import ProbeRecord
 from glocal.advise.recipe import Fallback, Phase
 from glocal.advise.search import base_rules
 from glocal.advise.tasks import Looks, probe_sample
-from glocal.advise.weights import make_buckets, one_bucket
+from glocal.advise.weights import end_error, make_buckets, one_bucket
 from glocal.models.generation import VideoDiT
 
 
@@ -82,3 +83,17 @@ def test_one_step_is_that_of_a_run_that_is_sparse_in_it(model: VideoDiT, workloa
     assert here == pytest.approx(wanted, rel=1e-4) and whole == pytest.approx(wanted, rel=1e-4) and dense == 0.0
     own = [r for r in probed.records if r.method == name and r.step == 2 and r.head >= 0]
     assert summed(probed.records, name, 2, sample.id) == pytest.approx(math.sqrt(sum(r.residual**2 for r in own)))
+
+
+def test_gains_at_the_end_are_those_of_whole_runs(model: VideoDiT, workload: Workload, objective: Frames) -> None:
+    sample, (name, method) = workload.samples[0], next((m.id, m) for m in candidates((4, 8, 8), tile_shape=(2, 4, 4)))
+    buckets = make_buckets(objective.levels, 2)
+    with torch.no_grad():
+        probed = probe_sample(model, objective, sample, {name: method}, Looks(buckets, 1, 4))
+        rules = Group("transformer", "self", (1,)).rules(base_rules(probed.records), name, buckets[1].phase)
+        recipe = Recipe("candidate", {name: method}, tuple(rules), fallback=Fallback(min_tokens=64))
+        reference = probed.output, probed.latents[buckets[1].first - 1], probed.latents[buckets[1].first]
+        end = end_error(model, objective, sample, buckets[1], recipe, reference)
+        with attach(model, recipe, on_unseen="run"):
+            whole = main_error(objective.distance(probed.output, on_cpu(objective.run(model, sample))))
+    assert end == pytest.approx(whole, rel=1e-4) and end > 0

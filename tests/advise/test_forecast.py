@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from glocal.adapt import Site
@@ -34,7 +36,10 @@ def test_stages_are_arithmetic_over_the_preflight() -> None:
     stages = {s.name: s for s in forecast_stages(known(), EFFORT, cost)}
     names = ["preflight", "time model", "probe", "layers", "step weights", "ladder", "confirm time", "validation"]
     assert list(stages) == names
-    assert stages["layers"].seconds == 3 * 1 * 2 * 2.0  # layers, plain methods, probed steps, seconds of a forward
+    # Layers, plain methods, step ranges, steps from the middle range to the end, seconds of a forward.
+    assert stages["layers"].seconds == 3 * 1 * 2 * 3 * 2.0
+    large = forecast_stages(known(), replace(EFFORT, reduced=1), cost)  # one step each where the canvas is reduced
+    assert next(s for s in large if s.name == "layers").seconds == 3 * 1 * 2 * 2.0
     assert stages["validation"].seconds == 2 * 4 * 4 * 2.0  # pairs, runs of a pair, steps, seconds of a forward
     assert stages["ladder"].seconds == (3 + 4) * 4 * 2.0  # three dense runs for the anchors, four rungs
     assert stages["step weights"].seconds == (4 + 2) * 2.0  # to the end from steps 0 and 2

@@ -1,8 +1,9 @@
 """How far errors in the residual stream add up to a change of the model's output: gains of layers.
 
 A layer's error is measured relative to the stream in front of it, and the stream grows from layer to layer, in the
-first ones by a factor of ten: the same relative error there is soon a small one. So one layer at a time runs sparse in
-one step of the whole model; the change behind that step over the error in that layer is the layer's gain, and probe
+first ones by a factor of ten: the same relative error there is soon a small one. And later steps make more of the
+errors of some layers than of others. So one layer at a time runs sparse in one range of steps; the change at the end
+of the run (where that is too dear: behind one step) over the error in that layer is the layer's gain, and probe
 records count by it. The gains of all layers of a step range are scaled to a geometric mean of one: step weights say
 the rest.
 """

@@ -20,9 +20,9 @@ class Effort:
     same, so that the page has pairs to show. rungs: recipes that may be validated, each on samples of its own; fewer
     where the workload does not hold as many. probes: samples probed; samples: those whose one-bucket runs, by an
     allocation for each budget, give the step weights. correct: once the ladder is measured, fit the step weights to it
-    and allocate again. layers: groups of layers whose gains are measured at most, each by one step of the whole model
-    at `looks` noise levels. reduced: step weights are measured on a canvas of at most so many tokens. wide: the
-    ladder is measured on the samples of the step weights too, so that one sample does not choose the recipe.
+    and allocate again. layers: groups of layers whose gains are measured at most, in `looks` step ranges. reduced: step
+    weights are measured on a canvas of at most so many tokens; on a larger one gains of layers are those of one step.
+    wide: the ladder is measured on the samples of the step weights too, so that one sample does not choose the recipe.
     """
 
     name: str
@@ -49,7 +49,7 @@ EFFORTS = {
     "demonstration": Effort("demonstration", 4, 6, 1, (0.9,), 4, 5, 1, 1, show=True, rungs=1, looks=1, wide=True),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
-    "thorough": Effort("thorough", pairs=19, plain=3, probes=2, samples=2, correct=True, reduced=1 << 40),
+    "thorough": Effort("thorough", pairs=19, plain=4, probes=2, samples=2, correct=True, reduced=1 << 40),
 }
 
 

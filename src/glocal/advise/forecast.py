@@ -80,6 +80,8 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
     deals = min(MOST, len(before.sites) * effort.buckets)
     weights = effort.samples * len(effort.budgets) * sum(steps - b.first for b in buckets) * before.forward
     layers = min(len({(s.component, s.kind, s.layer) for s in before.sites}), effort.layers)
+    layers *= effort.plain * min(effort.looks, len(buckets))
+    each = sum(steps - b.first for b in buckets) / len(buckets) if before.tokens <= effort.reduced else 1
     proving = pairs * RUNS_A_PAIR * run
     probes, shared = effort.probes + effort.samples, max(cost.jobs, 1)
     probing = probes * run + calls * cost.probe_call
@@ -87,7 +89,7 @@ def forecast_stages(before: Preflight, effort: Effort, cost: Cost) -> tuple[Stag
         stage("preflight", 6 * before.forward),
         stage("time model", before.forward + timed),
         stage("probe", probing / min(shared, probes), scores + (steps + 1) * before.output, 2 * records),
-        stage("layers", layers * effort.plain * min(effort.looks, probed) * before.forward),
+        stage("layers", layers * each * before.forward),
         stage("step weights", weights / shared, (steps + 1) * before.output),
         stage("ladder", judged * (3 + rungs) * run / min(shared, 3 + rungs), 2 * before.output),
         stage("confirm time", before.forward + (cost.validations + 1) * (deals + 1) * (effort.rounds + 2) * call),

@@ -31,8 +31,10 @@ from glocal.advise.weights import (
     Bucket,
     StepWeight,
     Weights,
+    end_error,
     fit_weights,
     phase_of,
+    residual_total,
     residual_under,
     weight_run,
 )
@@ -45,40 +47,57 @@ def measured_layers(
     before: Preflight,
     about: tuple[Sequence[Bucket], Mapping[str, MethodSpec], Sequence[ProbeRecord]],
 ) -> LayerGains:
-    """Gains of layers, by one step of the whole model for each of them, plain method and measured step range. Errors
-    that gradients weigh say already what they do to the output, so all gains are one there.
+    """Gains of layers, for each of them, plain method and measured step range: by what is left at the end of the run
+    (`_to_the_end`), else by one step of the whole model. Errors that gradients weigh say already what they do to the
+    output, so all gains are one there.
     """
     (sample, probed), (buckets, plain, records) = known, about
     if run.options.sensitivity == "gradient":
         return {}
     groups, base = layer_groups(records, run.effort.layers), base_rules(records)
-    steps = _looked(run, probed)
-    run.stage("layers", len(groups) * len(plain) * len(steps))
+    to_the_end, looked = _to_the_end(run, before), _looked(run, probed, buckets)
+    run.stage("layers", len(groups) * len(plain) * len(looked))
     changed: dict[tuple[Group, int], list[float]] = {}
     errors: dict[tuple[Group, int], list[float]] = {}
     tasks, places = [], []
-    for step in steps:
-        bucket = next(b for b in buckets if b.first <= step <= b.last)
+    for bucket, step in looked:
         phase, at = _step(run, before, probed, bucket, step)
+        reference = (probed.output, _latent(run, probed, bucket), probed.latents[bucket.first])
         for number, group in enumerate(groups):
             own = [r for r in records if group.holds(r)]
             for name, method in plain.items():
-                rules = group.rules(base, name, phase)
-                recipe = Recipe("candidate", {name: method}, tuple(rules), fallback=Fallback(run.options.min_tokens))
-                tasks.append(Task(f"layer/{step}-{number}-{name}", step_error, (sample, recipe, at)))
+                rules = tuple(group.rules(base, name, bucket.phase if to_the_end else phase))
+                recipe = Recipe("candidate", {name: method}, rules, fallback=Fallback(run.options.min_tokens))
+                if to_the_end:
+                    task = Task(f"layer/{step}-{number}-{name}", end_error, (sample, bucket, recipe, reference))
+                    error = residual_total(own, name, bucket.number)
+                else:
+                    task = Task(f"layer/{step}-{number}-{name}", step_error, (sample, recipe, at))
+                    error = summed(own, name, step, sample.id)
+                tasks.append(task)
                 places.append((group, bucket.number))
-                errors.setdefault(places[-1], []).append(summed(own, name, step, sample.id))
+                errors.setdefault(places[-1], []).append(error)
     for place, value in zip(places, run.farm.map(tasks), strict=True):
         changed.setdefault(place, []).append(value)
     return layer_gains(changed, errors, len(buckets))
 
 
-def _looked(run: Run, probed: Probed) -> list[int]:
-    """Probed steps at which layers are measured, spread over the run; the first one where a run cannot be taken up."""
-    if not run.objective.restart:
-        return [probed.steps[0]]
-    count = min(run.effort.looks, len(probed.steps))
-    return sorted({probed.steps[round((i + 0.5) * len(probed.steps) / count - 0.5)] for i in range(count)})
+def _to_the_end(run: Run, before: Preflight) -> bool:
+    """Whether layers are measured at the end of the run: layers differ in what the later steps make of their errors.
+    Not on a canvas that step weights are reduced for, where it would take days.
+    """
+    return run.objective.restart and before.tokens <= run.effort.reduced
+
+
+def _looked(run: Run, probed: Probed, buckets: Sequence[Bucket]) -> list[tuple[Bucket, int]]:
+    """Step ranges in which layers are measured, spread over the run, each with a probed step; the first one alone where
+    a run cannot be taken up.
+    """
+    count = min(run.effort.looks, len(probed.steps)) if run.objective.restart else 1
+    first = 0.5 if run.objective.restart else 0.0
+    places = [round((i + first) * len(probed.steps) / count - first) for i in range(count)]
+    steps = {b: s for s in (probed.steps[p] for p in places) for b in buckets if b.first <= s <= b.last}
+    return list(steps.items())
 
 
 def _step(

@@ -152,6 +152,18 @@ def weight_run(
     return end, float(one.norm()) / float(output.tensor.float().norm())
 
 
+def end_error(
+    model: Any,
+    objective: Objective,
+    sample: Sample,
+    bucket: Bucket,
+    recipe: Recipe,
+    dense: tuple[Output, Tensor | None, Tensor],
+) -> float:
+    """The end-to-end error of a `weight_run`."""
+    return weight_run(model, objective, sample, bucket, recipe, dense)[0]
+
+
 def one_bucket(bucket: Bucket, name: str, method: MethodSpec, rules: Sequence[Rule], fallback: Fallback) -> Recipe:
     """One method at all sites (a rule for each kind of site, its phase is replaced) in one bucket."""
     mine = tuple(replace(rule, use=name, phase=bucket.phase) for rule in rules)
