@@ -159,7 +159,7 @@ def test_ranges_with_gaps_are_refused(generator: torch.Generator) -> None:
     with pytest.raises(ValueError, match=r"buckets\[1\] begins at sigma .* without gaps"):
         allocation_rules(items, found, PHASES[::-1])
     with pytest.raises(ValueError, match=r"buckets\[5\] is empty"):
-        allocation_rules(items, found, [*PHASES[:5], replace(PHASES[5], low=0.5)])
+        allocation_rules(items, found, [*PHASES[:5], replace(PHASES[5], low=PHASES[5].high)])
 
 
 def test_published_settings() -> None:
