@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import prod
 
 import pytest
 import torch
@@ -204,11 +205,19 @@ def test_a_mask_is_written_out_for_small_inputs_only(able: None) -> None:
 
 
 def test_what_was_not_measured_follows_the_order(able: None) -> None:
-    for request in (replace(SPARSE, dtype=torch.float16), replace(SPARSE, grad=True)):
+    for request in (replace(SPARSE, dtype=torch.float32), replace(SPARSE, grad=True)):
         found = registry.pick(request, "auto", blocks=None, kept=Visits(0.1), table=device(*ROWS))
         assert found.name == "triton" and found.why.startswith("first that can on cuda")
     named = registry.pick(SPARSE, "flex", blocks=None, kept=Visits(0.1), table=device(*ROWS))
     assert named.name == "flex" and named.why == "asked for by name"
+
+
+def test_float16_is_as_fast_as_bfloat16(able: None) -> None:
+    half = replace(SPARSE, dtype=torch.float16)
+    found, want = (
+        registry.pick(r, "auto", blocks=None, kept=Visits(0.0, 0.1), table=device(*ROWS)) for r in (half, SPARSE)
+    )
+    assert found == want and found.name == "flex"
 
 
 def test_a_table_that_does_not_know_the_usual_backend_decides_nothing(able: None) -> None:
@@ -280,6 +289,28 @@ def test_a_guest_runs_where_it_was_measured_to_be_fastest(able: None, monkeypatc
     found = registry.pick(dense, "auto", blocks=None, kept=1.0, table=table)
     assert found.name == "fa4_dense" and found.why.index("fa4_dense") < found.why.index("dense 0.5 ms")
     assert "estimated: fa4_dense 0.45 ms" in registry.explain(dense, "auto", blocks=None, kept=1.0, table=table)
+
+
+@pytest.mark.parametrize("guest", [True, False], ids=["guest", "no guest"])
+@pytest.mark.parametrize("grad", [True, False], ids=["both passes", "forward"])
+def test_dense_attention_takes_the_fastest_kernel_there_is(
+    guest: bool, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from glocal.kernels.guests import fa4_dense
+
+    monkeypatch.setattr(fa4_dense, "missing", lambda device: None if guest else "not installed")
+    table = table_for("NVIDIA H100 80GB HBM3")
+    assert table is not None
+    passes = ("forward", "backward") if grad else ("forward",)
+    rows = [m for m in table.measurements if m.kind == "dense"]
+    for n, heads, d in {(prod(m.canvas), m.heads, m.head_dim) for m in rows}:
+        times = {name: [m.milliseconds for m in rows if m.kernel == name and prod(m.canvas) == n
+                        and m.head_dim == d and m.direction in passes]
+                 for name in (("dense", "fa4_dense") if guest else ("dense",))}  # fmt: skip
+        assert all(len(ms) == len(passes) for ms in times.values())
+        asked = Request("cuda", torch.bfloat16, 1, heads, heads, n, n, d, d, grad=grad, sparse=False)
+        found = registry.pick(asked, "auto", blocks=None, kept=1.0, table=table)
+        assert found.name == min(times, key=lambda name: sum(times[name])), found.why
 
 
 def test_shipped_tables_are_found_by_the_name_a_card_gives_itself(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:

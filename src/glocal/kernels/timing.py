@@ -1,7 +1,8 @@
 """What a call would take on each backend, from a table of measured calls: a pure function, for choosing among them.
 
 Seconds are visited pairs over the measured rate of their kind: full blocks, partial blocks, or all pairs. Gradients add
-the backward pass where it was measured. Where nothing comparable was measured there is no estimate.
+the backward pass where it was measured. float16 and bfloat16 stand for one another: matrix units multiply both at one
+rate. Where nothing comparable was measured there is no estimate.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ _ALIASES: dict[tuple[str, Kind], tuple[str, ...]] = {
     ("cudnn_sparse", "full"): ("cudnn",),
 }
 WITH_MASK = "dense, masked"  # the dense backend where it adds the mask of a pattern to the logits
+_TWINS = {"float16": "bfloat16", "bfloat16": "float16"}
 MASKED_DENSE = 1 << 26  # query-key pairs of a head up to which a mask of all of them may be written out
 
 
@@ -48,8 +50,9 @@ def seconds(
     blocks: those of the plan; None for a backend that reads no plan. given: no other sizes can be had, so partial
     blocks of a size that was not measured count as so much slower than full ones as they are at 128 x 128.
     """
-    dtype = str(request.dtype).removeprefix("torch.")
-    if not any(m.dtype == dtype for m in table.measurements) or 0 in (request.nq, request.nk):
+    dtype, known = str(request.dtype).removeprefix("torch."), {m.dtype for m in table.measurements}
+    dtype = dtype if dtype in known else _TWINS.get(dtype, dtype)
+    if dtype not in known or 0 in (request.nq, request.nk):
         return None
     pairs = request.batch * request.q_heads * request.nq * request.nk
     directions: tuple[Direction, ...] = ("forward", "backward") if request.grad else ("forward",)
