@@ -35,7 +35,7 @@ def checked(case: Case, variants: list[str]) -> tuple[dict[str, Callable[[], obj
     plan = PlanTensors(**made.tensors())
     call = Call("gluon", case.head_dim**-0.5, q_block=made.q_block, kv_block=made.kv_block, plan=plan)
     work = launch.work_of(q, k, v, call)
-    usual = tuning((work.call.q_block, work.call.kv_block), case.head_dim)
+    usual = tuning((work.call.q_block, work.call.kv_block), case.head_dim, launch.tiles_of(work)[1])
     good: dict[str, Callable[[], object]] = {}
     errors: dict[str, float] = {}
     for variant in variants:

@@ -1,6 +1,6 @@
-"""The backward kernel of Hopper run by threads on the CPU, for its arithmetic of lists, rings and barriers.
+"""The kernels of Hopper run by threads on the CPU, for their arithmetic of lists, rings and barriers.
 
-Gluon has no interpreter. Here the text of the kernel runs as Python: tiles are torch tensors, each group of warps is a
+Gluon has no interpreter. Here the text of a kernel runs as Python: tiles are torch tensors, each group of warps is a
 thread, barriers count arrivals and bytes, copies and products are done at once. A wait that nothing ends is an error.
 What the hardware alone can show (fences, when products read their operands) is not seen here.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from math import log, prod
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 
 from glocal.kernels.gluon.backward_tile import share
+from glocal.kernels.gluon.boxes import BITS
 
+LOG2E = 1.4426950408889634
 SECONDS = 120.0  # after which a wait counts as one for ever
 
 
@@ -64,7 +67,7 @@ class Tiles:
     """Shared memory; it starts as NaN."""
 
     def __init__(self, t: Tensor) -> None:
-        self.t, self.dtype = t, t.dtype
+        self.t, self.dtype, self.shape = t, t.dtype, t.shape
 
     def index(self, i: int) -> Tiles:
         return Tiles(self.t[int(i)])
@@ -81,9 +84,21 @@ class Tiles:
     def load(self, _: object) -> Tensor:
         return self.t.clone()
 
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], _: object) -> Pieces:
+        slots, rows, columns = shape
+        assert dtype == self.dtype
+        return Pieces(self.t.view(slots, -1, rows, min(columns, 64)))
+
     def store(self, values: Tensor) -> None:
         assert values.shape == self.t.shape
         self.t.copy_(values)
+
+
+class Pieces(Tiles):
+    """Slots of tiles [rows, columns], in memory columns of 64 after one another."""
+
+    def index(self, i: int) -> Tiles:
+        return Tiles(self.t[int(i)].transpose(0, 1).flatten(1))
 
 
 class Barrier:
@@ -125,6 +140,9 @@ class Described:
     def __init__(self, d: Any) -> None:
         self.t = d.base.detach().as_strided(list(d.shape), list(d.strides))
         self.box, self.dtype = list(d.block_shape), self.t.dtype
+        self.block_type = self
+        self.shape, self.numel = self.box, prod(self.box)
+        self.nbytes = self.numel * self.t.element_size()
 
     def inside(self, place: list[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
         """The part of a box that exists, in the tensor and in the box."""
@@ -148,7 +166,7 @@ class mbarrier:
         bar.wait(int(phase))
 
     @staticmethod
-    def arrive(bar: Barrier, count: int) -> None:
+    def arrive(bar: Barrier, count: int = 1) -> None:
         bar.add(count, 0)
 
     @staticmethod
@@ -170,7 +188,7 @@ class tma:
 
 class gl:
     float32, int32, int64 = torch.float32, torch.int32, torch.int64
-    program = Number(0)
+    program = programs = Number(0)
     static_range = range
     DotOperandLayout = SliceLayout = BlockedLayout = staticmethod(lambda *_: None)
     thread_barrier = static_assert = staticmethod(lambda *_: None)
@@ -178,7 +196,9 @@ class gl:
     max = staticmethod(torch.amax)
     expand_dims = staticmethod(torch.unsqueeze)
     convert_layout = staticmethod(lambda t, _: t)
-    zeros = staticmethod(lambda shape, dtype, _: torch.zeros(shape, dtype=dtype))
+    zeros = staticmethod(lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype))
+    full = staticmethod(lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype))
+    to_tensor = staticmethod(Number)
 
     class NVMMASharedLayout:
         get_default_for = staticmethod(lambda *_: None)
@@ -186,6 +206,10 @@ class gl:
     @staticmethod
     def program_id(_: int) -> Number:
         return gl.program
+
+    @staticmethod
+    def num_programs(_: int) -> Number:
+        return gl.programs
 
     @staticmethod
     def load(at: Pointer, mask: Any = True, other: int = 0) -> Number:
@@ -246,14 +270,14 @@ def _product(a: Any, b: Any, acc: Tensor, use_acc: bool = True, is_async: bool =
     return acc + found if use_acc else found
 
 
-def _load_words(table: Pointer, mask: int, first: int, block: int, rows: int, columns: int) -> Tensor:
+def _load_words(table: Pointer, mask: int, first: int, block: int, rows: int) -> Tensor:
     start = table.at + (int(mask) * block + first) * 4
     return table.memory[start : start + rows * 4].view(rows, 4).clone()
 
 
-def _hide(p: Tensor, word: Tensor, rows: int, columns: int) -> Tensor:
+def _hide(p: Tensor, word: Tensor, rows: int, columns: int, other: float = 0.0) -> Tensor:
     column = torch.arange(columns)
-    return torch.where(word[:, column % 8 // 2] >> (column // 8 * 2 + column % 2) & 1 != 0, p, 0.0)
+    return torch.where(word[:, column % 8 // 2] >> (column // 8 * 2 + column % 2) & 1 != 0, p, other)
 
 
 def _store(
@@ -270,22 +294,80 @@ def _store(
     out.memory[place] = values[live][:, :columns].to(out.memory.dtype)
 
 
+def _weigh(s: Tensor, top: Tensor, total: Tensor, scale: float, keys: int) -> tuple[Tensor, ...]:
+    new = torch.maximum(top, s.amax(1) * scale)
+    shift = torch.where(new == -torch.inf, 0.0, new)
+    p, old = torch.exp2(s * scale - shift[:, None]), torch.exp2(top - shift)
+    return p, new, total * old[:, None] + p.view(-1, keys // 8, 4, 2).sum((1, 3)), old
+
+
+def _opening(
+    s: Tensor, word: Tensor | None, score: tuple[float, None], dtype: torch.dtype, C: Any, hides: bool
+) -> tuple[Tensor, ...]:
+    s = _hide(s, word, 64, C.keys, -torch.inf) if hides else s  # type: ignore[arg-type]
+    p, top, total, _ = _weigh(s, torch.full((64,), -torch.inf), torch.zeros(64, 4), score[0] * LOG2E, C.keys)
+    return p.to(dtype), top, total
+
+
+def _put(
+    acc: Tensor, top: Tensor, total: Tensor, out: tuple[Any, ...], at: tuple[int, ...], first: int, heads: int,
+    ill: Pointer | None, C: Any,
+) -> None:  # fmt: skip
+    values, lse, order, n = out
+    token = first + torch.arange(64)
+    if order is not None:
+        start = order[0].at + at[0] * order[1] + at[1] // order[3] * order[2]
+        token = order[0].memory[start + token].long()
+    live, total = (token >= 0) & (token < n), total.sum(1)
+    acc = acc / torch.where(total == 0, 1.0, total)[:, None]
+    if ill is not None and not bool(acc[live].isfinite().all()):
+        ill.memory[ill.at] = 1
+    to = ((at[0] * heads + at[1]) * n + token)[live]
+    lse.memory[lse.at + to] = (top * log(2) + total.log())[live]
+    values.memory[values.at + to[:, None] * C.real + torch.arange(C.real)] = acc[live, : C.real].to(values.memory.dtype)
+
+
+class _Anything:
+    def __getattr__(self, _: str) -> Callable[..., None]:
+        return lambda *_: None
+
+
+_TILES: dict[str, dict[str, Any]] = {
+    "backward_kv_kernel": {
+        "add": _add, "hide": _hide, "rounded": lambda t, dtype: t.to(dtype), "widened": lambda t: t.float(),
+        "load_words": lambda table, mask, first, block, rows, _: _load_words(table, mask, first, block, rows),
+        "store": _store, "products": lambda *_: None, "share": share, "fence_async_shared": lambda: None,
+    },
+    "forward_kernel": {
+        "capped": lambda s, _: s, "factor": lambda score: score[0] * LOG2E, "weigh": _weigh, "opening": _opening,
+        "packed": lambda p, dtype, _: p.to(dtype), "opened": lambda p, *_: p,
+        "scores": lambda q, ring, slot, _: (q.t if isinstance(q, Tiles) else q).float() @ ring.index(slot).t.float().T,
+        "hidden": lambda s, word, columns: _hide(s, word, 64, columns, -torch.inf),
+        "load_words": lambda table, mask, first, block, _: _load_words(table, mask, first, block, 64),
+        "pad_words": lambda at, _: at.memory[at.at : at.at + 4][None], "put": _put, "layouts": _Anything(),
+        "SHIFT": BITS,
+    },
+}  # fmt: skip
+_BESIDE = {"forward_kernel": ("forward_lists.py", "forward_fetch.py")}  # files whose functions it calls as they are
+
+
 def run(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-    """A call of `backward_kv_kernel` as `start` gets it."""
-    text = Path(kernel.fn.__code__.co_filename).read_text()
-    text = text[text.index("@gluon.jit\n") :].replace("@gluon.jit\n", "")
+    """A call of a kernel as `start` gets it."""
+    file = Path(kernel.fn.__code__.co_filename)
+    texts = [path.read_text() for path in (*(file.with_name(n) for n in _BESIDE.get(kernel.__name__, ())), file)]
+    text = "\n".join(text[text.index("@gluon.jit\n") :] for text in texts).replace("@gluon.jit\n", "")
     for name in ("stage", "phase"):  # literals that methods of scalars are called on
         text = text.replace(f"{name} = 0\n", f"{name} = Number(0)\n")
     space: dict[str, Any] = {
-        "gl": gl, "mbarrier": mbarrier, "tma": tma, "Number": Number, "add": _add, "hide": _hide,
-        "rounded": lambda t, dtype: t.to(dtype), "widened": lambda t: t.float(),
-        "load_words": _load_words, "store": _store, "products": lambda *_: None, "share": share,
-        "fence_async_shared": lambda: None,
-        "warpgroup_mma": _product, "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else tuple(deps),
+        "gl": gl, "mbarrier": mbarrier, "tma": tma, "Number": Number,
+        "range": lambda *ends: map(Number, range(*ends)), "warpgroup_mma": _product,
+        "warpgroup_mma_wait": lambda _, deps: deps[0] if len(deps) == 1 else tuple(deps),
     }  # fmt: skip
     exec(compile("from __future__ import annotations\n" + text, kernel.__name__, "exec"), space)
+    space |= _TILES[kernel.__name__]
     given = [_given(a) for a in args]
     constants = {name: value for name, value in constants.items() if name.isupper()}
+    gl.programs = Number(programs)
     for i in range(programs):
         gl.program = Number(i)
         space[kernel.__name__](*given, **constants)

@@ -1,4 +1,4 @@
-"""The backward kernel of Hopper against the definition on the CPU, by threads (`gluon_threads.py`).
+"""The kernels of Hopper against the definition on the CPU, by threads (`gluon_threads.py`).
 
 `test_gluon_threads.py` starts this file in a process of its own, in which Triton interprets the kernels around it.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import gluon_threads
@@ -29,15 +30,19 @@ pytestmark = [
 @pytest.fixture(autouse=True)
 def by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernel runs by threads; that of the second pass, where there is one, is left out."""
-    from glocal.kernels.gluon import launch_backward
+    from glocal.kernels.gluon import launch, launch_backward
     from glocal.kernels.gluon.backward_kv import backward_kv_kernel
+    from glocal.kernels.gluon.forward_q import forward_kernel
 
     usual = launch_backward.start
 
     def start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
-        (gluon_threads.run if kernel is backward_kv_kernel else usual)(kernel, programs, *args, **constants)
+        run = gluon_threads.run if kernel in (backward_kv_kernel, forward_kernel) else usual
+        run(kernel, programs, *args, **constants)
 
-    monkeypatch.setattr(launch_backward, "start", start)
+    for module in (launch, launch_backward):
+        monkeypatch.setattr(module, "start", start)
+    monkeypatch.setattr(launch, "_processors", lambda _: 3)
     monkeypatch.setattr(launch_backward, "_grad_q", lambda w, x, q: torch.full_like(q, torch.nan))
 
 
@@ -138,6 +143,57 @@ def test_bad_rows_reach_only_those_who_see_them(side: str) -> None:
     torch.testing.assert_close(got.k[:, :, far], usual.k[:, :, far], rtol=1e-2, atol=1e-3)
     torch.testing.assert_close(got.v[:, :, far], usual.v[:, :, far], rtol=1e-2, atol=1e-3)
     assert bool(got.q[:, :, rows].isnan().any(-1).all()) and int(far.sum()) > 100
+
+
+def attended(made: BlockPlan, heads: tuple[int, int], size: int, batch: int = 1, joined: bool = False) -> None:
+    """out and LSE of the forward kernel."""
+    from glocal.kernels.gluon import launch
+
+    x = inputs(made, heads, size, batch)
+    want = exact(made, x)
+    call = Call("gluon", 0.3, q_block=made.q_block, kv_block=made.kv_block, plan=PlanTensors(**made.tensors()))
+    q, k, v = x[:3]
+    w = launch.work_of(q, k, v, call)
+    assert w.call.q_block == 128
+    assert launch._tuned(w).joined == bool((made.full.count + made.partial.count > 0).all())
+    out, lse = launch.forward(q, k, v, call, replace(launch._tuned(w), joined=joined, queries=1 + joined))
+    assert float((out.double() - want[0]).abs().max()) < 2e-2 * float(want[0].abs().max())
+    torch.testing.assert_close(lse.double(), want[1], rtol=1e-4, atol=5e-4)
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["joined", "one by one"])
+@pytest.mark.parametrize("shape", ["shards", "neighbourhood, boxes", "window with tail", "lists by head"])
+def test_forward(shape: str, joined: bool) -> None:
+    pattern, canvas, heads = {
+        "shards": (StridedShards(64, 20, 2, heads_q=4, num_kv_heads=2), (768,), (4, 2)),
+        "neighbourhood, boxes": (Neighborhood((9, 13)), (16, 24), (2, 1)),
+        "window with tail": (CausalWindow(99), (1001,), (1, 1)),
+        "lists by head": (PerHead((Neighborhood(41), Neighborhood(161))), (600,), (4, 2)),
+    }[shape]
+    block = 64 if shape == "shards" else 128  # in pairs
+    attended(plan(pattern, Canvas(canvas), PlanSpec(block, block)), heads, 128, 2, joined)
+
+
+def test_forward_where_some_see_nothing() -> None:
+    made = plan(CausalWindow(99), Canvas((1001,)), PlanSpec(128, 128))
+    for count in (made.full.count, made.partial.count):
+        count[:, [0, 3, 7]] = 0
+    attended(made, (1, 1), 64)
+
+
+def test_forward_keeps_bad_keys_from_those_who_do_not_see_them() -> None:
+    from glocal.kernels.gluon import launch
+
+    made = plan(CausalWindow(41), Canvas((300,)), PlanSpec(128, 128))
+    q, k, v = inputs(made, (2, 1), 64)[:3]
+    call = Call("gluon", 0.3, q_block=128, kv_block=128, plan=PlanTensors(**made.tensors()))
+    usual = launch.forward(q, k, v, call)
+    k[:, :, 200], v[:, :, 230] = torch.nan, torch.inf
+    found = launch.forward(q, k, v, call)
+    bad = (made.dense_counts()[0, 0] > 0)[:, [200, 230]].any(1)
+    for a, b in zip(found, usual, strict=True):
+        torch.testing.assert_close(a[:, :, ~bad], b[:, :, ~bad], rtol=1e-2, atol=1e-3)
+    assert not bool(found[0][:, :, bad].isfinite().all(-1).any()) and int(bad.sum()) > 60
 
 
 def test_a_wait_without_end_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

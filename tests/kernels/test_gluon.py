@@ -180,6 +180,8 @@ KERNELS = {
     "64 x 64 twice, pads": Kernel((64, 64), pads=True, changes=(("keys", 128), ("most", 168), ("held", False))),
     "128 x 64 twice, boxes": Kernel((128, 64), boxes=True),
     "128 x 64 twice, D 64, boxes": Kernel((128, 64), dims=(64, 64), boxes=True, changes=(("keys", 128),)),
+    "128 x 64 twice, joined": Kernel((128, 64), changes=(("queries", 2), ("joined", True))),
+    "128 x 128, boxes, joined": Kernel(boxes=True, changes=(("queries", 2), ("joined", True))),
     "128 x 128, pads": Kernel(pads=True),
     "128 x 128, soft-cap": Kernel(softcap=True),
     "128 x 128, D 64": Kernel(dims=(64, 64)),

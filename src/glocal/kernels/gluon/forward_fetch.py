@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from glocal.kernels.gluon.boxes import BITS
-from glocal.kernels.gluon.forward_lists import block_of, entry_of, lengths, place_of
+from glocal.kernels.gluon.forward_lists import block_of, entry_of, head_of
 
 SHIFT = gl.constexpr(BITS)
 
@@ -60,30 +60,20 @@ def spots_of(boxes, lists, row, step, C: gl.constexpr):
 @gluon.jit
 def fetch(loads, C: gl.constexpr):
     """The warp that fetches: the queries of a tile once, keys and values of its list into rings."""
-    ROWS: gl.constexpr = C.rows
-    QUERIES: gl.constexpr = C.queries
-    q, k, v, boxes, shared, ready, lists, work, group, tiles = loads
-    PARTS: gl.constexpr = ROWS // 64
-    BYTES: gl.constexpr = q.block_type.nbytes * PARTS
-    qs, ks, vs = shared
-    q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
+    _, k, v, boxes, shared, ready, lists, work, group, tiles = loads
+    _, ks, vs = shared
+    _, _, k_ready, k_free, v_ready, v_free = ready
     k_slot, k_phase = gl.to_tensor(0), gl.to_tensor(1)  # the first round waits for nobody
     v_slot, v_phase = gl.to_tensor(0), gl.to_tensor(1)
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(1)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, h, block = place_of(tile, work)
-        row = lengths(lists, b, h, block, work[2], C)
+        at, row = head_of(tile, lists, work, C)
+        b, h, block = at
         if row[4] > 0:
             kv_head = h // group
             mine = spots_of(boxes[1], lists, row, 0, C)
             k_slot, k_phase = fetch_one(k, ks, (k_ready, k_free), boxes[1], (b, kv_head), mine, (k_slot, k_phase), C)
-            mbarrier.wait(q_free.index(q_slot), q_phase)
-            mbarrier.expect(q_ready.index(q_slot), BYTES)
-            for i in gl.static_range(PARTS):
-                to = qs.index(q_slot * PARTS + i)
-                at = coordinates(boxes[0], b, h, spot_of(boxes[0], block * ROWS + i * 64, 64), 0)
-                tma.async_copy_global_to_shared(q, at, q_ready.index(q_slot), to)
-            q_slot, q_phase = after(q_slot, q_phase, QUERIES)
+            q_slot, q_phase = fetch_queries(loads, (b, h, block), q_slot, q_phase, C)
             for i in range(1, row[4]):
                 coming = spots_of(boxes[1], lists, row, i, C)
                 k_slot, k_phase = fetch_one(
@@ -94,6 +84,27 @@ def fetch(loads, C: gl.constexpr):
                 )
                 mine = coming
             v_slot, v_phase = fetch_one(v, vs, (v_ready, v_free), boxes[2], (b, kv_head), mine, (v_slot, v_phase), C)
+    if C.joined:  # what the groups ask for after the last tile, of no use to them
+        at, row = head_of(gl.program_id(0), lists, work, C)
+        b, h, block = at
+        mine = spots_of(boxes[1], lists, row, 0, C)
+        fetch_one(k, ks, (k_ready, k_free), boxes[1], (b, h // group), mine, (k_slot, k_phase), C)
+        fetch_queries(loads, (b, h, block), q_slot, q_phase, C)
+
+
+@gluon.jit
+def fetch_queries(loads, at, slot, phase, C: gl.constexpr):
+    """The queries of a tile as soon as their slot is free."""
+    PARTS: gl.constexpr = C.rows // 64
+    q, boxes, ready, qs = loads[0], loads[3], loads[5], loads[4][0]
+    mbarrier.wait(ready[1].index(slot), phase)
+    mbarrier.expect(ready[0].index(slot), q.block_type.nbytes * PARTS)
+    for i in gl.static_range(PARTS):
+        spot = spot_of(boxes[0], at[2] * C.rows + i * 64, 64)
+        tma.async_copy_global_to_shared(
+            q, coordinates(boxes[0], at[0], at[1], spot, 0), ready[0].index(slot), qs.index(slot * PARTS + i)
+        )
+    return after(slot, phase, C.queries)
 
 
 @gluon.jit

@@ -14,41 +14,33 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def place_of(tile, work):
-    """Sample, query head and query block of a tile."""
-    if work[0] is not None:
-        tile = gl.load(work[0] + tile)
-    member = tile // work[2]
-    return member // work[1], member % work[1], tile % work[2]
-
-
-@gluon.jit
 def row_of(t, b, h):
     """Start of a plan row."""
     return t[0] + b.to(gl.int64) * t[1] + (h // t[3]).to(gl.int64) * t[2]
 
 
 @gluon.jit
-def lengths(lists, b, h, block, blocks, C: gl.constexpr):
-    """Of a query block: its row in the lists, partial key blocks, whether the first step lacks its first key block (1
-    or 0), steps that hide something, which come first, and all steps.
+def head_of(tile, lists, work, C: gl.constexpr):
+    """Sample, query head and query block of a tile, and its lengths: its row in the lists, partial key blocks, whether
+    the first step lacks its first key block (1 or 0), steps that hide something, which come first, and all steps.
     """
-    place = gl.load(row_of(lists[0], b, h)).to(gl.int64) * blocks + block
-    part = gl.load(lists[2][0] + place)
-    every = part + gl.load(lists[1][0] + place)
+    if work[0] is not None:  # one load after another would take longer than a product
+        line = work[0] + tile.to(gl.int64) * 4
+        tile, place = gl.load(line), gl.load(line + 1).to(gl.int64)
+        part, every = gl.load(line + 2), gl.load(line + 3)
+    member, block = tile // work[2], tile % work[2]
+    b, h = member // work[1], member % work[1]
+    if work[0] is None:
+        place = gl.load(row_of(lists[0], b, h)).to(gl.int64) * work[2] + block
+        part = gl.load(lists[2][0] + place)
+        every = part + gl.load(lists[1][0] + place)
     if C.keys > C.block:
         odd = every % 2
-        return place, part, odd, (part + odd + 1) // 2, (every + odd) // 2
+        row = (place, part, odd, (part + odd + 1) // 2, (every + odd) // 2)
     else:
         STEPS: gl.constexpr = C.block // C.keys
-        return place, part, every * 0, part * STEPS, every * STEPS
-
-
-@gluon.jit
-def head_of(tile, lists, work, C: gl.constexpr):
-    """Sample, query head and query block of a tile, and its `lengths`."""
-    b, h, block = place_of(tile, work)
-    return (b, h, block), lengths(lists, b, h, block, work[2], C)
+        row = (place, part, every * 0, part * STEPS, every * STEPS)
+    return (b, h, block), row
 
 
 @gluon.jit

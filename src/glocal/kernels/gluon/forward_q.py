@@ -3,8 +3,8 @@
 softmax of one key block while the tensor cores work on the products of the next.
 
 Tuples that travel together: `lists` is (row of `owner`, full, partial, number of the mask that hides nothing), where
-full is (counts, key blocks, width) and partial has mask numbers besides; `work` is (order of the query blocks or None,
-query heads, query blocks); `score` is (scale, soft-cap or None); a plan row is (pointer, stride of samples, stride of
+full is (counts, key blocks, width) and partial has mask numbers besides; `work` is (`launch.tiles_of` or None, query
+heads, query blocks); `score` is (scale, soft-cap or None); a plan row is (pointer, stride of samples, stride of
 heads, query heads a plan head); the `boxes` of a tensor are None where its rows lie in plan order, else
 (corners, lead) of `boxes.Boxes` and `boxes.Seen`. C is a `tuning.Shape`, known when the kernel is compiled.
 """
@@ -88,6 +88,44 @@ def words_of_one(lists, masks, row, entry, number, at, first, C: gl.constexpr):
 
 
 @gluon.jit
+def opening(s, word, score, dtype: gl.constexpr, C: gl.constexpr, HIDES: gl.constexpr):
+    """Weights, ready to be multiplied, largest logit and sums of the first step, from its logits."""
+    KEYS: gl.constexpr = C.keys
+    s = capped(s, score)
+    if HIDES:
+        s = hidden(s, word, KEYS)
+    top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layouts.products(KEYS)))
+    total = gl.zeros([64, 4], gl.float32, layout=layouts.words(KEYS))
+    p, top, total, _ = weigh(s, top, total, factor(score), KEYS)
+    return packed(p, dtype, KEYS), top, total
+
+
+@gluon.jit
+def rest(
+    p, top, total, slots, q, shared, ready, lists, masks, line, at, score,
+    PART: gl.constexpr, C: gl.constexpr, HIDES: gl.constexpr,
+):  # fmt: skip
+    """All steps of a query block after the first; the values of the last are still to be summed."""
+    DV: gl.constexpr = C.dv
+    acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
+    count = line[4]
+    hiding = count if masks[1] is not None else line[3]
+    if HIDES:
+        last = gl.maximum(hiding - 1, 0)
+        ahead = gl.minimum(1, last)
+        word = words_of(lists, masks, line, ahead, masks_of(lists, line, ahead, C), at, PART * 64, C)
+        numbers = masks_of(lists, line, gl.minimum(2, last), C)
+        for i in range(1, hiding):
+            mine = word
+            word = words_of(lists, masks, line, gl.minimum(i + 1, last), numbers, at, PART * 64, C)
+            numbers = masks_of(lists, line, gl.minimum(i + 2, last), C)
+            acc, p, top, total, slots = advance(acc, p, top, total, slots, q, shared, ready, mine, score, C, True)
+    for _ in range(gl.maximum(hiding, 1), count):
+        acc, p, top, total, slots = advance(acc, p, top, total, slots, q, shared, ready, None, score, C, False)
+    return acc, p, top, total, slots
+
+
+@gluon.jit
 def attend(mine, PART: gl.constexpr, C: gl.constexpr):
     """One group of four warps: rows 64 * PART .. 64 * PART + 63 of every query block."""
     ROWS: gl.constexpr = C.rows
@@ -100,23 +138,17 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
     PARTS: gl.constexpr = ROWS // 64
     HIDES: gl.constexpr = C.masked or C.keys > C.block or masks[1] is not None
     q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
-    row: gl.constexpr = gl.SliceLayout(1, layouts.products(KEYS))
     zero = gl.to_tensor(0)
     slots = (zero, zero, zero, zero)  # slot and phase of keys, of values
     q_slot, q_phase = gl.to_tensor(0), gl.to_tensor(0)
     at, line = head_of(gl.program_id(0), lists, work, C)
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         coming = gl.minimum(tile + gl.num_programs(0), tiles - 1)
-        count = line[4]
-        hiding = count if masks[1] is not None else line[3]
-        top = gl.full([64], float("-inf"), gl.float32, layout=row)
-        total = gl.zeros([64, 4], gl.float32, layout=layouts.words(KEYS))
-        acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
-        if count > 0:
+        if line[4] > 0:
             k_slot, k_phase, v_slot, v_phase = slots
+            word = None
             if HIDES:
-                numbers = masks_of(lists, line, 0, C)
-                word = words_of(lists, masks, line, 0, numbers, at, PART * 64, C)
+                word = words_of(lists, masks, line, 0, masks_of(lists, line, 0, C), at, PART * 64, C)
             mbarrier.wait(q_ready.index(q_slot), q_phase)
             q = shared[0].index(q_slot * PARTS + PART).reshape([64, D])
             if C.held:
@@ -126,22 +158,11 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
             s = warpgroup_mma_wait(0, deps=[scores(q, shared[1], k_slot, KEYS)])
             mbarrier.arrive(k_free.index(k_slot))
             k_slot, k_phase = after(k_slot, k_phase, STAGES)
-            s = capped(s, score)
-            if HIDES:
-                s = hidden(s, word, KEYS)
-            p, top, total, _ = weigh(s, top, total, factor(score), KEYS)
-            p = packed(p, shared[2].dtype, KEYS)
+            p, top, total = opening(s, word, score, shared[2].dtype, C, HIDES)
             slots = (k_slot, k_phase, v_slot, v_phase)
-            if HIDES:
-                numbers = masks_of(lists, line, 1, C)
-                for i in range(1, hiding):
-                    word = words_of(lists, masks, line, i, numbers, at, PART * 64, C)
-                    numbers = masks_of(lists, line, i + 1, C)
-                    acc, p, top, total, slots = advance(
-                        acc, p, top, total, slots, q, shared, ready, word, score, C, True
-                    )
-            for _ in range(gl.maximum(hiding, 1), count):
-                acc, p, top, total, slots = advance(acc, p, top, total, slots, q, shared, ready, None, score, C, False)
+            acc, p, top, total, slots = rest(
+                p, top, total, slots, q, shared, ready, lists, masks, line, at, score, PART, C, HIDES
+            )
             k_slot, k_phase, v_slot, v_phase = slots
             mbarrier.wait(v_ready.index(v_slot), v_phase)
             left = opened(p, shared[2].dtype, KEYS, DV)
@@ -155,8 +176,72 @@ def attend(mine, PART: gl.constexpr, C: gl.constexpr):
             slots = (k_slot, k_phase, v_slot, v_phase)
             q_slot, q_phase = after(q_slot, q_phase, QUERIES)
         else:
+            top = gl.full([64], float("-inf"), gl.float32, layout=gl.SliceLayout(1, layouts.products(KEYS)))
+            total = gl.zeros([64, 4], gl.float32, layout=layouts.words(KEYS))
+            acc = gl.zeros([64, DV], gl.float32, layout=layouts.products(DV))
             next_at, line = head_of(coming, lists, work, C)
         put(acc, top, total, out, at, at[2] * ROWS + PART * 64, work[1], ill, C)
+        at = next_at
+
+
+@gluon.jit
+def attend_on(mine, PART: gl.constexpr, C: gl.constexpr):
+    """`attend` where every query block has a key block: the first product of the next query block is made beside the
+    last one of this, and while its rows are written. After the last query block that product is made for nothing.
+    """
+    shared, ready, lists, masks, out, work, score, tiles, ill = mine
+    ROWS: gl.constexpr = C.rows
+    KEYS: gl.constexpr = C.keys
+    D: gl.constexpr = C.d
+    DV: gl.constexpr = C.dv
+    STAGES: gl.constexpr = C.stages
+    QUERIES: gl.constexpr = C.queries
+    PARTS: gl.constexpr = ROWS // 64
+    HIDES: gl.constexpr = C.masked or C.keys > C.block or masks[1] is not None
+    q_ready, q_free, k_ready, k_free, v_ready, v_free = ready
+    zero = gl.to_tensor(0)
+    q_slot, q_phase = zero, zero
+    at, line = head_of(gl.program_id(0), lists, work, C)
+    word = None
+    if HIDES:
+        word = words_of(lists, masks, line, 0, masks_of(lists, line, 0, C), at, PART * 64, C)
+    mbarrier.wait(q_ready.index(0), 0)
+    mbarrier.wait(k_ready.index(0), 0)
+    q = shared[0].index(PART).reshape([64, D])
+    s = warpgroup_mma_wait(0, deps=[scores(q, shared[1], 0, KEYS)])
+    mbarrier.arrive(k_free.index(0))
+    p, top, total = opening(s, word, score, shared[2].dtype, C, HIDES)
+    k_slot, k_phase = after(zero, zero, STAGES)
+    slots = (k_slot, k_phase, zero, zero)
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        coming = gl.minimum(tile + gl.num_programs(0), tiles - 1)
+        next_at, next_line = head_of(coming, lists, work, C)
+        q = shared[0].index(q_slot * PARTS + PART).reshape([64, D])
+        acc, p, top, total, slots = rest(
+            p, top, total, slots, q, shared, ready, lists, masks, line, at, score, PART, C, HIDES
+        )
+        k_slot, k_phase, v_slot, v_phase = slots
+        mbarrier.wait(v_ready.index(v_slot), v_phase)
+        left = opened(p, shared[2].dtype, KEYS, DV)
+        acc = warpgroup_mma(left, shared[2].index(v_slot), acc, is_async=True)
+        mbarrier.arrive(q_free.index(q_slot))
+        q_slot, q_phase = after(q_slot, q_phase, QUERIES)
+        line = next_line
+        if HIDES:
+            word = words_of(lists, masks, line, 0, masks_of(lists, line, 0, C), next_at, PART * 64, C)
+        mbarrier.wait(q_ready.index(q_slot), q_phase)
+        mbarrier.wait(k_ready.index(k_slot), k_phase)
+        q = shared[0].index(q_slot * PARTS + PART).reshape([64, D])
+        s = scores(q, shared[1], k_slot, KEYS)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(v_free.index(v_slot))
+        put(acc, top, total, out, at, at[2] * ROWS + PART * 64, work[1], ill, C)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(k_free.index(k_slot))
+        p, top, total = opening(s, word, score, shared[2].dtype, C, HIDES)
+        k_slot, k_phase = after(k_slot, k_phase, STAGES)
+        v_slot, v_phase = after(v_slot, v_phase, STAGES)
+        slots = (k_slot, k_phase, v_slot, v_phase)
         at = next_at
 
 
@@ -235,7 +320,11 @@ def forward_kernel(q, k, v, boxes, out, lists, masks, work, group, score, tiles,
     ready = (q_ready, q_free, k_ready, k_free, v_ready, v_free)
     loads = (q, k, v, boxes, (qs, ks, vs), ready, lists, work, group, tiles)
     mine = ((qs, whole_k, whole_v), ready, lists, masks, out, work, score, tiles, flags[1])
-    if PARTS == 2:
+    if C.joined:
+        gl.warp_specialize(
+            [(attend_on, (mine, 0, C)), (attend_on, (mine, 1, C)), (fetch, (loads, C))], [4, 1], [REGISTERS, 32]
+        )
+    elif PARTS == 2:
         gl.warp_specialize(
             [(attend, (mine, 0, C)), (attend, (mine, 1, C)), (fetch, (loads, C))], [4, 1], [REGISTERS, 32]
         )

@@ -115,7 +115,8 @@ def _attended(w: Work, qkv: tuple[Tensor, Tensor, Tensor], to: tuple[Tensor, Ten
     if w.plain or given.clean:
         run(w, given, *to, tuned)
         return
-    yes, found = torch.eye(2, 4, dtype=torch.int32, device=qkv[0].device)  # rows of 16 bytes that begin with 1 and 0
+    where = {"dtype": torch.int32, "device": qkv[0].device}
+    yes, found = w.noted("yes", lambda: torch.ones(4, **where)), torch.zeros(4, **where)
     run(w, given, *to, tuned, (yes, found))
     boxes = given.k.boxes
     order = w.plan.kv_order if boxes is None else boxes.raster
@@ -188,28 +189,43 @@ def run(
             p.masks.shape[0],
         ),
         (by_query(p.masks, blocks[1]), w.row(kept(p.kv_order, blocks[1])) if w.kv_facts.holes else None),
-        (w.noted("longest first", lambda: _longest_first(w)), w.heads, w.q_blocks), w.heads // k.t.shape[1],
+        (_tiles(w)[0], w.heads, w.q_blocks), w.heads // k.t.shape[1],
         (float(scale), None if w.call.softcap is None else float(w.call.softcap)), tiles, flags,
         C=shape, num_warps=4, maxnreg=tuned.most,
     )  # fmt: skip
 
 
-def _longest_first(w: Work) -> Tensor | None:
-    """Tiles by falling number of key blocks, int32 [B * H * blocks], equal ones in the order of memory; None: as they
-    lie, because all are equal or the plan is not known to stay. Looking waits for the device.
+def _tiles(w: Work) -> tuple[Tensor | None, bool]:
+    """Made once for a kind of call."""
+    return w.noted("tiles", lambda: tiles_of(w))
+
+
+def tiles_of(w: Work) -> tuple[Tensor | None, bool]:
+    """The tiles, int32 [B * H * blocks, 4]: number, row in the lists, partial key blocks, all key blocks; and whether
+    each has one.
+
+    They lie by falling number of key blocks, equal ones in the order of memory, every other round of programs from the
+    last to the first, so that all get as much. (None, False) where the plan is not known to stay. Looking waits for the
+    device.
     """
-    p = w.plan
+    p, blocks = w.plan, w.q_blocks
     if not may_look(p.full_index):
-        return None
-    visits = p.full_count + p.part_count  # [U, blocks]
-    if bool((visits == visits.flatten()[:1]).all()):
-        return None
+        return None, False
     of = p.owner.long().repeat_interleave(w.heads // p.owner.shape[1], 1).expand(w.batch, w.heads)
-    return visits[of].flatten().argsort(descending=True, stable=True).int()
+    place = (of[..., None] * blocks + torch.arange(blocks, device=of.device)).flatten()
+    part = p.part_count.flatten()[place]
+    every = part + p.full_count.flatten()[place]
+    order, side = every.argsort(descending=True, stable=True), _processors(of.device.index)
+    rounds = torch.nn.functional.pad(order, (0, -order.numel() % side), value=-1).view(-1, side)
+    if bool((every != every[:1]).any()):
+        rounds[1::2] = rounds[1::2].flip(1)
+    order = rounds[rounds >= 0]
+    return torch.stack([order, place[order], part[order], every[order]], 1).int(), bool((every > 0).all())
 
 
 def _tuned(w: Work) -> Tuning:
-    return tuning((w.call.q_block, w.call.kv_block), max(padded(w.sizes["D"]), padded(w.sizes["DV"])))
+    blocks, width = (w.call.q_block, w.call.kv_block), max(padded(w.sizes["D"]), padded(w.sizes["DV"]))
+    return tuning(blocks, width, _tiles(w)[1])
 
 
 def _lined(t: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ class Tuning:
     persistent: programs a multiprocessor, each of which takes many query blocks in turn; 0: one a query block.
     registers: of a thread of the second group. most: of a thread before the groups share them out.
     held: queries stay in registers. pinned: all exponentials come before the wait for the values' product.
+    joined: the first product of a query block is made beside the last of the one before; each must have a key block.
     """
 
     keys: int = 128
@@ -24,6 +25,7 @@ class Tuning:
     most: int = 168
     held: bool = False
     pinned: bool = False
+    joined: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Shape:
     registers: int
     held: bool
     pinned: bool
+    joined: bool
 
     @staticmethod
     @lru_cache
@@ -64,12 +67,16 @@ class Shape:
             registers=tuned.registers,
             held=bool(tuned.held),
             pinned=bool(tuned.pinned),
+            joined=bool(tuned.joined),
         )
 
 
 @lru_cache
-def tuning(blocks: tuple[int, int], width: int) -> Tuning:
-    """For (query, key) blocks of 64 or 128 and the larger padded head size, as `bench/kernels_hopper.py` found best."""
+def tuning(blocks: tuple[int, int], width: int, every: bool = False) -> Tuning:
+    """For (query, key) blocks of 64 or 128 and the larger padded head size, as `bench/kernels_hopper.py` found best.
+
+    every: each query block is known to see a key block.
+    """
     if blocks[0] == 64:
         small = Tuning(keys=64, persistent=0, pinned=True)
         if width > 128:
@@ -77,7 +84,8 @@ def tuning(blocks: tuple[int, int], width: int) -> Tuning:
         return replace(small, held=True, most=80 if width <= 64 else 128)
     if width > 128:
         return Tuning(keys=64)
-    return Tuning(keys=blocks[1], stages=3, queries=2) if width <= 64 else Tuning()
+    large = Tuning(keys=blocks[1], stages=3, queries=2) if width <= 64 else Tuning()
+    return replace(large, queries=2, joined=True) if every else large
 
 
 def padded(size: int) -> int:

@@ -116,14 +116,14 @@ class Work:
         b, _, _, d = k.shape
         room, dv = order.shape[-1], v.shape[3]
         to_k, to_v = (t.new_empty(b, self.key_heads, room, box_width(t)) for t in (k, v))
-        tiles = -(-room // defaults.ROWS)
+        rows = defaults.ROWS if when is None else 4 * defaults.ROWS  # mostly there is nothing to do
+        tiles = -(-room // rows)
         step = self.key_heads // k.shape[1]
         start(
             ordered_keys_kernel, b * self.key_heads * tiles,
             strided(k), strided(v), to_k, to_v, self.row(order), self.key_heads, step, self.heads // self.key_heads,
             room, tiles, fill, when,
-            D=d, DV=dv, PD=to_k.shape[3], PDV=to_v.shape[3], WD=self.sizes["WD"], WDV=self.sizes["WDV"],
-            BM=defaults.ROWS,
+            D=d, DV=dv, PD=to_k.shape[3], PDV=to_v.shape[3], WD=self.sizes["WD"], WDV=self.sizes["WDV"], BM=rows,
         )  # fmt: skip
         return to_k, to_v
 
