@@ -94,10 +94,11 @@ def test_compiles_for_hopper(
         assert kernel.metadata.shared <= 232448
 
 
-# Addresses that stay on the stack where two accumulators fill the registers, and between steps.
+# Addresses that stay on the stack where two accumulators fill the registers, between steps and between key blocks.
 STACK = {
     ("backward_kv_kernel", 128, 128, True): 120,
-    ("backward_kv_kernel", 128, 64, True): 96,
+    ("backward_kv_kernel", 128, 64, True): 184,
+    ("backward_kv_kernel", 128, 64, False): 8,
     ("backward_kv_kernel", 64, 128, False): 8,
 }
 
@@ -181,6 +182,17 @@ def test_head_sizes(dims: tuple[int, int], dtype: torch.dtype, block: int, deter
 def test_grouped_heads(heads: tuple[int, int], block: int, deterministic: bool) -> None:
     made = plan(Neighborhood((9, 13)), Canvas((24, 32)), PlanSpec(block, block))
     same(made, inputs(made, heads, (64, 64), torch.bfloat16, batch=2))
+
+
+@gpu
+@pytest.mark.parametrize("programs", [1, 3])
+def test_a_program_takes_many_key_blocks(programs: int, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from glocal.kernels.gluon import launch_backward
+
+    monkeypatch.setattr(launch_backward, "processors", lambda device: programs)
+    made = plan(Neighborhood((9, 13)), Canvas((40, 48)))
+    for heads in ((2, 2), (4, 2)):
+        same(made, inputs(made, heads, (64, 64), torch.bfloat16, batch=2))
 
 
 @gpu

@@ -5,6 +5,9 @@ dP^T = V dO^T for 64 keys of its own, then dV += P^T dO and dK += dS^T Q with P 
 pass makes the gradients of the queries too, five products instead of seven: two groups pass dS to one another through a
 ring of two places in shared memory, each multiplies its share of the dS of one step before with all keys, and adds the
 product to float32 sums in memory. The order of these additions, hence the last bits, may differ from call to call.
+
+Where two key blocks fit (BUFFERS), a program takes one after the other, whichever is next: starting and ending one
+takes as long as four steps, and so the keys of the next come meanwhile.
 """
 
 # pyright: reportArgumentType=false, reportAssignmentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
@@ -113,7 +116,7 @@ def _products(ring, turn, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexpr, G
     COLUMNS: gl.constexpr = share(BM, BN, D)[1]
     acc = gl.zeros([ROWS, COLUMNS], gl.float32, products(ROWS // 16, COLUMNS))
     for g in gl.static_range(2):
-        k = k_s.index(g).reshape([BN, D])
+        k = k_s.index(ring[4] + g).reshape([BN, D])
         left = places.index((turn ^ 1) * 2 + g)
         if ROWS < BM:
             left = left.slice(GROUP * ROWS, ROWS, 1)
@@ -131,6 +134,38 @@ def _add(ring, dq, turn, row, BM: gl.constexpr, BN: gl.constexpr, D: gl.constexp
         add(ring[2], row + GROUP * (BM // 2), 0, dq, D)
     else:
         add(ring[2], row, GROUP * (D // 2), dq, D)
+
+
+@gluon.jit
+def _piece(n, work):
+    """Where piece n of the work lies: sample, key head, first query head, how many, key block, what of its lists."""
+    pieces, blocks, units, split, count = work[0], work[1], work[2], work[3], work[4]
+    number = n
+    skip = 0
+    stop = 0
+    place = -1
+    if pieces is not None:
+        number = gl.load(pieces + n * 4)
+        skip = gl.load(pieces + n * 4 + 1)
+        stop = gl.load(pieces + n * 4 + 2)
+        place = gl.load(pieces + n * 4 + 3)
+    member = number // blocks
+    unit = member % units
+    return member // units, unit // split, unit * count, count, number % blocks, skip, stop, place, member
+
+
+@gluon.jit
+def _tell(numbers, buffer, n):
+    """The piece whose keys come into a buffer, -1 after the last, by the one warp that brings them."""
+    kind: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    numbers.index(buffer).store(gl.full([1], n, gl.int32, kind))
+
+
+@gluon.jit
+def _told(numbers, buffer):
+    """What `_tell` said, for four warps."""
+    kind: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    return gl.max(numbers.index(buffer).load(kind), 0)
 
 
 @gluon.jit
@@ -171,12 +206,45 @@ def _row(index, t, KIND: gl.constexpr, SUBS: gl.constexpr, BM: gl.constexpr):
 @gluon.jit
 def _bring(
     given, BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    GROUPS: gl.constexpr, BY_TOKEN: gl.constexpr, CUT: gl.constexpr,
+    GROUPS: gl.constexpr, BUFFERS: gl.constexpr, BY_TOKEN: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
-    tiles, cleaned, order, shared, bars, lists, at, heads, room = given
+    bars, work = given[4], given[7]
+    ready, used = bars[0], bars[1]
+    numbers, counter, total = work[5], work[6], work[7]
+    n = gl.program_id(0)
+    buffer = 0
+    side = 0
+    stage = 0
+    phase = 0
+    if BUFFERS == 1:
+        _bring_piece(given, n, buffer, stage, phase, BM, BN, BQ, D, STAGES, GROUPS, BY_TOKEN, CUT)
+    else:
+        while n < total:
+            mbarrier.wait(used.index(buffer), side ^ 1)
+            _tell(numbers, buffer, n)
+            after = gl.atomic_add(counter, 1, sem="relaxed") + gl.num_programs(0)
+            stage, phase = _bring_piece(given, n, buffer, stage, phase, BM, BN, BQ, D, STAGES, GROUPS, BY_TOKEN, CUT)
+            n = after
+            buffer ^= 1
+            if buffer == 0:
+                side ^= 1
+        mbarrier.wait(used.index(buffer), side ^ 1)
+        _tell(numbers, buffer, -1)
+        mbarrier.arrive(ready.index(buffer), count=1)
+
+
+@gluon.jit
+def _bring_piece(
+    given, n, buffer, stage, phase, BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr,
+    STAGES: gl.constexpr, GROUPS: gl.constexpr, BY_TOKEN: gl.constexpr, CUT: gl.constexpr,
+):  # fmt: skip
+    """Keys and queries of a piece; the next stage and its phase."""
+    tiles, cleaned, order, shared, bars, lists, where, work = given
+    heads, room = where
     q_d, do_d, k_d, v_d, end_d, delta_d, clean_q_d, clean_do_d = tiles
     q_s, do_s, k_s, v_s, end_s, delta_s = shared
-    ready, full, empty = bars
+    ready, full, empty = bars[0].index(buffer), bars[2], bars[3]
+    at = _piece(n, work)
     b, head, first, count, block = at[0], at[1], at[2], at[3], at[4]
     mbarrier.expect(ready, 2 * GROUPS * BN * D * 2)
     for g in gl.static_range(GROUPS):
@@ -184,13 +252,11 @@ def _bring(
         if BY_TOKEN:
             row = gl.load(order[0] + b * order[1] + (first // order[3]) * order[2] + row)
             row = gl.where(row < 0, 0x7FFF0000, row)  # outside
-        tma.async_copy_global_to_shared(k_d, [b, head, row, 0], ready, k_s.index(g))
-        tma.async_copy_global_to_shared(v_d, [b, head, row, 0], ready, v_s.index(g))
+        tma.async_copy_global_to_shared(k_d, [b, head, row, 0], ready, k_s.index(buffer * GROUPS + g))
+        tma.async_copy_global_to_shared(v_d, [b, head, row, 0], ready, v_s.index(buffer * GROUPS + g))
     ill = 0
     if cleaned is not None:
         ill = gl.load(cleaned)
-    stage = 0
-    phase = 0
     for h in range(first, first + count):
         member = (b * heads + h) * room
         for kind in gl.static_range(2):
@@ -212,6 +278,7 @@ def _bring(
                 if stage == STAGES:
                     stage = 0
                     phase ^= 1
+    return stage, phase
 
 
 @gluon.jit
@@ -241,32 +308,72 @@ def _words(
 @gluon.jit
 def _compute(
     given, BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
-    WHOLE: gl.constexpr, GROUPS: gl.constexpr, DIRECT: gl.constexpr, CLEAN: gl.constexpr, CUT: gl.constexpr,
-    GROUP: gl.constexpr,
+    WHOLE: gl.constexpr, GROUPS: gl.constexpr, BUFFERS: gl.constexpr, DIRECT: gl.constexpr, CLEAN: gl.constexpr,
+    CUT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    grad_k, grad_v, portion_sums, order, table, shared, ring, bars, lists, at, heads, room, spare, scale, factor = given
+    bars, numbers = given[7], given[10][5]
+    ready, used = bars[0], bars[1]
+    stage = 0
+    phase = 0
+    turn = 0
+    side = 0
+    buffer = 0
+    lap = 0
+    mbarrier.wait(ready.index(0), 0)
+    if BUFFERS == 1:
+        _compute_piece(
+            given, gl.program_id(0), buffer, stage, phase, turn, side,
+            BM, BN, BQ, D, STAGES, WHOLE, GROUPS, DIRECT, CLEAN, CUT, GROUP,
+        )  # fmt: skip
+    else:
+        n = _told(numbers, 0)
+        while n >= 0:
+            stage, phase, turn, side = _compute_piece(
+                given, n, buffer, stage, phase, turn, side,
+                BM, BN, BQ, D, STAGES, WHOLE, GROUPS, DIRECT, CLEAN, CUT, GROUP,
+            )  # fmt: skip
+            mbarrier.arrive(used.index(buffer), count=1)
+            buffer ^= 1
+            if buffer == 0:
+                lap ^= 1
+            mbarrier.wait(ready.index(buffer), lap)
+            n = _told(numbers, buffer)
+
+
+@gluon.jit
+def _compute_piece(
+    given, n, buffer, stage, phase, turn, side, BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr,
+    D: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr, GROUPS: gl.constexpr, DIRECT: gl.constexpr,
+    CLEAN: gl.constexpr, CUT: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Gradients of a piece whose keys are there; where the stages and the ring stand after it."""
+    grad_k, grad_v, portion_sums, order, table, shared, ring, bars, lists, where, work, scale, factor = given
     q_s, do_s, k_s, v_s, end_s, delta_s = shared
-    ready, full, empty = bars
+    heads, room, spare = where
+    full, empty = bars[2], bars[3]
+    ring = (ring[0], k_s, ring[1], ring[2], buffer * GROUPS)
+    at = _piece(n, work)
     b, first, count, block = at[0], at[2], at[3], at[4]
+    owner = at[8].to(gl.int64)
+    grad_k = (grad_k[0] + owner * grad_k[1] * grad_k[2], grad_k[1], grad_k[2])
+    grad_v = (grad_v[0] + owner * grad_v[1] * grad_v[2], grad_v[1], grad_v[2])
     layout: gl.constexpr = products(BN // 16, D)
     acc_k = gl.zeros([BN, D], gl.float32, layout)
     acc_v = gl.zeros([BN, D], gl.float32, layout)
-    mbarrier.wait(ready, 0)
-    k = k_s.index(GROUP).reshape([BN, D])
-    v = v_s.index(GROUP).reshape([BN, D])
+    k = k_s.index(buffer * GROUPS + GROUP).reshape([BN, D])
+    v = v_s.index(buffer * GROUPS + GROUP).reshape([BN, D])
     if CLEAN:  # the other group waits for what comes into the ring next
         _clean(k, v, BN, D)
     key = (block * GROUPS + GROUP) * BN
-    stage = 0
-    phase = 0
     # The ring starts with a tile of zeros, whose products go to rows of the sums that nobody reads.
-    turn = 0
-    side = 0
     row = spare
     if WHOLE:
+        _after_other(ring, turn, side, GROUP)
         _put(ring, gl.zeros([BN, BM], k.dtype, products(BN // 16, BM)), turn, GROUP)
         mbarrier.arrive(ring[3][GROUP].index(turn), count=1)
-    turn = 1
+        turn ^= 1
+        if turn == 0:
+            side ^= 1
     for h in range(first, first + count):
         member = (b * heads + h) * room
         for kind in gl.static_range(2):
@@ -312,6 +419,9 @@ def _compute(
         mbarrier.wait(ring[3][1 - GROUP].index(turn ^ 1), side ^ 1 ^ turn)  # the last step of the other
         dq = warpgroup_mma_wait(0, deps=[_products(ring, turn, BM, BN, D, GROUP)])
         _add(ring, dq, turn, row, BM, BN, D, GROUP)
+        turn ^= 1
+        if turn == 0:
+            side ^= 1
     acc_k *= factor
     place = at[7]
     if not CUT:
@@ -324,14 +434,15 @@ def _compute(
     else:
         store(grad_k, order, acc_k, key, b, first, BN, D, DIRECT)
         store(grad_v, order, acc_v, key, b, first, BN, D, DIRECT)
+    return stage, phase, turn, side
 
 
 @gluon.jit
 def backward_kv_kernel(
     q_d, do_d, k_d, v_d, end_d, delta_d, cleaned, clean_q_d, clean_do_d, sums, grad_k, grad_v,
-    portion_sums, order, lists, table, programs, units, count, split, heads, room, spare, scale, factor,
+    portion_sums, order, lists, table, pieces, counter, total, units, count, split, heads, room, spare, scale, factor,
     BM: gl.constexpr, BN: gl.constexpr, BQ: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, WHOLE: gl.constexpr,
-    GROUPS: gl.constexpr, DIRECT: gl.constexpr, CLEAN: gl.constexpr, BY_TOKEN: gl.constexpr,
+    GROUPS: gl.constexpr, BUFFERS: gl.constexpr, DIRECT: gl.constexpr, CLEAN: gl.constexpr, BY_TOKEN: gl.constexpr,
 ):  # fmt: skip
     """grad_k, grad_v: (pointer, rows, columns) of [B, units, rows, columns], by token if DIRECT, else by slot.
 
@@ -341,38 +452,28 @@ def backward_kv_kernel(
     [B * Hq * room + BM, D] as `add` has them, the last BM rows, from `spare` on, for nobody. lists: (owner, its strides
     of samples and heads, query heads a plan head, key blocks, begin, count, index of full entries as `Turned` has them
     and begin, count, index, code of partial steps as `steps` does). table: words by key. units, count, split: see
-    `Units`. GROUPS warp groups have BN keys each. One program a key block and unit, or as `programs` of `Portions` say,
-    None or int32 [n, 4]; sums of portions go to `portion_sums` [places, 2, GROUPS * BN, D] in float32.
+    `Units`. GROUPS warp groups have BN keys each. The work is `total` pieces, one a key block and unit, or as
+    `programs` of `Portions` say, None or int32 [total, 4]; sums of portions go to `portion_sums` [places, 2, GROUPS *
+    BN, D] in float32. A program takes one piece; if BUFFERS is 2, one after the other by `counter`, int32 [1], 0.
     """
-    pid = gl.program_id(0)
-    blocks = lists[4]
-    number = pid
-    skip = 0
-    stop = 0
-    place = -1
-    CUT: gl.constexpr = programs is not None
-    if CUT:
-        number = gl.load(programs + pid * 4)
-        skip = gl.load(programs + pid * 4 + 1)
-        stop = gl.load(programs + pid * 4 + 2)
-        place = gl.load(programs + pid * 4 + 3)
-    block = number % blocks
-    member = number // blocks
-    b = member // units
-    unit = member % units
+    CUT: gl.constexpr = pieces is not None
     dtype: gl.constexpr = q_d.dtype
     q_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], q_d.layout)
     do_s = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BM, D], do_d.layout)
-    k_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, BN, D], k_d.layout)
-    v_s = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, BN, D], v_d.layout)
+    k_s = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 1, 1, BN, D], k_d.layout)
+    v_s = gl.allocate_shared_memory(dtype, [BUFFERS * GROUPS, 1, 1, BN, D], v_d.layout)
     end_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], end_d.layout)
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BM], delta_d.layout)
-    ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    numbers = gl.allocate_shared_memory(gl.int32, [BUFFERS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ready = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
+    used = gl.allocate_shared_memory(gl.int64, [BUFFERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     done0 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     done1 = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(ready, count=1)
+    for i in gl.static_range(BUFFERS):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(used.index(i), count=GROUPS)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
@@ -380,27 +481,25 @@ def backward_kv_kernel(
         mbarrier.init(done0.index(i), count=1)
         mbarrier.init(done1.index(i), count=1)
     fence_async_shared()
-    bars = (ready, full, empty)
-    at = (b, unit // split, unit * count, count, block, skip, stop, place)
-    to_k = (grad_k[0] + member.to(gl.int64) * grad_k[1] * grad_k[2], grad_k[1], grad_k[2])
-    to_v = (grad_v[0] + member.to(gl.int64) * grad_v[1] * grad_v[2], grad_v[1], grad_v[2])
+    bars = (ready, used, full, empty)
+    work = (pieces, lists[4], units, split, count, numbers, counter, total)
     ds_s = q_s
     if WHOLE:
         gl.static_assert(GROUPS == 2)
         layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BN, BM], dtype)
         ds_s = gl.allocate_shared_memory(dtype, [2 * GROUPS, BN, BM], layout)
     shared = (q_s, do_s, k_s, v_s, end_s, delta_s)
-    ring = (ds_s, k_s, sums, (done0, done1))
+    ring = (ds_s, sums, (done0, done1))
     tiles = (q_d, do_d, k_d, v_d, end_d, delta_d, clean_q_d, clean_do_d)
-    bring = (tiles, cleaned, order, shared, bars, lists, at, heads, room)
+    bring = (tiles, cleaned, order, shared, bars, lists, (heads, room), work)
     given = (
-        to_k, to_v, portion_sums, order, table, shared, ring, bars, lists, at, heads, room, spare, scale, factor
+        grad_k, grad_v, portion_sums, order, table, shared, ring, bars, lists, (heads, room, spare), work, scale, factor
     )  # fmt: skip
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, DIRECT, CLEAN, CUT, 0)),
-                (_bring, (bring, BM, BN, BQ, D, STAGES, GROUPS, BY_TOKEN, CUT)),
+                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, BUFFERS, DIRECT, CLEAN, CUT, 0)),
+                (_bring, (bring, BM, BN, BQ, D, STAGES, GROUPS, BUFFERS, BY_TOKEN, CUT)),
             ],
             [1],
             [24],
@@ -408,9 +507,9 @@ def backward_kv_kernel(
     else:
         gl.warp_specialize(
             [
-                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, DIRECT, CLEAN, CUT, 0)),
-                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, DIRECT, CLEAN, CUT, 1)),
-                (_bring, (bring, BM, BN, BQ, D, STAGES, GROUPS, BY_TOKEN, CUT)),
+                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, BUFFERS, DIRECT, CLEAN, CUT, 0)),
+                (_compute, (given, BM, BN, BQ, D, STAGES, WHOLE, GROUPS, BUFFERS, DIRECT, CLEAN, CUT, 1)),
+                (_bring, (bring, BM, BN, BQ, D, STAGES, GROUPS, BUFFERS, BY_TOKEN, CUT)),
             ],
             [4, 1],
             [240, 24],

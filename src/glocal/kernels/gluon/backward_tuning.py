@@ -12,17 +12,19 @@ class Tuning:
     """tile: queries (gradients of keys) or keys (of queries) of one step; stages: steps in flight.
 
     registers: limit a thread at the start, so that two programs fit a multiprocessor; None where one fills it.
+    buffers: of keys, 2 where programs that have one read those of the next block ahead.
     """
 
     tile: int
     stages: int
     registers: int | None = None
+    buffers: int = 1
 
 
 # (key block, padded head size)
 _KV = {
     (128, 128): Tuning(64, 3),
-    (128, 64): Tuning(128, 3),
+    (128, 64): Tuning(128, 2, buffers=2),
     (64, 128): Tuning(64, 2, 128),
     (64, 64): Tuning(64, 3, 128),
 }

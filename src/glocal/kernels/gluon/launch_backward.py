@@ -19,7 +19,7 @@ from glocal.kernels.gluon.backward_kv import backward_kv_kernel
 from glocal.kernels.gluon.backward_q import backward_q_kernel
 from glocal.kernels.gluon.backward_tile import share
 from glocal.kernels.gluon.backward_tuning import GROUP, tuning_kv, tuning_q, whole
-from glocal.kernels.gluon.portions import Portions, portions
+from glocal.kernels.gluon.portions import Portions, portions, processors
 from glocal.kernels.gluon.reblocked import paired_keys
 from glocal.kernels.gluon.steps import steps
 from glocal.kernels.triton import defaults
@@ -90,7 +90,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
             x = _inputs(w, q, k, v, known)
             return Grads(_grad_q(w, x, q), *_grad_kv(w, x, k, v, None))
         x = _inputs(long, q, k, v, known, tokens=w.kv_facts.identity)
-        rows = w.batch * w.heads * w.q_room + _SPARE
+        rows = w.batch * w.heads * w.q_room + _SPARE + 1  # the last counts
         sums = torch.zeros(rows, x.width, dtype=torch.float32, device=q.device)
         grad_k, grad_v = _grad_kv(long, x, k, v, sums)
         return Grads(_from_sums(w, q, sums), grad_k, grad_v)
@@ -185,18 +185,21 @@ def _grad_kv(w: Work, x: _Inputs, k: Tensor, v: Tensor, sums: Tensor | None) -> 
     cleaned = (None, None, None)
     if x.cleaned is not None:
         cleaned = x.cleaned[0], *(_described(y, queries) for y in x.cleaned[1:])
-    programs, portion_sums = w.batch * units.count * w.kv_blocks, None
+    pieces, portion_sums = w.batch * units.count * w.kv_blocks, None
     if cut is not None:
-        programs = cut.programs.shape[0]
+        pieces = cut.programs.shape[0]
         portion_sums = torch.empty(cut.places, 2, call.kv_block, x.width, dtype=torch.float32, device=k.device)
+    counter = None
+    if t.buffers > 1:
+        counter = torch.zeros(1, dtype=torch.int32, device=k.device) if sums is None else sums[-1].view(torch.int32)
     start(
-        backward_kv_kernel, programs,
+        backward_kv_kernel, pieces if counter is None else min(pieces, processors(k.device)),
         _described(x.q, queries), _described(x.grad, queries), _described(x.k, keys, swizzle), _described(x.v, keys),
         *ends, *cleaned, sums, *to, portion_sums, order, lists, words, None if cut is None else cut.programs,
-        units.count, units.rows, units.count // x.k.shape[1], w.heads, w.q_room, w.batch * w.heads * w.q_room,
-        call.scale * _LOG2E, call.scale,
+        counter, pieces, units.count, units.rows, units.count // x.k.shape[1],
+        w.heads, w.q_room, w.batch * w.heads * w.q_room, call.scale * _LOG2E, call.scale,
         BM=t.tile, BN=GROUP, BQ=call.q_block, D=x.width, STAGES=t.stages, WHOLE=sums is not None,
-        GROUPS=call.kv_block // GROUP, DIRECT=direct, CLEAN=x.unclean, BY_TOKEN=x.by_token,
+        GROUPS=call.kv_block // GROUP, BUFFERS=t.buffers, DIRECT=direct, CLEAN=x.unclean, BY_TOKEN=x.by_token,
         num_warps=GROUP // 16, maxnreg=t.registers,
     )  # fmt: skip
     if cut is not None:

@@ -33,6 +33,11 @@ class Portions:
     places: int
 
 
+def processors(device: torch.device) -> int:
+    """Of a card."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _HOPPER
+
+
 def portions(w: Work, units: Units, full: Turned, part: Turned, tiles: int) -> Portions | None:
     """None where no list is long enough, or the plan is not known to stay. tiles: steps of a full entry.
 
@@ -50,8 +55,7 @@ def _cut(steps: Tensor) -> Portions | None:
     end at the same one, as those of causal patterns do, and programs that start together then share what they read.
     """
     device, heads, blocks = steps.device, *steps.shape[1:]
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if steps.is_cuda else _HOPPER
-    most = max(_LEAST, int(steps.sum()) // (_SHARE * processors)) // heads
+    most = max(_LEAST, int(steps.sum()) // (_SHARE * processors(device))) // heads
     parts = ((2 * steps.amax(1) + most) // (2 * most)).clamp(min=1).flatten()
     if int(parts.max()) == 1:
         return None
