@@ -6,8 +6,6 @@ for eager calls: a compiled graph fuses the same work itself. Triton is imported
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -40,8 +38,3 @@ def autocasts(x: Tensor) -> bool:
 def power(size: int, least: int = 1) -> int:
     """The smallest power of two from `size` and `least` on."""
     return max(least, 1 << max(size - 1, 0).bit_length())
-
-
-def start(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Launch a Triton kernel."""
-    kernel[grid](*arguments, **constants)

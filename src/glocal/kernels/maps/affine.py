@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import start
+from glocal.kernels._launch import on_device, start
 
 _ENTRIES = 4096  # of a program
 
@@ -48,7 +48,7 @@ def affine(x: Tensor, stats: tuple[Tensor, Tensor, Tensor, Tensor], eps: float, 
     """x: [..., C] on a GPU; stats: mean, variance, weight, bias [C] -> the normalised and activated map, contiguous."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         grid = (-(-x.numel() // _ENTRIES),)
         start(affine_kernel, grid, x, out, *stats, x.numel(), eps, C=x.shape[-1], BLOCK=_ENTRIES, ACT=act, num_warps=8)
     return out

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import power, start
+from glocal.kernels._launch import on_device, start
+from glocal.kernels.maps import power
 from glocal.kernels.maps.affine import activated, scale_and_shift
 
 _PIXELS, _CHANNELS = 64, 64  # of a program
@@ -156,7 +157,7 @@ def forward(
     out = x.new_empty(b, shape.rows, shape.columns, channels)
     total, sizes = b * shape.rows * shape.columns, _sizes(weight, shape)
     stats, eps = (None, 0.0) if norm is None else norm
-    with torch.cuda.device_of(x):
+    with on_device(x):
         start(forward_kernel, _grid(total, sizes),
             x, weight, weight if bias is None else bias, out, stats, height, width, shape.rows, shape.columns, total,
             shape.top, shape.left, eps, BIAS=bias is not None, RESIDUAL=shape.residual, ACT=act, **sizes,
@@ -186,7 +187,7 @@ class Depthwise(torch.autograd.Function):
         numbers = (height, width, shape.rows, shape.columns)
         grad_x = grad_w = grad_b = None
         sizes = _sizes(weight, shape)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             if ctx.needs_input_grad[0]:
                 grad_x = torch.empty_like(x)
                 pixels = b * height * width

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import power, start
+from glocal.kernels._launch import on_device, start
+from glocal.kernels.maps import power
 
 _PIXELS, _CHANNELS = 64, 64  # of a program
 _THIN = 16  # pixels at once of a program that sums up over many of them
@@ -87,7 +88,7 @@ def forward(x: Tensor, kernels: Tensor, flip: bool = False) -> Tensor:
     out = x.new_empty(b, height, width, channels)
     sizes = _sizes(kernels)
     tiles = -(-height * width // sizes["P"])
-    with torch.cuda.device_of(x):
+    with on_device(x):
         start(
             forward_kernel, (b * tiles, -(-channels // sizes["CHANNELS"])),
             x, kernels, out, height, width, tiles, x.stride(0), x.stride(2), FLIP=flip, **sizes,
@@ -119,7 +120,7 @@ class DynamicConv(torch.autograd.Function):
         per = -(-tiles // max(1, min(_PROGRAMS // (blocks * b * down), tiles)))  # tiles of a part
         parts = -(-tiles // per)
         sums = x.new_empty(b, parts, down, across, channels, dtype=torch.float32)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             start(
                 kernels_kernel, (b * parts, blocks, down),
                 grad, x, sums, height, width, parts, per * sizes["P"], x.stride(0), x.stride(2), **sizes,

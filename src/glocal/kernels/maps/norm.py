@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import power, start
+from glocal.kernels._launch import on_device, start
+from glocal.kernels.maps import power
 
 MOST = 8192  # channels of a row that a program holds
 _ENTRIES = 4096  # of the rows of a program
@@ -86,7 +87,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, keep: bool = Fa
     rows, sizes = x.numel() // channels, _sizes(channels)
     out = torch.empty_like(x)
     kept = x.new_empty(2, rows if keep else 1, dtype=torch.float32)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         grid = (-(-rows // sizes["ROWS"]),)
         start(forward_kernel, grid, x, out, weight, bias, kept, rows, eps, KEEP=keep, **sizes)
     return out, kept
@@ -115,7 +116,7 @@ class LayerNorm(torch.autograd.Function):
         programs = min(tiles, 1024)
         grad_x = torch.empty_like(x)
         sums = x.new_empty(2, programs, channels, dtype=torch.float32)
-        with torch.cuda.device_of(x):
+        with on_device(x):
             start(backward_kernel, (programs,), grad, x, weight, kept, grad_x, sums, rows, tiles, **sizes)
         grad_weight, grad_bias = sums.sum(1).to(weight.dtype).unbind()
         return grad_x, grad_weight, grad_bias, None

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import power, start
+from glocal.kernels._launch import on_device, start
+from glocal.kernels.maps import power
 
 MOST = 128  # channels of a group
 _TOKENS = 64  # of a tile
@@ -92,7 +93,7 @@ def products(a: Tensor, b: Tensor, groups: int, totals: bool = False) -> tuple[T
     parts = -(-tokens // per)
     out = a.new_empty(parts, images, groups, d, e, dtype=torch.float32)
     sums = a.new_empty(parts, images, groups, d + e, dtype=torch.float32) if totals else None
-    with torch.cuda.device_of(a):
+    with on_device(a):
         start(
             products_kernel,
             (images * groups, parts),
@@ -124,7 +125,7 @@ def apply(x: Tensor, matrix: Tensor, groups: int, shift: Tensor | None = None, p
     shift = None if shift is None else shift.contiguous()
     out = x.new_empty(images, tokens, groups * d)
     strides = (0, 0) if plus is None else (plus.stride(0), plus.stride(1))
-    with torch.cuda.device_of(x):
+    with on_device(x):
         start(
             apply_kernel,
             (images * groups, -(-tokens // _TOKENS)),

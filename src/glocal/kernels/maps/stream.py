@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from glocal.kernels.maps import power, start
+from glocal.kernels._launch import on_device, start
+from glocal.kernels.maps import power
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def stream(
     out = None if eps is None else torch.empty_like(x)
     channels = x.shape[-1]
     wide = power(channels)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         start(
             stream_kernel, (x.shape[0] * x.shape[1],),
             x, None if branch is None else branch.contiguous(), _rows(gate, x), total, out,

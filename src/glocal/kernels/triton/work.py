@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,6 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from glocal.kernels import _launch
+from glocal.kernels._launch import on_device as on_device
 from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, DenseBias, PlanTensors, TableBias
 from glocal.kernels.triton import defaults
@@ -274,9 +275,4 @@ def plan_row(t: Tensor, heads: int) -> tuple[Any, ...]:
 
 def start(kernel: Any, programs: int, *args: Any, **constants: Any) -> None:
     """All programs lie on the first axis of the grid, which counts to 2^31."""
-    kernel[(programs,)](*args, **constants)
-
-
-def on_device(t: Tensor) -> Any:
-    """The device of a tensor as the current one."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
+    _launch.start(kernel, (programs,), *args, **constants)

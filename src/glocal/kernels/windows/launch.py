@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from glocal.kernels._launch import on_device, start
 from glocal.kernels._seen import Seen
 from glocal.kernels.call import Call, Grads, TableBias
 from glocal.kernels.capability import installed
@@ -143,7 +143,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
     )
     if out.numel() == 0 or k.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    with _device(q):
+    with on_device(q):
         for one in w.launches(w.tables.forward, "forward"):
             t = one.tiles
             _start(
@@ -170,7 +170,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
     narrow = all(t.columns.shape[1] <= WHOLE_COLUMNS for t in w.tables.forward) and w.row <= WHOLE_BYTES
     if w.tables.apart and narrow:
         grad_k, grad_v = _for_keys(w, k, v)
-        with _device(q):
+        with on_device(q):
             for one in w.launches(w.tables.forward, "whole"):
                 t, sums = one.tiles, _sums(one, bool(call.bias))
                 _start(
@@ -192,7 +192,7 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         if table:
             partial.append((t, sums))
 
-    with _device(q):
+    with on_device(q):
         for one in w.launches(w.tables.forward, "queries"):
             # Whether a warp has room for the sums of a table beside everything else.
             narrow = one.direct or one.tiles.columns.shape[1] <= WHOLE_COLUMNS
@@ -250,9 +250,10 @@ def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
         flat = (sums[0] if len(sums) == 1 else sums.sum(0)).flatten(1)  # [H, tiles * M * N]
         numbers, (_, most), width = flat.shape[1], pairs.shape, total.shape[1]
         if len(entries):
-            _kernels(False)["entries"][(len(entries), heads)](
-                flat, entries, pairs, total, numbers, most, width, BLOCK=1024
-            )
+            start(
+                _kernels(False)["entries"], (len(entries), heads),
+                flat, entries, pairs, total, numbers, most, width, BLOCK=1024,
+            )  # fmt: skip
     if bias.table.shape[0] == 1:
         total = total.sum(0, keepdim=True)
     return total.to(bias.table.dtype)
@@ -327,7 +328,7 @@ def _work(q: Tensor, k: Tensor, v: Tensor, call: Call) -> _Work:
 
 def _start(part: str, one: Launch, *args: Any, **constants: Any) -> None:
     heads, _, images, per, _, groups = one.numbers
-    _kernels(one.direct)[part][(groups * heads * -(-images // per),)](*args, **constants)
+    start(_kernels(one.direct)[part], (groups * heads * -(-images // per),), *args, **constants)
 
 
 @lru_cache
@@ -376,7 +377,3 @@ def _direct(device: torch.device) -> bool:
 
 def _strided(t: Tensor) -> tuple[Any, ...]:
     return (t, *t.stride())
-
-
-def _device(t: Tensor) -> Any:
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
