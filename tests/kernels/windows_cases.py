@@ -15,6 +15,7 @@ from glocal.kernels import reference
 from glocal.kernels import windows as backend
 from glocal.kernels.call import Call, Grads, PlanTensors
 from glocal.kernels.windows import launch
+from glocal.kernels.windows.room import side_by_side
 from glocal.ops import Relative, Score, attend
 from glocal.patterns import Grid, Neighborhood, Windows
 from glocal.patterns.base import Pattern
@@ -205,6 +206,20 @@ def test_strides(generator: torch.Generator) -> None:
     same(run(case, moved, "windows"), usual, 1e-6)
     spread = replace(x, grad_out=torch.ones((), device=DEVICE).expand(x.grad_out.shape))
     compared(case, spread)
+
+
+@pytest.mark.parametrize("pattern", [Windows(3), SMALL], ids=["windows", "neighbourhoods"])
+def test_results_lie_as_what_they_belong_to(pattern: Pattern, generator: torch.Generator) -> None:
+    case = Case(pattern, (4, 6), heads=(2, 2), bias=2)
+    x = Inputs.random(case, generator)
+    out, _, grads = compared(case, x)
+    assert out.transpose(1, 2).is_contiguous() and side_by_side((grads.q, grads.k, grads.v))
+    k, v = torch.stack([x.k, x.v]).permute(1, 3, 0, 2, 4).contiguous().permute(2, 0, 3, 1, 4)
+    out, _, grads = compared(case, replace(x, q=x.q.contiguous(), k=k, v=v))
+    assert out.transpose(1, 2).is_contiguous() and side_by_side((grads.k, grads.v)) and grads.q.is_contiguous()
+    alone = replace(x, q=x.q.contiguous(), k=x.k.contiguous(), v=x.v.contiguous())
+    out, _, grads = compared(case, alone)
+    assert all(t.is_contiguous() for t in (out, grads.q, grads.k, grads.v))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -26,3 +26,16 @@ def test_gradients_are_those_of_autograd() -> None:
         loss = (q * weights[0]).sum() + (v.sin() * weights[2]).sum()  # k is left out
         found.append(torch.autograd.grad(loss, x)[0])
     assert torch.equal(*found) and not found[0][..., 8:16].any()
+
+
+def test_gradients_that_lie_side_by_side_are_not_copied() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    whole = torch.randn_like(x)
+    loose = [t.contiguous() for t in split_heads(whole, 3, 2)]
+    taken = []
+    x.register_hook(lambda grad: taken.append(grad.data_ptr()))
+    for given in (split_heads(whole, 3, 2), loose, [*split_heads(whole, 3, 2)[:2], loose[2]]):
+        parts = _Split.apply(x, 3, 2)
+        assert torch.equal(torch.autograd.grad(parts, x, given)[0], whole)
+    assert taken[0] == whole.data_ptr() and whole.data_ptr() not in taken[1:]

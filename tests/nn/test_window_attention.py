@@ -32,6 +32,19 @@ class TestRolled(LayerTester):
         return WindowAttention(16, 2, 4, shift=2, relative_bias=True)
 
 
+def test_a_bias_where_rolled_tokens_meet_has_no_pattern() -> None:
+    x = torch.randn(1, 8, 8, 16)
+    for mask, bias in ((True, True), (False, False)):
+        own = WindowAttention(16, 2, 4, 2, bias, WindowSpec(mask=mask))
+        named = WindowAttention(16, 2, 4, 2, bias, WindowSpec(mask=mask, backend="reference"))
+        named.load_state_dict(own.state_dict())
+        assert own.whole((8, 8), (8, 8))
+        torch.testing.assert_close(named(x), own(x))
+    assert not WindowAttention(16, 2, 4, 2, True, WindowSpec(mask=False)).whole((8, 8), (8, 8))
+    with pytest.raises(ValueError, match="shift=2, mask=False and a relative bias; legal: backend=None, or mask=True"):
+        WindowAttention(16, 2, 4, 2, True, WindowSpec(mask=False, backend="reference"))(x)
+
+
 def test_windows_and_grids_come_back() -> None:
     x = torch.arange(2 * 6 * 8 * 1.0).reshape(2, 6, 8, 1)
     windows, grid = to_windows(x, (3, 2)), to_grid(x, (3, 2))

@@ -51,6 +51,18 @@ def test_table_equals_the_definition(
     torch.testing.assert_close(found, by_definition(table, layout, "grid", steps, sign))
 
 
+def test_a_table_that_no_pair_leaves_is_read_as_it_is(generator: torch.Generator) -> None:
+    table = torch.randn(2, 5, 7, generator=generator)
+    layout = Layout.of(Canvas((6, 9)))
+    whole, within = Relative(table, (1, 2)).lower(layout), Relative(table, (1, 2), within=True).lower(layout)
+    assert isinstance(whole, TableBias) and isinstance(within, TableBias)
+    assert within.table.shape == (2, 35) and within.table.data_ptr() == table.data_ptr()
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(6), torch.arange(9) // 2, indexing="ij"))
+    near = ((y[:, None] - y).abs() <= 2) & ((x[:, None] - x).abs() <= 3)
+    read = [looked_up(b.table, b.k_code[None, :] - b.q_code[:, None]) for b in (whole, within)]
+    assert torch.equal(read[0][:, near], read[1][:, near]) and bool(near.any()) and not bool(near.all())
+
+
 def test_slices_and_several_grids(generator: torch.Generator) -> None:
     table = torch.randn(1, 3, 3, generator=generator)
     canvas = Canvas([Part("a", (3, 4)), Part("b", (2, 5))])

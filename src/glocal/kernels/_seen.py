@@ -23,8 +23,10 @@ class Seen:
 
     def still(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are they, not written to since. Tensors of inference mode count no writes."""
-        same = all(ref() is t for ref, t in zip(self.refs, tensors, strict=True))
-        return same and self.versions == tuple(_version(t) for t in tensors)
+        for ref, version, t in zip(self.refs, self.versions, tensors, strict=True):
+            if ref() is not t or version != _version(t):
+                return False
+        return True
 
 
 def _version(t: Tensor) -> int:

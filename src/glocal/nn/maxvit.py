@@ -97,7 +97,7 @@ class AxisAttention(WindowAttention):
     def relative(self, size: tuple[int, int]) -> Relative:
         """The bias of the whole map; places of a grid count in its steps."""
         step = (1, 1) if self.groups == "window" else (size[0] // self.window, size[1] // self.window)
-        return Relative(self.rel_pos.resized(), step)
+        return Relative(self.rel_pos.resized(), step, within=True)
 
     def cut(self, x: Tensor) -> Tensor:
         """x: [B, *size, dim] -> windows or grids, [B, groups, N, dim]."""

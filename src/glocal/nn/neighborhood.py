@@ -102,7 +102,7 @@ class _NeighborhoodAttention(nn.Module):
         x = self._padded(x)
         canvas = canvas_of(*x.shape[1:-1])
         q, k, v = split_heads(self.qkv(x).flatten(1, -2), 3, self.heads)  # [B, heads, N, head size] each
-        bias = () if self.rpb is None else (Relative(self.rpb, self.dilation),)
+        bias = () if self.rpb is None else (Relative(self.rpb, self.dilation, within=True),)
         dropout = self.spec.attn_drop if self.training else 0.0
         score = Score(self.spec.scale, bias=bias, dropout=dropout)
         backend = self.spec.backend

@@ -113,8 +113,11 @@ class WindowAttention(nn.Module):
         return "windows" if small_windows(x, self.dim // self.heads, pattern, dropout) else None
 
     def whole(self, size: tuple[int, int], real: tuple[int, int]) -> bool:
-        """Whether a pattern says all that the layer does on a map of `size`, of which `real` is no padding."""
-        return True
+        """Whether a pattern says all that the layer does on a map of `size`, of which `real` is no padding.
+
+        Tokens that rolling brought together have the bias of their places in the window, not of those on the map.
+        """
+        return not self.shift or self.spec.mask or self.table() is None
 
     def on_map(self, x: Tensor, stage: object) -> tuple[Tensor, ...]:
         """x: [B, H, W, dim] -> queries, keys and values of the whole map, [B, heads, H * W, head size] each."""
@@ -132,13 +135,18 @@ class WindowAttention(nn.Module):
         return out.transpose(1, 2).reshape(x.shape)
 
     def pattern(self, size: tuple[int, int], real: tuple[int, int]) -> Pattern:
-        """Who sees whom on a map of `size`, of which `real` is no padding."""
+        """Who sees whom on a map of `size`, of which `real` is no padding; ValueError where no pattern says it all."""
+        if not self.whole(size, real):
+            raise ValueError(
+                f"WindowAttention: backend={self.spec.backend!r} with shift={self.shift}, mask=False and a relative "
+                "bias; legal: backend=None, or mask=True."
+            )
         return self.windows
 
     def relative(self, size: tuple[int, int]) -> Relative | None:
         """The bias of the whole map."""
         table, side = self.table(), 2 * self.window - 1
-        return None if table is None else Relative(table.T.reshape(self.heads, side, side), sign=-1)
+        return None if table is None else Relative(table.T.reshape(self.heads, side, side), sign=-1, within=True)
 
     def table(self) -> Tensor | None:
         """The bias of every offset, query minus key, [(2 window - 1) ** 2, heads]; None for none."""

@@ -39,9 +39,12 @@ def _looked_at(*tensors: Tensor) -> bool:
     )
 
 
+_AS_Q_LIES = ("windows",)  # backends that lay results out as q, k and v lie, so that layers copy nothing
+
+
 def _forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     out, lse = registry.implementation(call.backend).forward(q, k, v, call)
-    return out.contiguous(), lse.contiguous()
+    return (out, lse) if call.backend in _AS_Q_LIES else (out.contiguous(), lse.contiguous())
 
 
 class _Direct(torch.autograd.Function):
@@ -50,14 +53,18 @@ class _Direct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, q: Tensor, k: Tensor, v: Tensor, *bias: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = _forward(q, k, v, call)
-        ctx.save_for_backward(q, k, v, out, lse, *call.tensors())  # of the last only changes are noticed
-        ctx.call = call
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.call, ctx.versions = call, _versions(call)
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
-        q, k, v, out, lse = ctx.saved_tensors[:5]
+        q, k, v, out, lse = ctx.saved_tensors
+        if _versions(ctx.call) != ctx.versions:
+            raise RuntimeError(
+                "attention: a tensor of the plan or of a bias has been modified by an inplace operation since forward."
+            )
         wanted = any(ctx.needs_input_grad[4:])
         call = replace(ctx.call, lse_grad=grad_lse is not None, bias_grad=wanted)
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
@@ -72,18 +79,25 @@ class _Direct(torch.autograd.Function):
         return None, *grads, *([] if wanted else [None] * len(ctx.needs_input_grad[4:]))
 
 
+def _versions(call: Call) -> list[int]:
+    """How often the tensors of a call were written to."""
+    return [0 if t.is_inference() else t._version for t in call.tensors()]
+
+
 def _backward_of(grad_out: Tensor, grad_lse: Tensor | None, saved: tuple[Tensor, ...], call: Call) -> list[Tensor]:
     """Gradients of q, k, v and, unless none is owed, of every bias; saved: q, k, v, out, lse."""
     q, k, v, out, lse = saved
     to_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
     found = registry.implementation(call.backend).backward(grad_out, to_lse, q, k, v, out, lse, call)
-    return [g.contiguous() for g in (found.q, found.k, found.v, *(found.bias if call.bias_grad else ()))]
+    grads = [found.q, found.k, found.v, *(found.bias if call.bias_grad else ())]
+    return grads if call.backend in _AS_Q_LIES else [g.contiguous() for g in grads]
 
 
 @torch.library.custom_op("glocal::attend", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, data: list[Tensor], spec: str) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Nq, Dv] and natural-log LSE [B, Hq, Nq]; `data` and `spec` are an encoded `Call`."""
-    return _forward(q, k, v, Call.decode(data, spec))
+    out, lse = _forward(q, k, v, Call.decode(data, spec))
+    return out.contiguous(), lse.contiguous()
 
 
 @attend.register_fake
@@ -98,7 +112,8 @@ def attend_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v and of every bias, given those of (out, lse), or of out alone if `spec` says so."""
     call = Call.decode(data, spec)
-    return _backward_of(grads[0], grads[1] if call.lse_grad else None, (q, k, v, out, lse), call)
+    found = _backward_of(grads[0], grads[1] if call.lse_grad else None, (q, k, v, out, lse), call)
+    return [g.contiguous() for g in found]
 
 
 @attend_backward.register_fake

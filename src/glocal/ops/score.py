@@ -62,12 +62,15 @@ class Relative:
     sign: +1 for key - query, -1 for query - key.
     part: name of the grid; None for the only one. Offsets beyond the table add nothing, so a table that is too
         small for a pattern is refused only where the caller says how far the pattern reaches.
+    within: the caller knows that no visible pair lies beyond the table. It is then read as it is; otherwise it gets
+        room for all offsets of the grid.
     """
 
     table: Tensor
     step: int | tuple[int, ...] = 1
     sign: int = 1
     part: str | None = None
+    within: bool = False
 
     def lower(self, layout: Layout) -> Bias:
         """The form kernels read."""
@@ -83,10 +86,10 @@ class Relative:
         # Inner axes get room behind the table for any offset of the canvas, so that offsets beyond it cannot alias:
         # one that overshoots, or falls short and borrows from the row before, lands on a pad. Rows past the outermost
         # axis are past the table.
-        room = [extent[0]] + [
-            max(e, -(-n // s) + e // 2) for e, n, s in zip(extent[1:], axes[1:], steps[1:], strict=True)
-        ]
-        padded = torch.nn.functional.pad(self.table, _pads(extent, room))
+        room, padded = list(extent), self.table
+        if not self.within:
+            room[1:] = [max(e, -(-n // s) + e // 2) for e, n, s in zip(extent[1:], axes[1:], steps[1:], strict=True)]
+            padded = torch.nn.functional.pad(self.table, _pads(extent, room))
         strides = tuple(prod(room[axis + 1 :]) for axis in range(rank))
         centre = sum(e // 2 * s for e, s in zip(extent, strides, strict=True))
         far = 4 * prod(room) + 4 * sum(n * s for n, s in zip(axes, strides, strict=True))

@@ -79,7 +79,7 @@ def _queries_program(
     mine, some = tokens(q_tokens, group, count, G, M, M, SPLIT, gl.SliceLayout(2, C))
     own = mine >= 0
     q_at = row_offsets(q_tokens, group, count, q, G, M, SPLIT, WD, LEFT)
-    o_at = row_offsets(q_tokens, group, count, (out, 0, 0, DV, 1), G, M, SPLIT, WDV, LEFT_V)
+    o_at = row_offsets(q_tokens, group, count, out, G, M, SPLIT, WDV, LEFT_V)
     if HELD:
         seen, places = pieces_of(
             q_tokens, k_tokens, masks, group, count, h, table, scale, RIGHT, G, M, N, ALL, PIECES, SPLIT,
@@ -96,12 +96,12 @@ def _queries_program(
         row = (image * heads + h) * n
         query = load_rows(q[0] + image * q[1] + h.to(gl.int64) * q[2], q_at, D, WD, LEFT)
         from_k, from_v = k[0] + (h // ratio).to(gl.int64) * k[2], v[0] + (h // ratio).to(gl.int64) * v[2]
-        g = load_rows(grad + row * DV, o_at, DV, WDV, LEFT_V)
+        g = load_rows(grad[0] + image * grad[1] + h.to(gl.int64) * grad[2], o_at, DV, WDV, LEFT_V)
         end = gl.load(lse + row + some)
         empty = end == -INF
         end = gl.where(empty, INF, end * LOG2E)
         share = gl.where(empty, 0.0, gl.load(grad_lse + row + some))
-        done = load_rows(out + row * DV, o_at, DV, WDV, LEFT_V)
+        done = load_rows(out[0] + image * out[1] + h.to(gl.int64) * out[2], o_at, DV, WDV, LEFT_V)
         delta = gl.sum(g.to(gl.float32) * done.to(gl.float32), 2)
         share -= gl.convert_layout(delta, gl.SliceLayout(2, C))
         gl.store(known + (row + mine) * 2, end, mask=own)
@@ -129,7 +129,7 @@ def _queries_program(
                 )  # fmt: skip
         if TABLE:
             sums = added
-        store_rows(grad_q, found * scale, q_tokens, group, count, row * D, D, WD, G, M, SPLIT)
+        store_rows(grad_q, found * scale, q_tokens, group, count, image, h, D, WD, G, M, SPLIT)
         taint += gl.sum(found, 2)
     if TABLE:
         place = (chunk * heads + h).to(gl.int64) * count * (M * ALL * SPLIT)
@@ -206,7 +206,7 @@ def _keys_program(
     for i in range(gl.minimum(per, images - first)):
         image = (first + i).to(gl.int64)
         rate = scale * LOG2E
-        row, place = (image * heads + h) * nq, (image * heads + h) * nk
+        row = (image * heads + h) * nq
         from_k, from_v = k[0] + (h // ratio).to(gl.int64) * k[2], v[0] + (h // ratio).to(gl.int64) * v[2]
         from_q = q[0] + h.to(gl.int64) * q[2]
         key = load_rows(from_k + image * k[1], k_at, D, WD, LEFT)
@@ -214,7 +214,8 @@ def _keys_program(
         key, values = settled(key, per >> 30), settled(values, per >> 30)
         for_k = gl.zeros([G, M, WD], gl.float32, layout=C)
         for_v = gl.zeros([G, M, WDV], gl.float32, layout=C)
-        queries, grads = (from_q + image * q[1], q[3], q[4]), (grad + row * DV, DV, 1)
+        queries = (from_q + image * q[1], q[3], q[4])
+        grads = (grad[0] + image * grad[1] + h.to(gl.int64) * grad[2], grad[3], grad[4])
         if CAREFUL:
             for c in range(PIECES):
                 start, some = piece_of(
@@ -232,8 +233,8 @@ def _keys_program(
                     key, values, queries, grads, known + row * 2, seen[c], places[c], listing, i, for_k, for_v, rate,
                     D, DV, WD, WDV, G, M, N, False,
                 )  # fmt: skip
-        store_rows(grad_v, for_v, k_tokens, group, count, place * DV, DV, WDV, G, M, SPLIT)
-        store_rows(grad_k, for_k * scale, k_tokens, group, count, place * D, D, WD, G, M, SPLIT)
+        store_rows(grad_v, for_v, k_tokens, group, count, image, h, DV, WDV, G, M, SPLIT)
+        store_rows(grad_k, for_k * scale, k_tokens, group, count, image, h, D, WD, G, M, SPLIT)
         taint += gl.sum(for_k, 2) + gl.sum(for_v, 2)
     return taint
 

@@ -33,12 +33,12 @@ def queries_kernel(
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
     QUERIES: tl.constexpr, TABLE: tl.constexpr,
 ):  # fmt: skip
-    """QUERIES: `known` float32 [B, H, n, 2] and grad_q [B, H, n, D] are made; known holds the LSE in base 2, inf where
-    nothing is seen, and minus the sum of grad * out and the gradient of the LSE. TABLE: the gradient of the logits,
-    summed over the images of a program, goes to grad_table [programs over images, H, tiles, M, N].
+    """QUERIES: `known` float32 [B, H, n, 2] and grad_q are made; known holds the LSE in base 2, inf where nothing is
+    seen, and minus the sum of grad * out and the gradient of the LSE. TABLE: the gradient of the logits, summed over
+    the images of a program, goes to grad_table [programs over images, H, tiles, M, N].
 
-    out, grad: contiguous [B, H, n, DV]. The N keys are taken in so many PIECES. SAME: k and v have equal strides and
-    sizes. Other arguments as in `forward_kernel`.
+    out, grad (equal strides), grad_q: (pointer, strides) as of q. The N keys are taken in so many PIECES. SAME: k and v
+    have equal strides and sizes. Other arguments as in `forward_kernel`.
     """
     taint = _queries_program(
         q, k, v, out, grad, grad_lse, lse, known, grad_q, grad_table, q_tokens, k_tokens, masks, table, scale,
@@ -68,7 +68,7 @@ def _queries_program(
     chunk = (pid // groups) // heads
     q_token, q_some = tile_rows(q_tokens, group, count, G, M, M)  # pyright: ignore[reportGeneralTypeIssues]
     q_at = offsets(q_some, q[3], q[4], WD)
-    o_at, d_at = offsets(q_some, DV, 1, WDV), offsets(q_some, D, 1, WD)
+    o_at, d_at = offsets(q_some, out[3], out[4], WDV), offsets(q_some, grad_q[3], grad_q[4], WD)
     WIDTH: tl.constexpr = N // PIECES
     starts, key_at, values_at, rows_at, sums = (), (), (), (), ()
     for c in tl.static_range(PIECES):  # pyright: ignore[reportGeneralTypeIssues]
@@ -104,13 +104,14 @@ def _queries_image(
     """One image: a sum over each row that is not finite if the row is not, and the sums with this image added."""
     rate = scale * LOG2E
     own = q_token >= 0
-    row = (image * heads + h) * n
-    query = load_rows(q[0] + image * q[1] + h.to(tl.int64) * q[2], at[0], D, WD)
+    row, head = (image * heads + h) * n, h.to(tl.int64)
+    query = load_rows(q[0] + image * q[1] + head * q[2], at[0], D, WD)
     from_k = k[0] + image * k[1] + (h // ratio).to(tl.int64) * k[2]
     from_v = v[0] + image * v[1] + (h // ratio).to(tl.int64) * v[2]
-    g = load_rows(grad + row * DV, at[1], DV, WDV)
+    g = load_rows(grad[0] + image * grad[1] + head * grad[2], at[1], DV, WDV)
     if QUERIES:
-        end, share = ends(lse + row, grad_lse + row, g, load_rows(out + row * DV, at[1], DV, WDV), q_some)
+        done = load_rows(out[0] + image * out[1] + head * out[2], at[1], DV, WDV)
+        end, share = ends(lse + row, grad_lse + row, g, done, q_some)
         tl.store(known + (row + q_token) * 2, end, mask=own)
         tl.store(known + (row + q_token) * 2 + 1, share, mask=own)
     else:
@@ -139,7 +140,8 @@ def _queries_image(
             bad += tl.sum(ds, -1)
     if QUERIES:
         written = tl.expand_dims(own, -1) & (tl.arange(0, WD) < D)
-        tl.store(grad_q + row * D + at[2], (found * scale).to(grad_q.dtype.element_ty), mask=written)
+        to = grad_q[0] + image * grad_q[1] + head * grad_q[2]
+        tl.store(to + at[2], (found * scale).to(grad_q[0].dtype.element_ty), mask=written)
         bad = tl.sum(found, -1)
     return bad, added
 
@@ -151,7 +153,7 @@ def keys_kernel(
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr, SAME: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PIECES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_k [B, H, nk, D] and grad_v [B, H, nk, DV] by query head; tiles of M keys and the N queries that see them.
+    """grad, grad_k, grad_v (by query head): (pointer, strides); tiles of M keys and the N queries that see them.
 
     table is turned: rows are keys. SAME: q has the strides and the size of grad.
     """
@@ -181,7 +183,7 @@ def _keys_program(
     first = (pid // groups) // heads * per
     k_token, k_some = tile_rows(k_tokens, group, count, G, M, M)  # pyright: ignore[reportGeneralTypeIssues]
     k_at, v_at = offsets(k_some, k[3], k[4], WD), offsets(k_some, v[3], v[4], WDV)
-    to_k, to_v = offsets(k_some, D, 1, WD), offsets(k_some, DV, 1, WDV)
+    to_k, to_v = offsets(k_some, grad_k[3], grad_k[4], WD), offsets(k_some, grad_v[3], grad_v[4], WDV)
     WIDTH: tl.constexpr = N // PIECES
     starts, query_at, rows_at, grad_at, grad_rows_at, tokens = (), (), (), (), (), ()
     for c in tl.static_range(PIECES):  # pyright: ignore[reportGeneralTypeIssues]
@@ -191,8 +193,8 @@ def _keys_program(
         tokens = tokens + (q_some,)
         query_at = query_at + (offsets_across(q_some, q[3], q[4], WD),)
         rows_at = rows_at + (offsets(q_some, q[3], q[4], WD),)
-        grad_at = grad_at + ((query_at[c] if SAME else offsets_across(q_some, DV, 1, WDV)),)
-        grad_rows_at = grad_rows_at + ((rows_at[c] if SAME else offsets(q_some, DV, 1, WDV)),)
+        grad_at = grad_at + ((query_at[c] if SAME else offsets_across(q_some, grad[3], grad[4], WDV)),)
+        grad_rows_at = grad_rows_at + ((rows_at[c] if SAME else offsets(q_some, grad[3], grad[4], WDV)),)
     at = (k_at, v_at, to_k, to_v, query_at, rows_at, grad_at, grad_rows_at)
     taint = tl.zeros(k_token.shape, tl.float32)
     for i in range(tl.minimum(per, images - first)):
@@ -211,24 +213,24 @@ def _keys_image(
 ):  # fmt: skip
     """One image; a sum over each row that is not finite if the row is not."""
     rate = scale * LOG2E
-    row, place = (image * heads + h) * nq, (image * heads + h) * nk
+    row, head = (image * heads + h) * nq, h.to(tl.int64)
     key = load_rows(k[0] + image * k[1] + (h // ratio).to(tl.int64) * k[2], at[0], D, WD)
     values = load_rows(v[0] + image * v[1] + (h // ratio).to(tl.int64) * v[2], at[1], DV, WDV)
-    from_q = q[0] + image * q[1] + h.to(tl.int64) * q[2]
+    from_q, from_grad = q[0] + image * q[1] + head * q[2], grad[0] + image * grad[1] + head * grad[2]
     for_k, for_v = tl.zeros(at[0].shape, tl.float32), tl.zeros(at[1].shape, tl.float32)
     for c in tl.static_range(PIECES):  # pyright: ignore[reportGeneralTypeIssues]
         end = tl.load(known + (row + tokens[c]) * 2)
         share = tl.load(known + (row + tokens[c]) * 2 + 1)
         s = tl.dot(key, load_across(from_q, at[4][c], D, WD), acc=starts[c], input_precision=PRECISION)
         p = tl.exp2(s * rate - tl.expand_dims(end, -2))
-        g = load_rows(grad + row * DV, at[7][c], DV, WDV)
+        g = load_rows(from_grad, at[7][c], DV, WDV)
         weight = p
         if CAREFUL:
             p = tl.where(starts[c] == -INF, 0.0, p)
             weight = tl.where((starts[c] > -INF) & tl.expand_dims(ill_rows(g), -2), float("nan"), p)
             g = clean(g)
         for_v = tl.dot(weight.to(g.dtype), g, acc=for_v, input_precision=PRECISION)
-        dp = tl.dot(values, load_across(grad + row * DV, at[6][c], DV, WDV), input_precision=PRECISION)
+        dp = tl.dot(values, load_across(from_grad, at[6][c], DV, WDV), input_precision=PRECISION)
         ds = p * (dp + tl.expand_dims(share, -2))
         query = load_rows(from_q, at[5][c], D, WD)
         if CAREFUL:
@@ -237,7 +239,9 @@ def _keys_image(
         for_k = tl.dot(ds.to(query.dtype), query, acc=for_k, input_precision=PRECISION)
     own = tl.expand_dims(k_token >= 0, -1)
     inside = own & (tl.arange(0, WDV) < DV)
-    tl.store(grad_v + place * DV + at[3], for_v.to(grad_v.dtype.element_ty), mask=inside)
+    to = grad_v[0] + image * grad_v[1] + head * grad_v[2]
+    tl.store(to + at[3], for_v.to(grad_v[0].dtype.element_ty), mask=inside)
     inside = own & (tl.arange(0, WD) < D)
-    tl.store(grad_k + place * D + at[2], (for_k * scale).to(grad_k.dtype.element_ty), mask=inside)
+    to = grad_k[0] + image * grad_k[1] + head * grad_k[2]
+    tl.store(to + at[2], (for_k * scale).to(grad_k[0].dtype.element_ty), mask=inside)
     return tl.sum(for_k, -1) + tl.sum(for_v, -1)

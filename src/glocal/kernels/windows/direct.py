@@ -214,12 +214,13 @@ def natural(x, G: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr):
 
 @gluon.jit
 def store_rows(
-    t, x, table, group, count, n_from,
+    t, x, table, group, count, image, head,
     SIZE: gl.constexpr, WIDE: gl.constexpr, G: gl.constexpr, M: gl.constexpr, SPLIT: gl.constexpr,
 ):  # fmt: skip
-    """Write x [G, M, WIDE], columns as `turned` has them, as rows of SIZE at t + n_from; table: the tokens of tiles.
+    """Write x [G, M, WIDE], columns as `turned` has them, as rows of SIZE of an image and a head of t.
 
-    SPLIT: x of so many neighbours on the first axis is added up.
+    t: (pointer, strides of image, head, token, column). table: the tokens of tiles. SPLIT: x of so many neighbours on
+    the first axis is added up.
     """
     L: gl.constexpr = natural_layout(G, M, WIDE)
     if SPLIT > 1:
@@ -227,7 +228,7 @@ def store_rows(
         FOUR: gl.constexpr = parts.type.layout
         total = gl.expand_dims(gl.sum(parts, 1), 1) + gl.zeros([G // SPLIT, SPLIT, M, WIDE], gl.float32, layout=FOUR)
         x = gl.convert_layout(gl.reshape(total, [G, M, WIDE]), products(G, M), assert_trivial=True)
-    x = natural(x.to(t.dtype.element_ty), G, M, WIDE)
+    x = natural(x.to(t[0].dtype.element_ty), G, M, WIDE)
     token = gl.expand_dims(tokens(table, group, count, G, M, M, SPLIT, gl.SliceLayout(2, L))[0], 2)
     column = gl.arange(0, WIDE, layout=gl.SliceLayout(0, gl.SliceLayout(1, L)))
     column = gl.expand_dims(gl.expand_dims(column, 0), 1)
@@ -237,7 +238,8 @@ def store_rows(
     if SPLIT > 1:
         turn = gl.arange(0, G, layout=gl.SliceLayout(1, gl.SliceLayout(2, L))) % SPLIT
         own = own & (gl.expand_dims(gl.expand_dims(turn, 1), 2) == 0)
-    gl.store(t + n_from + (token * SIZE + column), x, mask=own)
+    to = t[0] + image * t[1] + head.to(gl.int64) * t[2]
+    gl.store(to + (token * t[3] + column * t[4]), x, mask=own)
 
 
 @gluon.jit

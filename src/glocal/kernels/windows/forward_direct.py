@@ -102,7 +102,7 @@ def _program(
                 )  # fmt: skip
         found = found * gl.expand_dims(quick(gl.where(total == 0, 1.0, total), "rcp"), 2)
         row = (image * heads + h) * n
-        store_rows(out, found, q_tokens, group, count, row * DV, DV, WDV, G, M, 1)
+        store_rows(out, found, q_tokens, group, count, image, h, DV, WDV, G, M, 1)
         gl.store(lse + row + mine, gl.where(top == -INF, 0.0, top) * scale + quick(total, "lg2") * LN2, mask=mine >= 0)
         taint += gl.sum(found, 2)
     return taint

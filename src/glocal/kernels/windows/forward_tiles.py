@@ -30,7 +30,7 @@ def forward_kernel(
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """q, k, v: (pointer, strides of image, head, token, column); out [B, H, n, DV]; lse float32 [B, H, n].
+    """q, k, v, out: (pointer, strides of image, head, token, column); lse float32 [B, H, n].
 
     q_tokens [count, M], k_tokens [count, N], masks: the tiles of this launch, in groups of G. ratio: query heads a key
     head. per: images a program.
@@ -62,7 +62,7 @@ def _program(
     start = table_of(masks, group, count, q_token, k_token, h, table, scale, G, M, N, N)
     at = (
         offsets(q_some, q[3], q[4], WD), offsets_across(k_some, k[3], k[4], WD),
-        offsets(k_some, v[3], v[4], WDV), offsets(q_some, DV, 1, WDV),
+        offsets(k_some, v[3], v[4], WDV), offsets(q_some, out[3], out[4], WDV),
     )  # fmt: skip
     taint = tl.zeros(q_token.shape, tl.float32)
     for i in range(tl.minimum(per, images - first)):
@@ -98,6 +98,7 @@ def _image(
     found = found * tl.expand_dims(1.0 / tl.where(total == 0, 1.0, total), -1)
     row = (image * heads + h) * n
     written = tl.expand_dims(q_token >= 0, -1) & (tl.arange(0, WDV) < DV)
-    tl.store(out + row * DV + at[3], found.to(out.dtype.element_ty), mask=written)
+    to = out[0] + image * out[1] + h.to(tl.int64) * out[2]
+    tl.store(to + at[3], found.to(out[0].dtype.element_ty), mask=written)
     tl.store(lse + row + q_token, shift * scale + tl.log(total), mask=q_token >= 0)
     return tl.sum(found, -1)

@@ -21,6 +21,7 @@ from glocal.kernels.windows.backward_tiles import keys_kernel, queries_kernel
 from glocal.kernels.windows.backward_whole import whole_kernel
 from glocal.kernels.windows.entries import entries_kernel
 from glocal.kernels.windows.forward_tiles import forward_kernel
+from glocal.kernels.windows.room import like, packed
 from glocal.kernels.windows.tables import Tables, Tiles, tables
 
 # Chosen on an H100 for the cases of bench/small_windows.py.
@@ -133,11 +134,13 @@ class _Work:
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], lse [B, Hq, Nq]."""
+    """q [B, Hq, Nq, D], k [B, Hkv, Nk, D], v [B, Hkv, Nk, Dv] -> out [B, Hq, Nq, Dv], which lies as v does, and lse
+    [B, Hq, Nq].
+    """
     b, h, n, _ = q.shape
     w = _work(q, k, v, call)
     covered = all_rows(w.tables.forward, n)
-    out = (q.new_empty if covered else q.new_zeros)(b, h, n, v.shape[3])
+    out = like(v, (b, h, n, v.shape[3]), zero=not covered)
     lse = (
         torch.full((b, h, n), -torch.inf, device=q.device) if not covered else q.new_empty(b, h, n, dtype=torch.float32)
     )
@@ -147,14 +150,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor
         for one in w.launches(w.tables.forward, "forward"):
             t = one.tiles
             _start(
-                "forward", one, _strided(q), _strided(k), _strided(v), out, lse, t.rows, t.columns, t.masks, w.table,
-                float(call.scale), *one.numbers, n, **one.constants,
+                "forward", one, _strided(q), _strided(k), _strided(v), _strided(out), lse, t.rows, t.columns, t.masks,
+                w.table, float(call.scale), *one.numbers, n, **one.constants,
             )  # fmt: skip
     return out, lse
 
 
 def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads:
-    """Gradients through out and LSE, and of the table."""
+    """Gradients through out and LSE, and of the table; those of q, k and v lie as these do."""
     b, h, nq, d = q.shape
     dv = v.shape[3]
     w = _work(q, k, v, call)
@@ -162,31 +165,33 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
         nothing = [torch.zeros_like(bias.table) for bias in call.bias if isinstance(bias, TableBias)]
         return Grads(torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), tuple(nothing))
     covered = all_rows(w.tables.forward, nq)
-    make = torch.empty if covered else torch.zeros
-    grad_q = make(b, h, nq, d, dtype=q.dtype, device=q.device)
-    grad, out = known.grad_out.contiguous(), known.out.contiguous()
-    given = (_strided(q), _strided(k), _strided(v), out, grad, known.grad_lse.float().contiguous(), known.lse)
+    out, grad = known.out, known.grad_out
+    if grad.stride() != out.stride():
+        grad = torch.empty_like(out).copy_(grad)
+    given = (_strided(q), _strided(k), _strided(v), _strided(out), _strided(grad))
+    given = (*given, known.grad_lse.float().contiguous(), known.lse)
+    grad_q, grad_k, grad_v = _rooms(w, q, k, v)
+    of_q, of_k, of_v = _strided(grad_q), _strided(grad_k), _strided(grad_v)
     partial: list[tuple[Tiles, Tensor]] = []
     narrow = all(t.columns.shape[1] <= WHOLE_COLUMNS for t in w.tables.forward) and w.row <= WHOLE_BYTES
     if w.tables.apart and narrow:
-        grad_k, grad_v = _for_keys(w, k, v)
         with on_device(q):
             for one in w.launches(w.tables.forward, "whole"):
                 t, sums = one.tiles, _sums(one, bool(call.bias))
                 _start(
-                    "whole", one, *given, grad_q, grad_k, grad_v, sums, t.rows, t.columns, t.masks, w.table,
+                    "whole", one, *given, of_q, of_k, of_v, sums, t.rows, t.columns, t.masks, w.table,
                     float(call.scale), *one.numbers, nq, k.shape[2], TABLE=bool(call.bias), **one.constants,
                 )  # fmt: skip
                 partial.append((t, sums))
             grad_k, grad_v = _added(w, grad_k, k), _added(w, grad_v, v)
             return Grads(grad_q, grad_k, grad_v, tuple(_of_table(bias, partial) for bias in call.bias))
-    rows = make(b, h, nq, 2, dtype=torch.float32, device=q.device)
+    rows = (torch.empty if covered else torch.zeros)(b, h, nq, 2, dtype=torch.float32, device=q.device)
 
     def run(one: Launch, queries: bool, table: bool) -> None:
         t, sums = one.tiles, _sums(one, table)
         same = {} if one.direct else {"QUERIES": queries, "SAME": k.stride() == v.stride() and d == dv}
         _start(
-            "queries", one, *given, rows, grad_q, sums, t.rows, t.columns, t.masks, w.table,
+            "queries", one, *given, rows, of_q, sums, t.rows, t.columns, t.masks, w.table,
             float(call.scale), *one.numbers, nq, TABLE=table, **same, **one.constants,
         )  # fmt: skip
         if table:
@@ -200,7 +205,15 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
             if call.bias and not narrow:
                 for piece in w.launches(one.tiles.split(WHOLE_COLUMNS), "table"):
                     run(piece, False, True)
-        grad_k, grad_v = _keys(w, q, k, v, grad, rows)
+        same = q.stride() == grad.stride() and d == dv
+        for one in w.launches(w.tables.backward, "keys"):
+            t = one.tiles
+            _start(
+                "keys", one, *given[:3], given[4], rows, of_k, of_v, t.rows, t.columns, t.masks,
+                w.turned, float(call.scale), *one.numbers, nq, k.shape[2],
+                **({} if one.direct else {"SAME": same}), **one.constants,
+            )  # fmt: skip
+        grad_k, grad_v = _added(w, grad_k, k), _added(w, grad_v, v)
         return Grads(grad_q, grad_k, grad_v, tuple(_of_table(bias, partial) for bias in call.bias))
 
 
@@ -213,31 +226,24 @@ def _sums(one: Launch, table: bool) -> Tensor:
     )
 
 
-def _for_keys(w: _Work, k: Tensor, v: Tensor, make: Any = torch.empty) -> tuple[Tensor, Tensor]:
-    """Room for grad_k and grad_v; where several query heads share a key head, for each in float32."""
-    dtype = k.dtype if w.ratio == 1 else torch.float32
-    sizes = (k.shape[0], w.heads, k.shape[2])
-    return tuple(make(*sizes, t.shape[3], dtype=dtype, device=t.device) for t in (k, v))  # type: ignore[return-value]
+def _rooms(w: _Work, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Room for grad_q, grad_k and grad_v; where several query heads share a key head, of these for each in float32."""
+    queries, keys = (not all_rows(t, n) for t, n in ((w.tables.forward, q.shape[2]), (w.tables.backward, k.shape[2])))
+    if w.ratio > 1:
+        wide = [(k.shape[0], w.heads, *t.shape[2:]) for t in (k, v)]
+        of_k, of_v = (like(t, s, zero=keys, dtype=torch.float32) for t, s in zip((k, v), wide, strict=True))
+        return like(q, q.shape, zero=queries), of_k, of_v
+    whole = packed((q, k, v), zero=queries or keys)
+    if whole is not None:
+        return whole[0], whole[1], whole[2]
+    both = packed((k, v), zero=keys)
+    of_k, of_v = both if both is not None else [like(t, t.shape, zero=keys) for t in (k, v)]
+    return like(q, q.shape, zero=queries), of_k, of_v
 
 
 def _added(w: _Work, grad: Tensor, like: Tensor) -> Tensor:
     """Gradients of query heads added up for each key head."""
     return grad if w.ratio == 1 else grad.unflatten(1, (-1, w.ratio)).sum(2).to(like.dtype)
-
-
-def _keys(w: _Work, q: Tensor, k: Tensor, v: Tensor, grad: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """grad_k and grad_v."""
-    nq, nk, same = q.shape[2], k.shape[2], q.stride() == grad.stride() and q.shape[3] == v.shape[3]
-    grad_k, grad_v = _for_keys(w, k, v, torch.empty if all_rows(w.tables.backward, nk) else torch.zeros)
-    for one in w.launches(w.tables.backward, "keys"):
-        t = one.tiles
-        _start(
-            "keys", one,
-            _strided(q), _strided(k), _strided(v), grad, rows, grad_k, grad_v, t.rows, t.columns, t.masks,
-            w.turned, float(w.call.scale), *one.numbers, nq, nk,
-            **({} if one.direct else {"SAME": same}), **one.constants,
-        )  # fmt: skip
-    return _added(w, grad_k, k), _added(w, grad_v, v)
 
 
 def _of_table(bias: Any, partial: list[tuple[Tiles, Tensor]]) -> Tensor:
