@@ -25,6 +25,17 @@ class TestSecond(LayerTester):
         return ChannelAttention(16, 2, "v2")
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_the_second_form_by_definition(dynamic: bool, generator: torch.Generator) -> None:
+    layer, x = ChannelAttention(6, 2, "v2", dynamic_scale=dynamic), torch.randn(1, 5, 7, 6, generator=generator)
+    q, k, v = layer.qkv(x.flatten(1, 2)[0]).unflatten(1, (3, 2, 3)).permute(1, 2, 0, 3)  # [2, 35, 3] each
+    weights = (q.mT @ k * (35 if dynamic else 3) ** -0.5).softmax(-1)
+    out = layer.proj((weights @ v.mT).permute(2, 0, 1).flatten(1)).reshape(x.shape)
+    torch.testing.assert_close(layer(x), out)
+    with pytest.raises(ValueError, match="dynamic_scale=False with form='v1'"):
+        ChannelAttention(6, 2, "v1", dynamic_scale=False)
+
+
 def test_token_order_does_not_matter(generator: torch.Generator) -> None:
     layer, x = ChannelAttention(8, 2), torch.randn(1, 4, 5, 8, generator=generator)
     order = torch.randperm(20, generator=generator)

@@ -25,17 +25,25 @@ class HiLo(nn.Module):
     """Attention over x: [B, H, W, dim]; keys `h_qkv`, `h_proj`, `l_q`, `l_kv`, `l_proj`, of the groups that have heads.
 
     window: s; 1 makes all heads Lo-Fi, which is then dense attention. alpha: share of the Lo-Fi heads, rounded down to
-    whole heads; 0 leaves Hi-Fi alone, 1 Lo-Fi alone.
+    whole heads; 0 leaves Hi-Fi alone, 1 Lo-Fi alone. scale: of the logits, None is head size ** -0.5.
     """
 
-    def __init__(self, dim: int, heads: int, window: int = 2, alpha: float = 0.9, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: int = 2,
+        alpha: float = 0.9,
+        qkv_bias: bool = True,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
         check_heads(type(self).__name__, dim, heads)
         if window < 1:
             raise ValueError(f"HiLo: window={window} must be at least 1.")
         if not 0 <= alpha <= 1:
             raise ValueError(f"HiLo: alpha={alpha} must lie in [0, 1]; published models have 0.9.")
-        self.dim, self.heads, self.window, self.alpha = dim, heads, window, alpha
+        self.dim, self.heads, self.window, self.alpha, self.scale = dim, heads, window, alpha, scale
         self.head_size = dim // heads
         self.low_heads = heads if window == 1 else int(heads * alpha)
         self.high_heads = heads - self.low_heads
@@ -64,7 +72,7 @@ class HiLo(nn.Module):
         qkv = to_windows(self.h_qkv(padded), sides)  # [B, windows, N, 3 C]; few channels are cut, not all
         b, windows = qkv.shape[:2]
         q, k, v = split_heads(qkv.flatten(0, 1), 3, self.high_heads)  # [B * windows, heads, N, head size]
-        out = attend_groups(q, k, v).transpose(1, 2).flatten(2).unflatten(0, (b, windows))
+        out = attend_groups(q, k, v, scale=self.scale).transpose(1, 2).flatten(2).unflatten(0, (b, windows))
         size = (padded.shape[1], padded.shape[2])
         return self.h_proj(from_windows(out, size, sides)[:, : x.shape[1], : x.shape[2]])
 
@@ -73,7 +81,7 @@ class HiLo(nn.Module):
         means = padded if self.window == 1 else to_nhwc(F.avg_pool2d(to_nchw(padded), self.window))
         q = self._split(self.l_q(x))
         k, v = (self._split(each) for each in self.l_kv(means).chunk(2, -1))
-        out = F.scaled_dot_product_attention(q, k, v)  # [B, heads, H W, head size]
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)  # [B, heads, H W, head size]
         return self.l_proj(out.transpose(1, 2).reshape(*x.shape[:3], self.l_q.out_features))
 
     def _split(self, x: Tensor) -> Tensor:

@@ -35,12 +35,12 @@ class Association:
 
 class GlobalAttention(nn.Module):
     """Dense attention over a map by 1 x 1 convolutions; keys `qkv`, `proj`. Channels of `qkv` are, head after head, the
-    head's queries, keys and values.
+    head's queries, keys and values. scale: of the logits, None is head size ** -0.5.
     """
 
-    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True, scale: float | None = None) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.scale = heads, scale
         self.qkv = nn.Conv2d(dim, 3 * dim, 1, bias=qkv_bias)
         self.proj = nn.Conv2d(dim, dim, 1)
 
@@ -48,7 +48,7 @@ class GlobalAttention(nn.Module):
         """x: [B, H, W, dim] -> the same shape."""
         parts = conv(self.qkv, x).flatten(1, 2).unflatten(-1, (self.heads, 3, -1))  # [B, N, heads, 3, head size]
         q, k, v = parts.permute(3, 0, 2, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = F.scaled_dot_product_attention(q, k, v, scale=self.scale)
         return conv(self.proj, out.transpose(1, 2).reshape(x.shape))
 
 
@@ -57,7 +57,8 @@ class SuperTokenAttention(nn.Module):
 
     cell: pixels of a cell, one side or (height, width); 1 is dense attention over all pixels. iterations: how often
     pixels are assigned. refine: how super tokens exchange, by "attention", by "convolution" (1 x 1, 5 x 5 depthwise,
-    1 x 1), or "none". Maps that cells do not divide are padded with zeros at the bottom and the right; the padding is
+    1 x 1), or "none". scale: of the logits among super tokens, as in `GlobalAttention`; pixels are assigned by dim **
+    -0.5. Maps that cells do not divide are padded with zeros at the bottom and the right; the padding is
     clustered like pixels, as published.
     """
 
@@ -69,6 +70,7 @@ class SuperTokenAttention(nn.Module):
         iterations: int = 1,
         refine: Refine = "attention",
         qkv_bias: bool = True,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
         check_heads("SuperTokenAttention", dim, heads)
@@ -78,7 +80,7 @@ class SuperTokenAttention(nn.Module):
         if refine not in get_args(Refine):
             raise ValueError(f"SuperTokenAttention: refine={refine!r}; legal: 'attention', 'convolution', 'none'.")
         self.dim, self.heads, self.iterations = dim, heads, iterations
-        self.stoken_refine = _refiner(dim, heads, refine, qkv_bias)
+        self.stoken_refine = _refiner(dim, heads, refine, qkv_bias, scale)
 
     def forward(self, x: Tensor, stage: object = None) -> Tensor:
         """x: [B, H, W, dim] -> the same shape; `stage` is unused."""
@@ -120,9 +122,9 @@ class SuperTokenAttention(nn.Module):
         return f"dim={self.dim}, heads={self.heads}, cell={self.cell}, iterations={self.iterations}"
 
 
-def _refiner(dim: int, heads: int, refine: Refine, qkv_bias: bool) -> nn.Module:
+def _refiner(dim: int, heads: int, refine: Refine, qkv_bias: bool, scale: float | None) -> nn.Module:
     if refine == "attention":
-        return GlobalAttention(dim, heads, qkv_bias)
+        return GlobalAttention(dim, heads, qkv_bias, scale)
     if refine == "none":
         return nn.Identity()
     return nn.Sequential(nn.Conv2d(dim, dim, 1), nn.Conv2d(dim, dim, 5, padding=2, groups=dim), nn.Conv2d(dim, dim, 1))

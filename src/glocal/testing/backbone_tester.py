@@ -23,12 +23,14 @@ from glocal.testing._common import Bad, close, draw, refused
 class BackboneTester:
     """Base of backbone tests; subclasses give `make`, and `bad` if something is to be refused.
 
-    sizes: image sizes (height, width), an odd and non-square one first. compiles: in one graph, and exports.
+    sizes: image sizes (height, width), an odd and non-square one first. common: sizes that people have, tried with one
+    image. compiles: in one graph, and exports.
     unused: endings of parameters without a gradient, each known and stated by the model. dtype, tolerance: of models
     and images where one result is computed in two ways.
     """
 
     sizes: tuple[tuple[int, int], ...] = ((45, 70), (64, 64))
+    common: tuple[tuple[int, int], ...] = ((224, 224), (384, 384), (512, 683), (97, 131))
     compiles = True
     unused: tuple[str, ...] = ()
     dtype = torch.float32
@@ -68,6 +70,15 @@ class BackboneTester:
         for size in self.sizes:
             y = model(self.image(size))
             assert y.shape == (2, 5) and bool(y.isfinite().all()) and y.std() > 0, size
+
+    def test_common_sizes(self) -> None:
+        model = self.model(features_only=True)
+        for size in self.common:
+            with torch.no_grad():
+                maps = model(self.image(size, batch=1))
+            for y, channels, stride in zip(maps, model.channels, model.strides, strict=True):
+                assert y.shape == (1, channels, *(self.side(length, stride) for length in size)), (size, stride)
+                assert bool(y.isfinite().all()) and y.std() > 0, size
 
     def test_features(self) -> None:
         model = self.model(features_only=True)

@@ -12,6 +12,7 @@ from glocal.testing.backbone_tester import BackboneTester
 
 class TestViT(BackboneTester):
     sizes = ((48, 64), (64, 64))
+    common = ((224, 224), (384, 384), (512, 688))
 
     def make(self, **keywords: Any) -> ViT:
         return ViT(24, 2, 3, img_size=64, patch=16, **keywords)

@@ -25,6 +25,8 @@ TINY = {"depths": (2, 1), "heads": (2, 4), "drop_path": 0.1}
 
 
 class TestNAT(BackboneTester):
+    common = ((97, 131),)
+
     def make(self, **keywords: Any) -> NAT:
         return NAT(8, spec=BlockSpec(window=3, layer_scale=0.5), **TINY, **keywords)
 
@@ -53,6 +55,7 @@ class TestIsotropic(BackboneTester):
 
 class TestFull(BackboneTester):
     sizes = ((48, 48),)
+    common = ()
 
     def make(self, **keywords: Any) -> IsotropicNAT:
         return IsotropicNAT(8, 1, 2, None, 0.1, BlockSpec(window=3), full=True, **keywords)

@@ -48,12 +48,16 @@ class TestDuoFormer(BackboneTester):
 
 
 class TestLikeThePaper(BackboneTester):
+    common = ((97, 131),)
+
     def make(self, **keywords: Any) -> DuoFormer:
         spec = BlockSpec(bare=False, norm=True, layer_scale=1e-5)
         return DuoFormer(**SHAPE, scales=4, token="random", spec=spec, **keywords)
 
 
 class TestFirstVersion(BackboneTester):
+    common = ((97, 131),)
+
     def make(self, **keywords: Any) -> DuoFormer:
         return DuoFormer(**SHAPE, scales=2, token="random", spec=BlockSpec(generation="first"), **keywords)
 

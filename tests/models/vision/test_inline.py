@@ -32,6 +32,16 @@ class TestPVT(BackboneTester):
         return InLinePVT((8, 16), (1, 2), (2, 4), img_size=64, spec=spec, **keywords)
 
 
+class TestMixedPVT(BackboneTester):
+    def make(self, **keywords: Any) -> InLinePVT:
+        spec = BlockSpec(2.0, InLineSpec(split_kv=True))
+        stages: dict[str, Any] = {"inline": (False, True, False), "reductions": (4, 1, 2)}
+        return InLinePVT((8, 16, 24), (1, 1, 2), (2, 4, 3), img_size=64, spec=spec, **stages, **keywords)
+
+    def bad(self):
+        return [(lambda: InLinePVT(inline=(True, False)), "InLinePVT: inline=(True, False) has 2 entries; it needs 4")]
+
+
 class TestSwin(BackboneTester):
     def make(self, **keywords: Any) -> InLineSwin:
         return InLineSwin(8, (2, 2), (2, 4), (2, 0), 8, BlockSpec(2.0), img_size=64, **keywords)

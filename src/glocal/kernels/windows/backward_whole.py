@@ -29,18 +29,22 @@ def whole_kernel(
     heads, ratio, images, per, count, groups, nq, nk,
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
+    SAME: tl.constexpr,
 ):  # fmt: skip
     """grad_q, and grad_k and grad_v by query head: (pointer, strides) as of q; tiles of M queries and their N keys.
-    TABLE and grad_table: as in `backward_tiles.queries_kernel`, other arguments too.
+
+    SAME: these have the strides and sizes of q, k and v, all equal. TABLE and grad_table: as in
+    `backward_tiles.queries_kernel`, other arguments too.
     """
     taint = _program(
         q, k, v, out, grad, grad_lse, lse, grad_q, grad_k, grad_v, grad_table, q_tokens, k_tokens, masks, table, scale,
-        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, G, M, N, PRECISION, TABLE, False,
+        heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, G, M, N, PRECISION, TABLE, SAME, False,
     )  # fmt: skip
     if tl.max(tl.where(tl.abs(taint) < INF, 0, 1)) > 0:  # pyright: ignore[reportOperatorIssue]
         _program(
             q, k, v, out, grad, grad_lse, lse, grad_q, grad_k, grad_v, grad_table, q_tokens, k_tokens, masks, table,
-            scale, heads, ratio, images, per, count, groups, nq, nk, D, DV, WD, WDV, G, M, N, PRECISION, TABLE, True,
+            scale, heads, ratio, images, per, count, groups, nq, nk,
+            D, DV, WD, WDV, G, M, N, PRECISION, TABLE, SAME, True,
         )  # fmt: skip
 
 
@@ -50,7 +54,7 @@ def _program(
     heads, ratio, images, per, count, groups, nq, nk,
     D: tl.constexpr, DV: tl.constexpr, WD: tl.constexpr, WDV: tl.constexpr,
     G: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr, TABLE: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    SAME: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """All images of a program; [G, N], not finite for a key whose gradients were not in some image."""
     pid = tl.program_id(0)
@@ -60,10 +64,12 @@ def _program(
     q_token, q_some = tile_rows(q_tokens, group, count, G, M, M)  # pyright: ignore[reportGeneralTypeIssues]
     k_token, k_some = tile_rows(k_tokens, group, count, G, N, N)
     start = table_of(masks, group, count, q_token, k_token, h, table, scale, G, M, N, N)
-    q_at, to_q = offsets(q_some, q[3], q[4], WD), offsets(q_some, grad_q[3], grad_q[4], WD)
+    q_at, k_at = offsets(q_some, q[3], q[4], WD), offsets(k_some, k[3], k[4], WD)
     o_at = offsets(q_some, out[3], out[4], WDV)
-    k_at, v_at = offsets(k_some, k[3], k[4], WD), offsets(k_some, v[3], v[4], WDV)
-    to_k, to_v = offsets(k_some, grad_k[3], grad_k[4], WD), offsets(k_some, grad_v[3], grad_v[4], WDV)
+    v_at = k_at if SAME else offsets(k_some, v[3], v[4], WDV)
+    to_q = q_at if SAME else offsets(q_some, grad_q[3], grad_q[4], WD)
+    to_k = k_at if SAME else offsets(k_some, grad_k[3], grad_k[4], WD)
+    to_v = k_at if SAME else offsets(k_some, grad_v[3], grad_v[4], WDV)
     mine, theirs = tl.expand_dims(q_token >= 0, -1), tl.expand_dims(k_token >= 0, -1)
     rate = scale * LOG2E
     sums = tl.zeros(start.shape, tl.float32)

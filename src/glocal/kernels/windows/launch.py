@@ -175,12 +175,14 @@ def backward(known: Known, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Grads
     partial: list[tuple[Tiles, Tensor]] = []
     narrow = all(t.columns.shape[1] <= WHOLE_COLUMNS for t in w.tables.forward) and w.row <= WHOLE_BYTES
     if w.tables.apart and narrow:
+        same = len({(t.stride(), t.shape[3]) for t in (q, k, v, grad_q, grad_k, grad_v)}) == 1
         with on_device(q):
             for one in w.launches(w.tables.forward, "whole"):
                 t, sums = one.tiles, _sums(one, bool(call.bias))
                 _start(
                     "whole", one, *given, of_q, of_k, of_v, sums, t.rows, t.columns, t.masks, w.table,
-                    float(call.scale), *one.numbers, nq, k.shape[2], TABLE=bool(call.bias), **one.constants,
+                    float(call.scale), *one.numbers, nq, k.shape[2], TABLE=bool(call.bias), SAME=same,
+                    **one.constants,
                 )  # fmt: skip
                 partial.append((t, sums))
             grad_k, grad_v = _added(w, grad_k, k), _added(w, grad_v, v)

@@ -296,6 +296,8 @@ def gradual_dilations(depths: tuple[int, ...], odd: Dilations) -> Dilations:
 DENSE_DILATIONS: dict[str, Dilations] = {
     "detection": ((28,), (7, 14), (3, 5, 7), (3,)),
     "segmentation": ((16,), (4, 8), (2, 3, 4), (2,)),
+    "segmentation_large": ((20,), (5, 10), (2, 3, 4, 5, 2, 3, 4, 5, 5), (2,)),  # of DiNAT-L
+    "mask2former_large": ((14,), (4, 7), (2, 3), (1,)),  # of DiNAT-L with windows of 11
 }
 
 

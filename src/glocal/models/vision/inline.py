@@ -18,6 +18,7 @@ from glocal.models.trunks.vit import ViTShape
 from glocal.models.vision.base import per_stage
 from glocal.nn.inline import InLineAttention, InLineBranch, InLineSpec
 from glocal.nn.mixer import mixer
+from glocal.nn.spatial_reduction import SpatialReductionAttention
 from glocal.nn.window_attention import WindowAttention
 
 
@@ -83,8 +84,9 @@ class InLineDeiT(ViTShape):
 class InLinePVT(PVTShape):
     """PVT with InLine attention: four stages, each with a patch embedding and learned positions.
 
-    dims, depths, heads: one entry a stage. img_size: px a side the position tables are made for. The classifier reads
-    the mean of the tokens; there is no last norm.
+    dims, depths, heads: one entry a stage. img_size: px a side the position tables are made for. inline: whether the
+    blocks of a stage have InLine attention, None for all; the others have softmax attention to maps that convolutions
+    made smaller, cells of `reductions` a side. The classifier reads the mean of the tokens; there is no last norm.
     """
 
     undecayed = ("pos_embed1", "pos_embed2", "pos_embed3", "pos_embed4")
@@ -99,18 +101,28 @@ class InLinePVT(PVTShape):
         spec: BlockSpec = PVT_BLOCKS,
         num_classes: int = 1000,
         *,
+        inline: tuple[bool, ...] | None = None,
+        reductions: tuple[int, ...] = (8, 4, 2, 1),
         in_chans: int = 3,
         features_only: bool = False,
     ) -> None:
         super().__init__(num_classes, in_chans, features_only)
-        per_stage("depths", depths, len(dims), "InLinePVT")
-        per_stage("heads", heads, len(dims), "InLinePVT")
+        named: dict[str, tuple] = {"depths": depths, "heads": heads}
+        if inline is not None:
+            named |= {"inline": inline, "reductions": reductions}
+        for name, values in named.items():
+            per_stage(name, values, len(dims), "InLinePVT")
         self._shape, self._spec = tuple(zip(dims, heads, strict=True)), spec
+        own = (True,) * len(dims) if inline is None else inline
+        self._reduction = tuple(None if own[i] else reductions[i] for i in range(len(dims)))
         self.build(dims, depths, img_size, spec.ratios(len(dims), "InLinePVT"), drop_path)
 
     def attention(self, stage: int, index: int) -> nn.Module:
-        """InLine attention over the whole map."""
-        return _attention(self._spec, *self._shape[stage], index)
+        """InLine attention over the whole map, or PVT's."""
+        reduction = self._reduction[stage]
+        if reduction is None or self._spec.mixer is not None:
+            return _attention(self._spec, *self._shape[stage], index)
+        return SpatialReductionAttention(*self._shape[stage], reduction)
 
 
 class InLineSwin(SwinShape):

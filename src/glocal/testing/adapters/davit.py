@@ -29,7 +29,8 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
 
 def _layer(case: Case) -> dict[str, Tensor]:
     c = case.config
-    layer = ready(ChannelAttention(c["dim"], c["num_heads"], _form(c), c.get("qkv_bias", True)), case)
+    form, bias, dynamic = _form(c), c.get("qkv_bias", True), c.get("dynamic_scale", True)
+    layer = ready(ChannelAttention(c["dim"], c["num_heads"], form, bias, dynamic), case)
     x = case["in.x"].clone().requires_grad_()
     y = layer(x)
     if "in.cotangent" not in case:
@@ -40,8 +41,8 @@ def _layer(case: Case) -> dict[str, Tensor]:
 
 
 def _form(config: Mapping[str, Any]) -> ChannelForm:
-    """Which channel attention a config asks for."""
-    return "v2" if config.get("dynamic_scale", False) or config.get("channel_attn_v2", False) else "v1"
+    """Which channel attention a config asks for; only the second form knows of a dynamic scale."""
+    return "v2" if "dynamic_scale" in config or config.get("channel_attn_v2", False) else "v1"
 
 
 def _block(case: Case) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ def layer(case: Case, where: Run) -> dict[str, Tensor]:
         config["num_heads"],
         config["kernel_size"],
         dilation=config["dilation"],
-        relative_bias=True,
+        relative_bias="state.rpb" in case,
         spec=NeighborhoodSpec(
             small_maps="pad",
             qkv_bias=config.get("qkv_bias", True),

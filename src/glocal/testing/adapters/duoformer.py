@@ -59,8 +59,11 @@ def _former(case: Case) -> dict[str, Tensor]:
     old = not any(name.startswith("scaleBlocks.") for name in case.group("state"))
     kind: type[FirstFormer] | type[MultiscaleFormer] = FirstFormer if old else MultiscaleFormer
     head = nn.Linear(c["embed_dim"], c["num_classes"])
+    scaled = any(".ls1." in name for name in case.group("state"))
+    start = c.get("init_values", 1e-5) if scaled else None
+    spec = BlockSpec(c.get("mlp_ratio", 4.0), c.get("qkv_bias", True), layer_scale=start)
     former: Former = ready(
-        kind(c["embed_dim"], c["depth"], c["num_heads"], x.shape[2], isqrt(x.shape[1]), head=head), case
+        kind(c["embed_dim"], c["depth"], c["num_heads"], x.shape[2], isqrt(x.shape[1]), spec, head), case
     )
     side = isqrt(x.shape[1])
     regions = former.regions(x, _call).unflatten(1, (side, side))

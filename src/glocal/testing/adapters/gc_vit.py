@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from math import log2
 from typing import Any
 
@@ -47,6 +48,14 @@ def _pools(c: Mapping[str, Any]) -> int:
     return 1 if deep == 2 and c["window_size"] != c["input_resolution"] else 0
 
 
+def _spec(c: Mapping[str, Any]) -> BlockSpec:
+    """What the blocks of a stage or a model share."""
+    attention = WindowSpec(qkv_bias=c.get("qkv_bias", True), scale=c.get("qk_scale"))
+    return BlockSpec(
+        c["mlp_ratio"], c.get("layer_scale"), relative_bias=c.get("use_rel_pos_bias", True), attention=attention
+    )
+
+
 def _filled(layer: Any, case: Case, prefix: str = "") -> Any:
     """A layer with the case's weights; indices that the authors' constructor makes are left out."""
     state = {f"{prefix}{n}": t for n, t in case.group("state").items() if not n.endswith("relative_position_index")}
@@ -77,7 +86,7 @@ def _stage(case: Case) -> dict[str, Tensor]:
     c = case.config
     down, pools = c.get("downsample", True), _pools(c)
     count = 2 if down else 1  # the last level of a model has no downsampler
-    spec = BlockSpec(c["mlp_ratio"], c.get("layer_scale"), pools=(pools,) * count)
+    spec = replace(_spec(c), pools=(pools,) * count)
     depths, heads, windows = (c["depth"], 1), (c["num_heads"],) * count, (c["window_size"],) * count
     level = GCViT(c["dim"], depths[:count], heads, windows, spec=spec).levels[0]
     assert isinstance(level, Level)
@@ -92,8 +101,11 @@ def _stage(case: Case) -> dict[str, Tensor]:
 def _tiny(case: Case) -> dict[str, Tensor]:
     c = case.config
     dense = "out.logits" not in case
-    spec = BlockSpec(c["mlp_ratio"], c["layer_scale"])
     shape = (c["dim"], tuple(c["depths"]), tuple(c["num_heads"]), tuple(c["window_size"]))
+    sides = (c["resolution"] // 4 >> i for i in range(len(c["depths"])))
+    sizes = ({"window_size": w, "input_resolution": n} for w, n in zip(c["window_size"], sides, strict=True))
+    pools = tuple(_pools({"image_resolution": c["resolution"], **size}) for size in sizes)
+    spec = replace(_spec(c), pools=pools)
     if dense:
         model = ready(GCViT(*shape, spec=spec, features_only=True), case)
         return {f"out.p{i}": each for i, each in enumerate(model(case["in.x"]))}

@@ -37,7 +37,8 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
 
 def _layer(case: Case) -> dict[str, Tensor]:
     c = case.config
-    layer = ready(HiLo(c["dim"], c["num_heads"], c["window_size"], c["alpha"], c["qkv_bias"]), case)
+    shape = (c["dim"], c["num_heads"], c["window_size"], c["alpha"])
+    layer = ready(HiLo(*shape, c.get("qkv_bias", False), c.get("qk_scale")), case)
     x = case["in.x"].clone().requires_grad_()
     y = layer(x.unflatten(1, (c["H"], c["W"]))).flatten(1, 2)
     if "in.cotangent" not in case:

@@ -60,18 +60,31 @@ def _inside(layer: InLineAttention, x: Tensor) -> dict[str, Tensor]:
     }
 
 
+def _inline_blocks(words: str, depths: tuple[int, ...]) -> tuple[int, ...]:
+    """How many blocks of each stage have InLine attention: all for I, none for S, for M the next of the digits behind
+    the letters.
+    """
+    letters, digits = words[: len(depths)], iter(words[len(depths) :])
+    found = {"I": lambda depth: depth, "S": lambda depth: 0, "M": lambda depth: int(next(digits))}
+    return tuple(found[letter](depth) for letter, depth in zip(letters, depths, strict=True))
+
+
 def _model(case: Case) -> nn.Module:
     c = case.config
     classes = c["num_classes"]
     if "InLineSwin" in case.source:
         depths = tuple(c["depths"])
-        count = tuple(n if letter == "I" else 0 for n, letter in zip(depths, c["attn_type"], strict=True))
+        count = _inline_blocks(c["attn_type"], depths)
         shape = (c["embed_dim"], depths, tuple(c["num_heads"]), count, c["window_size"], BlockSpec(c["mlp_ratio"]))
         return InLineSwin(*shape, classes, img_size=c["img_size"])
     if "inline_pvt" in case.source:
         spec = BlockSpec(tuple(c["mlp_ratios"]), InLineSpec(split_kv=True, qkv_bias=c["qkv_bias"]))
         dims, depths, heads = (tuple(c[name]) for name in ("embed_dims", "depths", "num_heads"))
-        return InLinePVT(dims, depths, heads, c["img_size"], spec=spec, num_classes=classes)
+        kinds = tuple(letter == "I" for letter in c["attn_type"])
+        return InLinePVT(
+            dims, depths, heads, c["img_size"], spec=spec, num_classes=classes, inline=kinds,
+            reductions=tuple(c["sr_ratios"]),
+        )  # fmt: skip
     if "inline_deit" in case.source:
         shape = (c["embed_dim"], c["depth"], c["num_heads"], c["img_size"], c["patch_size"])
         return InLineDeiT(*shape, BlockSpec(c["mlp_ratio"]), classes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,18 +29,15 @@ def run(case: Case, where: Run) -> Mapping[str, Tensor]:
             sides = (case.config["size"],) * 2
             cut = {"out.window": to_windows(case["in.x"], sides), "out.grid": to_grid(case["in.x"], sides)}
             return {name: groups.flatten(0, 1).unflatten(1, sides) for name, groups in cut.items()}
-        if "rel_attn_type" in case.config:
+        if "num_blocks" not in case.config and "variant" not in case.config:
             return _layer(case)
         return _full(case) if "variant" in case.config else _tiny(case)
 
 
 def _layer(case: Case) -> dict[str, Tensor]:
     c = case.config
-    large, small = map(int, c["scale_ratio"].split("/")) if c.get("scale_ratio") else (1, 1)
-    side = c["window"]
-    dim, shared = c["hidden_size"], c["rel_attn_type"] == "2d_single_head"
-    trained = round(side * small / large)
-    layer = AxisAttention(dim, dim // c["head_size"], "window", side, trained, shared)
+    side, dim = c["window"], c["hidden_size"]
+    layer = AxisAttention(dim, dim // c["head_size"], "window", side, _trained(c, side), _shared(c))
     layer.load_state_dict(case.group("state"), strict=True)
     layer = layer.to(case["in.x"].device).eval()
     sides = (side, side)
@@ -47,9 +46,22 @@ def _layer(case: Case) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if name in case}
 
 
+def _trained(c: Mapping[str, Any], side: int) -> int:
+    """The side of windows that the table of a config is stored for."""
+    large, small = map(int, c["scale_ratio"].split("/")) if c.get("scale_ratio") else (1, 1)
+    return round(side * small / large)
+
+
+def _shared(c: Mapping[str, Any]) -> bool:
+    return c.get("rel_attn_type") == "2d_single_head"
+
+
 def _tiny(case: Case) -> dict[str, Tensor]:
     c = case.config
-    spec = BlockSpec(window=c["window_size"], grid=c["grid_size"], head_size=c["head_size"])
+    window, grid = c["window_size"], c["grid_size"]
+    spec = BlockSpec(window, grid, c.get("head_size", 32), shared_bias=_shared(c), expansion=c.get("expansion_rate", 4))
+    if c.get("scale_ratio"):
+        spec = replace(spec, trained=_trained(c, window))
     made = MaxViT(tuple(c["hidden_size"]), tuple(c["num_blocks"]), tuple(c["stem_hsize"]), spec=spec,
                   num_classes=c["num_classes"])  # fmt: skip
     model = ready(made, case)

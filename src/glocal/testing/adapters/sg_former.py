@@ -100,14 +100,17 @@ def _pair(case: Case) -> dict[str, Tensor]:
 
 def _single(case: Case) -> dict[str, Tensor]:
     """Plain attention, or a block with hybrid attention."""
-    dim, heads = case.config["dim"], case.config["num_heads"]
-    if case.config["sr_ratio"] == 1 and "mlp_ratio" not in case.config:
-        return {"out.y": ready(PlainAttention(dim, heads), case)(_map(case, "in.x")).flatten(1, 2)}
-    hybrid = HybridScaleAttention(dim, heads, case.config["sr_ratio"])
-    block: nn.Module = ready(Block(dim, hybrid, BlockSpec(case.config["mlp_ratio"]), 0.0), case)
-    x = _map(case, "in.x")
-    stage = hybrid.begin(x)
-    return {"out.y": block(x, stage).flatten(1, 2), "mid.mask_rows": stage[0].flatten(1)}
+    dim, heads, reduction = (case.config[name] for name in ("dim", "num_heads", "sr_ratio"))
+    bias, x = case.config.get("qkv_bias", True), _map(case, "in.x")
+    attn: nn.Module = PlainAttention(dim, heads, bias)
+    if reduction > 1:
+        attn = HybridScaleAttention(dim, heads, reduction, qkv_bias=bias)
+    if "mlp_ratio" not in case.config:
+        return {"out.y": ready(attn, case)(x).flatten(1, 2)}
+    block: nn.Module = ready(Block(dim, attn, BlockSpec(case.config["mlp_ratio"], bias), 0.0), case)
+    stage: dict[int, Tensor] = {}
+    found = {"out.y": block(x, stage).flatten(1, 2)}
+    return found | ({"mid.mask_rows": stage[0].flatten(1)} if stage else {})
 
 
 def _stem_merge(case: Case) -> dict[str, Tensor]:

@@ -44,11 +44,15 @@ def _refine(c: Mapping[str, Any]) -> Refine:
     return "attention" if c.get("refine_attention", True) else "convolution"
 
 
+def _made(c: Mapping[str, Any]) -> SuperTokenAttention:
+    """The attention of a config."""
+    cell, bias = (c["stoken_size"][0], c["stoken_size"][1]), c.get("qkv_bias", False)
+    return SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], _refine(c), bias, c.get("qk_scale"))
+
+
 def _attention(case: Case) -> dict[str, Tensor]:
     c = case.config
-    cell = (c["stoken_size"][0], c["stoken_size"][1])
-    layer = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], _refine(c), c["qkv_bias"])
-    layer = ready(layer, case, _weights(case))
+    layer = ready(_made(c), case, _weights(case))
     x = case["in.x"].clone().requires_grad_()
     y = to_nchw(layer(to_nhwc(x)))
     found = {"out.y": y.detach()}
@@ -62,9 +66,7 @@ def _attention(case: Case) -> dict[str, Tensor]:
 
 def _block(case: Case) -> dict[str, Tensor]:
     c = case.config
-    cell = (c["stoken_size"][0], c["stoken_size"][1])
-    attn = SuperTokenAttention(c["dim"], c["num_heads"], cell, c["n_iter"], _refine(c), c["qkv_bias"])
-    block = Block(c["dim"], attn, c["layerscale"], BlockSpec(c["mlp_ratio"]), 0.0)
+    block = Block(c["dim"], _made(c), c["layerscale"], BlockSpec(c["mlp_ratio"]), 0.0)
     block = ready(block, case, _weights(case))
     with torch.no_grad():
         return {"out.y": to_nchw(block(to_nhwc(case["in.x"])))}
