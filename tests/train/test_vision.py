@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from glocal.data.labelled import Stored, scene_masks
+from glocal.models import create_model
 from glocal.models.segment import Segmenter
 from glocal.models.vision.plain import PlainBackbone
 from glocal.train.vision import Recipe, Trainer, accelerator_for, scores
@@ -61,6 +62,47 @@ def test_a_run_that_was_cut_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert torch.equal(weights(second.plain), weights(whole.plain))
     assert all(torch.equal(a, whole.average.means[n]) for n, a in second.average.means.items())
     assert [r.step for r in second.curve] == [2, 4, 6, 8]
+
+
+def test_a_graph_is_refused_without_a_gpu() -> None:
+    with pytest.raises(ValueError, match="graph=True takes one process on a GPU, not 1 on cpu; legal: graph=False"):
+        Trainer(small(), bright_or_dark(), recipe(graph=True), None, accelerator_for(cpu=True))
+
+
+@pytest.mark.gpu
+def test_a_graph_learns_like_single_launches_and_resumes_to_the_same_bits(tmp_path: Path) -> None:
+    data, found = bright_or_dark(), {}
+    for graph in (False, True):
+        trainer = Trainer(small(), data, recipe(graph=graph), tmp_path / str(graph))
+        trainer.run()
+        found[graph] = trainer
+    single, whole = found[False], found[True]
+    assert [row.step for row in whole.curve] == [row.step for row in single.curve]
+    for a, b in zip(whole.curve, single.curve, strict=True):
+        assert abs(a.loss - b.loss) < 1e-3 * b.loss and a.lr == b.lr
+    torch.testing.assert_close(weights(whole.plain), weights(single.plain), rtol=1e-2, atol=1e-3)
+    first = Trainer(small(), data, recipe(graph=True), tmp_path / "cut")
+    first.run(until=5)
+    second = Trainer(small(), data, recipe(graph=True), tmp_path / "cut")
+    second.run()
+    assert torch.equal(weights(second.plain), weights(whole.plain))
+    with pytest.raises(ValueError, match="was made with graph=True, the recipe has graph=False"):
+        Trainer(small(), data, recipe(), tmp_path / "cut")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["swin_tiny", "gc_vit_xxtiny", "maxvit_tiny_tf_224", "litv2_s", "inline_swin_tiny"])
+def test_backbones_train_as_graphs(name: str) -> None:
+    data = Stored(torch.randint(0, 255, (16, 3, 224, 224), dtype=torch.uint8), torch.arange(16) % 2, ("a", "b"))
+    curves = []
+    for graph in (False, True):
+        torch.manual_seed(0)
+        model = create_model(name, num_classes=2, drop_path=0.0)
+        plan = recipe(graph=graph, precision="bf16", batch=8, steps=4, warmup=1, mixup=0.0, cutmix=0.0)
+        trainer = Trainer(model, data, plan)
+        trainer.run()
+        curves.append([row.loss for row in trainer.curve])
+    assert curves[1] == pytest.approx(curves[0], rel=2e-2)
 
 
 def test_it_learns_and_evaluates_the_average() -> None:

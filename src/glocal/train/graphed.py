@@ -8,13 +8,33 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Loss = Callable[[], Tensor]
 """Draws its data itself, from the device's own generator, and gives a scalar."""
+Made = TypeVar("Made")
+
+
+def captured(run: Callable[[], Made], back: Callable[[], None]) -> tuple[Callable[[], None], Made]:
+    """`run` as a CUDA graph: a call that launches it, and what it returned, which every launch writes anew.
+
+    run: is called three times first, so that nothing is compiled or planned any more; `back` takes back what it
+    changed. Raises RuntimeError for a run that waits for the device.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = run()
+    back()
+    return graph.replay, made
 
 
 class Updates:
@@ -81,18 +101,12 @@ class Updates:
         that waits for the device.
         """
         kept = copy.deepcopy(self.state())
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.update(loss)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.update(loss)
-        self._write(kept)
-        self.sums.zero_()
-        return graph.replay
+
+        def back() -> None:
+            self._write(kept)
+            self.sums.zero_()
+
+        return captured(lambda: self.update(loss), back)[0]
 
     def read(self, updates: int) -> tuple[float, float]:
         """Mean loss and gradient norm of the `updates` since the last reading; waits for the device."""

@@ -11,8 +11,8 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from glocal._files import write_atomic
 from glocal.data.labelled import IGNORED, Labelled
 from glocal.train.augment import flip_and_shift, mixed
 from glocal.train.average import Average
+from glocal.train.graphed import captured
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's channels
 
@@ -34,7 +35,10 @@ class Recipe:
 
     steps: updates in all. batch: samples of an update, all processes together. lr: at `batch` samples. warmup: updates.
     mixup, cutmix, smoothing: see `glocal.train.augment.mixed`. shift: px that images move. ema: decay of the average.
-    precision: "bf16" or "no". every: updates a row of the curve. save: updates between saved states.
+    precision: "bf16" or "no". graph: an update is one CUDA graph, which a small model is trained with much faster: the
+    host then launches nothing but it. It takes one GPU, batches of one shape, and a model that never waits for the
+    device (not BiFormer, which plans by content). every: updates a row of the curve. save: updates between saved
+    states.
     """
 
     steps: int
@@ -49,6 +53,7 @@ class Recipe:
     shift: int = 4
     ema: float = 0.998
     precision: str = "bf16"
+    graph: bool = False
     seed: int = 0
     every: int = 50
     save: int = 500
@@ -89,10 +94,18 @@ class Trainer:
         processes = accelerator.num_processes
         if recipe.batch % processes:
             raise ValueError(f"Recipe: batch={recipe.batch} must be a multiple of the {processes} processes.")
+        if recipe.graph and (accelerator.device.type != "cuda" or processes > 1):
+            raise ValueError(
+                f"Recipe: graph=True takes one process on a GPU, not {processes} on {accelerator.device.type}; "
+                "legal: graph=False."
+            )
         self.accelerator, self.recipe, self.data = accelerator, recipe, train
         self.average = Average(model.to(accelerator.device), recipe.ema)
         groups, fused = _groups(model, recipe.weight_decay), accelerator.device.type == "cuda"
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.999), fused=fused)
+        self._lr = torch.tensor(recipe.lr, device=accelerator.device)  # a graph reads it
+        self._graph: tuple[Callable[[], None], Tensor, Tensor, Tensor] | None = None
+        lr = self._lr if recipe.graph else recipe.lr
+        optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.999), fused=fused, capturable=recipe.graph)
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self.step, self.seconds = 0, 0.0
         self.curve: list[Row] = []
@@ -143,23 +156,55 @@ class Trainer:
         return recipe.lr * 0.5 * (1 + math.cos(math.pi * done)) + 1e-2 * recipe.lr
 
     def _update(self) -> Tensor:
-        recipe, where = self.recipe, self.accelerator
         images, targets = self._drawn(self.step)
+        rate = self._rate(self.step)
+        if self.recipe.graph:
+            self._lr.fill_(rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = self._rate(self.step)
-        # Dropout and stochastic depth draw from torch's own generators.
-        torch.manual_seed(recipe.seed * 1_000_003 + self.step * where.num_processes + where.process_index)
+            group["lr"] = self._lr if self.recipe.graph else rate
         self.model.train()
+        loss = self._launched(images, targets) if self.recipe.graph else self._learn(images, targets)
+        self.average.update(self.plain)
+        return loss
+
+    def _seed(self) -> None:
+        """Dropout and stochastic depth draw from torch's own generators."""
+        where = self.accelerator
+        torch.manual_seed(self.recipe.seed * 1_000_003 + self.step * where.num_processes + where.process_index)
+
+    def _learn(self, images: Tensor, targets: Tensor, seed: bool = True) -> Tensor:
+        """One update of the parameters; its loss. seed: first."""
+        if seed:
+            self._seed()
         with self._autocast():
             logits = self.model(images)
-        loss = _loss(logits.float(), targets, recipe.smoothing)
-        where.backward(loss)
-        if recipe.clip > 0:
-            where.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        loss = _loss(logits.float(), targets, self.recipe.smoothing)
+        self.accelerator.backward(loss)
+        if self.recipe.clip > 0:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.average.update(self.plain)
         return loss.detach()
+
+    def _launched(self, images: Tensor, targets: Tensor) -> Tensor:
+        """The same as a CUDA graph, made at the first call."""
+        if self._graph is None:
+            own = images.clone(), targets.clone()
+            back = _kept([*self.plain.parameters(), *self.plain.buffers()], self.optimizer)
+            launch, loss = captured(lambda: self._learn(*own, seed=False), back)
+            self._graph = launch, loss, *own
+        launch, loss, *own = self._graph
+        for have, new in zip(own, (images, targets), strict=True):
+            if have.shape != new.shape or have.dtype != new.dtype:
+                raise ValueError(
+                    f"step {self.step}: graph=True takes batches of one shape; this one has {tuple(new.shape)}, "
+                    f"{new.dtype}, the first had {tuple(have.shape)}, {have.dtype}. Give images of one size, or "
+                    "graph=False."
+                )
+            have.copy_(new)
+        self._seed()
+        launch()
+        return loss.clone()
 
     def _autocast(self) -> Any:
         return torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16")
@@ -224,13 +269,12 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [
-            k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v and k not in ("every", "save")
-        ]
+        before = {field.name: field.default for field in fields(Recipe)} | state["recipe"]
+        changed = [k for k, v in asdict(self.recipe).items() if before[k] != v and k not in ("every", "save")]
         if changed:
             name = changed[0]
             raise ValueError(
-                f"{path}: was made with {name}={state['recipe'].get(name)!r}, the recipe has "
+                f"{path}: was made with {name}={before[name]!r}, the recipe has "
                 f"{name}={getattr(self.recipe, name)!r}; use the same recipe, or another folder."
             )
         self.plain.load_state_dict(state["model"])
@@ -238,6 +282,25 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds, self._sums = state["step"], state["seconds"], state["sums"]
         self.curve = [Row(**row) for row in state["curve"]]
+
+
+def _kept(tensors: Sequence[Tensor], optimizer: Any) -> Callable[[], None]:
+    """A call that puts tensors and the state of an optimiser back to what they are now, in place."""
+    before = [t.detach().clone() for t in tensors]
+    states = {p: {n: t.clone() for n, t in found.items()} for p, found in optimizer.state.items()}
+
+    @torch.no_grad()
+    def back() -> None:
+        for t, old in zip(tensors, before, strict=True):
+            t.copy_(old)
+        for p, found in optimizer.state.items():
+            for name, t in found.items():
+                if p in states:
+                    t.copy_(states[p][name])
+                else:
+                    t.zero_()
+
+    return back
 
 
 def normalised(images: Tensor) -> Tensor:
