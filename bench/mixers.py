@@ -1,13 +1,14 @@
 """The eleven token mixers in one small backbone on equal terms, into results/mixers.csv and results/mixers.svg.
 
-python bench/mixers.py --device cuda --workers 11            # train all runs, several at once
+python bench/mixers.py --device cuda --workers 11 --graph    # train all runs, several at once
 python bench/mixers.py --device cuda --workers 11 --examine  # times and memory, one mixer at a time: no runs beside it
 python bench/mixers.py --device cpu --size 64 --steps 4 --seeds 2 --batch 8 --train 64 --test 32 --out out/mixers
 python bench/mixers.py --mixers my.py:Mine,hilo,biformer    # a mixer of your own beside ours
 
 Runs lie in --out and are not repeated; --seconds ends a call, and the next one goes on. Scenes are painted once and
 handed to the workers in a file. Times and memory in the table are those of --examine, before or after training; what
-was not measured, and scores of what was not trained, are empty.
+was not measured, and scores of what was not trained, are empty. The table is written after each run that completes a
+seed of all mixers. --graph: an update is one CUDA graph, so that the host does not count.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -140,8 +142,8 @@ def results(found: dict[str, Entry], task: Task, spec: MixerSpec, out: Path) -> 
     ]
 
 
-def run(a: argparse.Namespace, spec: MixerSpec) -> bool:
-    """Start the workers, paint their scenes, wait for them; whether all came through."""
+def run(a: argparse.Namespace, told: Callable[[], None]) -> bool:
+    """Start the workers, paint their scenes, wait for them; whether all came through. told: called now and then."""
     end = time.monotonic() + a.seconds
     command = [sys.executable, *sys.argv]
     alone = os.environ | {"OMP_NUM_THREADS": "1"}  # workers would fight for the cores
@@ -150,13 +152,13 @@ def run(a: argparse.Namespace, spec: MixerSpec) -> bool:
         begin = time.monotonic()
         saved(task_of(a.task, size=a.size, device=a.device, counts=(a.train, a.test)), a.out / "scenes.pt")
         print(f"scenes painted in {time.monotonic() - begin:.0f} s", flush=True)
-    codes = []
+    while time.monotonic() < end and any(child.poll() is None for child in children):
+        time.sleep(1.0)
+        told()
     for child in children:
-        try:
-            codes.append(child.wait(max(0.1, end - time.monotonic())))
-        except subprocess.TimeoutExpired:
+        if child.poll() is None:
             child.terminate()
-            codes.append(child.wait())
+    codes = [child.wait() for child in children]
     (a.out / "scenes.pt").unlink(missing_ok=True)
     return not any(codes)
 
@@ -181,6 +183,7 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=1)
     p.add_argument("--seconds", type=float, default=1e9, help="the time after which runs are left for another call")
     p.add_argument("--examine", action="store_true")
+    p.add_argument("--graph", action="store_true")
     p.add_argument("--out", type=Path, default=ROOT / "out" / "mixers")
     p.add_argument("--csv", type=Path, default=CSV)
     p.add_argument("--child", type=int)
@@ -189,7 +192,7 @@ def main() -> None:
     dims, depths = (tuple(int(n) for n in text.split(",")) for text in (a.dims, a.depths))
     spec = MixerSpec(
         a.steps, match=a.match, seeds=a.seeds, batch=a.batch, lr=a.lr, device=a.device,
-        precision="no" if a.device == "cpu" else "bf16", frame=Frame(dims, depths, a.head_dim),
+        precision="no" if a.device == "cpu" else "bf16", graph=a.graph, frame=Frame(dims, depths, a.head_dim),
     )  # fmt: skip
     if a.child is not None:
         (look if a.examine else work)(a, spec, known(a.out))
@@ -200,14 +203,26 @@ def main() -> None:
         write_atomic(a.out / "planned.json", json.dumps([asdict(e) for e in plans.values()], indent=1).encode())
         for e in plans.values():
             print(e.mixer, e.reason or f"{e.params:,} parameters, MLPs of {e.mlp_ratio}", flush=True)
-    fine = run(a, spec)
-    entries = results(known(a.out), few, spec, a.out)
-    if any(e.scores or e.images_s > 0 for e in entries):
+    seeds = [0]  # in the table so far
+
+    def told() -> None:
+        entries = results(known(a.out), few, spec, a.out)
+        most = max(len(e.scores) for e in entries)
+        if most > seeds[0]:
+            seeds[0] = most
+            write(entries)
+
+    def write(entries: list[Entry]) -> list[tuple[Any, ...]]:
         lines = table(entries, few, replace(spec, seeds=max(1, *(len(e.scores) for e in entries))))
         write_atomic(a.csv, as_csv(COLUMNS, lines).encode())
         if any(e.scores and e.images_s > 0 for e in entries):
             write_atomic(a.csv.with_suffix(".svg"), picture(entries, few.score).encode())
-        for line in lines:
+        return lines
+
+    fine = run(a, told)
+    entries = results(known(a.out), few, spec, a.out)
+    if any(e.scores or e.images_s > 0 for e in entries):
+        for line in write(entries):
             row = dict(zip(COLUMNS, line, strict=True))
             print(
                 {k: row[k] for k in ("mixer", "mean", "spread", "params", "mmacs", "images_s", "step_ms", "step_mib")}

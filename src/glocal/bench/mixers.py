@@ -54,7 +54,7 @@ class Frame:
 @dataclass(frozen=True)
 class MixerSpec:
     """steps: updates of a run; None fits all runs into `budget` seconds. match: what is made equal. seeds: runs an
-    entry.
+    entry. graph: updates are CUDA graphs, but for mixers in `WAITS`.
     """
 
     steps: int | None = 1500
@@ -65,6 +65,7 @@ class MixerSpec:
     lr: float = 1e-3
     device: str = "cpu"
     precision: str = "bf16"
+    graph: bool = False
     frame: Frame = Frame()
 
     def __post_init__(self) -> None:
@@ -73,6 +74,9 @@ class MixerSpec:
             raise ValueError("steps=None needs a budget in seconds.")
         if self.seeds < 1:
             raise ValueError(f"seeds={self.seeds} must be at least 1.")
+
+
+WAITS = ("biformer",)  # plans by content: no graph
 
 
 @dataclass(frozen=True)
@@ -404,6 +408,7 @@ def trained(
         lr=spec.lr,
         warmup=max(1, spec.steps // 20),
         precision=spec.precision,
+        graph=spec.graph and name not in WAITS,
         seed=seed,
         save=max(spec.steps // 2, min(spec.steps, 250)),
         every=max(spec.steps // 20, 1),
