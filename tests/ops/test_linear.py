@@ -3,7 +3,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from glocal.ops.linear import FEATURES, Normaliser, Ratio, Subtract, Unnormalised, features, linear_attention
+from glocal.ops.linear import (
+    FEATURES,
+    Normaliser,
+    Ratio,
+    Subtract,
+    Unnormalised,
+    features,
+    linear_attention,
+    told_apart,
+)
 from glocal.ops.linear import linear_weights as weights
 
 NORMALISERS: dict[str, Normaliser] = {
@@ -39,6 +48,10 @@ def test_subtraction_tells_queries_of_other_length_apart(generator: torch.Genera
     q, k = (torch.rand(1, 1, 6, 4, generator=generator) for _ in range(2))
     assert torch.allclose(weights(q, k, Ratio()), weights(2 * q, k, Ratio()), atol=1e-6)
     assert not torch.allclose(weights(q, k, Subtract()), weights(2 * q, k, Subtract()), atol=1e-3)
+    assert bool((told_apart(q, k, Ratio()) < 1e-5).all()) and told_apart(q, k, Subtract()).shape == (1, 1, 6)
+    gap = weights(3 * q, k, Subtract()) - weights(q, k, Subtract())
+    expected = gap.norm(dim=-1) / weights(q, k, Subtract()).norm(dim=-1)
+    assert torch.allclose(told_apart(q, k, Subtract(), 3.0), expected) and bool((expected > 1e-3).all())
 
 
 def test_sums_are_float32(generator: torch.Generator) -> None:

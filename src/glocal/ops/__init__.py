@@ -11,7 +11,7 @@ from glocal.ops.dynamic_conv import dynamic_conv
 from glocal.ops.epilogue import Epilogue
 from glocal.ops.explain import explain
 from glocal.ops.heads import HeadGroup, heads
-from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights
+from glocal.ops.linear import Ratio, Subtract, Unnormalised, linear_attention, linear_weights, told_apart
 from glocal.ops.norm import layer_norm, stored_norm
 from glocal.ops.pool import ConvPool, GroupPool, MeanPool, Pooled, ResizePool, SoftmaxPool, pool
 from glocal.ops.reorder import Finish, finish_rows, reorder, restore
@@ -56,6 +56,7 @@ __all__ = [
     "reorder",
     "restore",
     "stored_norm",
+    "told_apart",
 ]
 
 _planning.register()

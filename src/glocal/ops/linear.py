@@ -162,6 +162,16 @@ def linear_weights(q: Tensor, k: Tensor, normaliser: Normaliser) -> Tensor:
     return normaliser.scale * logits
 
 
+def told_apart(q: Tensor, k: Tensor, normaliser: Normaliser, factor: float = 2.0) -> Tensor:
+    """How far the weights of each query move when it grows by `factor`, over their length: 0 where the two queries
+    cannot be told apart (arXiv 2412.06590, section 3.2). q, k: as of `linear_weights`. Returns [..., H, Nq].
+
+    A ratio gives 0 for every feature map that grows along, such as the identity and ReLU; subtraction does not.
+    """
+    rows = linear_weights(q, k, normaliser)
+    return (linear_weights(factor * q, k, normaliser) - rows).norm(dim=-1) / rows.norm(dim=-1)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.dim() < 3 or t.shape[-3] != q.shape[-3]:
