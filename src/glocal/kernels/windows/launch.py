@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -95,8 +95,17 @@ class _Work:
             return False
         return part != "forward" or self.table is None or columns <= TABLE_COLUMNS[part]
 
-    def launches(self, tiles: Iterable[Tiles], part: str) -> Iterable[Launch]:
+    def launches(self, tiles: Sequence[Tiles], part: str) -> Sequence[Launch]:
         """Each set of tiles with all that its launch needs."""
+        kind = (id(tiles), part, self.batch, self.heads, self.ratio, self.itemsize, *self.sizes.values())
+        kind = (*kind, self.precision, self.processors, self.direct, self.table is None)
+        kind = (*kind, images_a_program, DIRECT_COLUMNS)
+        known = self.tables.notes.get(kind)
+        if known is None:
+            known = self.tables.notes[kind] = tiles, tuple(self._launches(tiles, part))
+        return known[1]
+
+    def _launches(self, tiles: Sequence[Tiles], part: str) -> Iterable[Launch]:
         for t in tiles:
             direct, count = self.serves(t, part), len(t.rows)
             constants, together = (self._straight if direct else self._tiled)(t, part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,12 +58,14 @@ class Tiles:
 class Tables:
     """forward: tiles of queries with their keys. backward: tiles of keys with their queries; by width of the tables.
 
-    apart: each key stands in one tile of queries, so that one pass over these makes all gradients.
+    apart: each key stands in one tile of queries, so that one pass over these makes all gradients. notes: what launches
+    over them need, by kind of call.
     """
 
     forward: tuple[Tiles, ...]
     backward: tuple[Tiles, ...]
     apart: bool
+    notes: dict[tuple[Any, ...], Any] = field(default_factory=dict, repr=False)
 
 
 def tables(plan: PlanTensors, blocks: tuple[int, int], nq: int, nk: int) -> Tables:
