@@ -46,7 +46,7 @@ class Effort:
 
 
 EFFORTS = {
-    "demonstration": Effort("demonstration", 4, 6, 1, (0.9,), 4, 5, 1, 1, show=True, rungs=1, looks=1, wide=True),
+    "demonstration": Effort("demonstration", 4, 6, 1, (0.9,), 4, 5, 1, 1, show=True, rungs=1, looks=1),
     "quick": Effort("quick", pairs=2, plain=2, budgets=(0.6,), looks=2),
     "standard": Effort("standard", probes=2, correct=True),
     "thorough": Effort("thorough", pairs=19, plain=4, probes=2, samples=2, correct=True, reduced=1 << 40),
