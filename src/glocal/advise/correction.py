@@ -149,8 +149,12 @@ class BestShares:
         """The plan of a call; q, k [B, H, N, D]."""
         groups = groups_of(layout.kv, self.order, str(q.device))
         share = looked_at(q, k, layout, groups, scale).share
-        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, least_kept(self.drop, groups.part.groups)))
-        kept = kept_blocks(keep, share)
+        kept = self.kept(share, groups)
         mask = kept.new_ones(*kept.shape[:2], groups.whole.groups, groups.whole.groups)
         mask[:, :, groups.media[:, None], groups.media[None]] = kept
         return plan_blocks(mask, layout, groups.whole, groups.whole)
+
+    def kept(self, share: Shares, groups: Groups) -> Tensor:
+        """Media blocks that the query blocks of `share` keep, bool [B, H, query blocks, media blocks]."""
+        keep = Keep(mass=self.mass, crossing="in", at_least=max(1, least_kept(self.drop, groups.part.groups)))
+        return kept_blocks(keep, share)

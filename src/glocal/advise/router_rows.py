@@ -18,7 +18,6 @@ from glocal.ops.rectify import rectification
 from glocal.plan.blockplan import BlockPlan
 from glocal.plan.dynamic import plan_blocks
 from glocal.plan.selection import plan_selection
-from glocal.routing.keep import Keep
 from glocal.routing.route import PooledTopK
 from glocal.routing.shares import Pooled, Shares, helpful, means, pooled, shares
 
@@ -99,10 +98,7 @@ class RouterRows:
             return plan_selection(router.select(q, k, layout, rows=self.numbers), device=q.device)
         assert isinstance(router, BestShares)
         found = self.look(method)
-        least = max(1, int((1 - router.drop) * found.groups.part.groups))
-        keep = Keep(mass=router.mass, crossing="in", at_least=least)
-        words = found.share.words[..., None].log() if found.groups.words.numel() else None
-        kept = keep.mask(found.share.blocks.log(), competing=words)
+        kept = router.kept(found.share, found.groups)
         every = found.groups.whole.groups
         mask = kept.new_ones(*kept.shape[:2], len(self.numbers), every)
         mask[:, :, found.media[:, None], found.groups.media[None]] = kept
