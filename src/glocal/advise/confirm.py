@@ -66,17 +66,7 @@ def deals(recipe: Recipe, sites: Sequence[Site], buckets: Sequence[Bucket], toke
         for bucket in buckets:
             shares: dict[str, list[int]] = {}
             for head in range(site.heads):
-                name = recipe.method_at(
-                    site.layer,
-                    head,
-                    component=site.component,
-                    kind=site.kind,
-                    branch="cond",
-                    sigma=bucket.high if bucket.coordinate == "sigma" else None,
-                    progress=None,
-                    tokens=tokens if bucket.coordinate == "prefill" else None,
-                )
-                shares.setdefault(name, []).append(head)
+                shares.setdefault(recipe.method_in(site, head, bucket, tokens), []).append(head)
             found[tuple((name, tuple(heads)) for name, heads in sorted(shares.items()))] += bucket.steps
     return found
 

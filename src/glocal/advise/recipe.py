@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from glocal._errors import check_file
 from glocal._files import write_atomic
 from glocal.advise.identity import Mismatch, differences
 from glocal.advise.methods import MethodSpec
+
+if TYPE_CHECKING:
+    from glocal.adapt.records import Site
+    from glocal.advise.weights import Bucket
 
 SCHEMA = "glocal.recipe/1"
 LIMIT = 256 * 1024
@@ -317,6 +321,19 @@ class Recipe:
             ):
                 return rule.use
         return "dense"
+
+    def method_in(self, site: Site, head: int, bucket: Bucket, tokens: int = 1) -> str:
+        """What one head of a site runs in a step range, with conditions; tokens: keys of a prefill."""
+        return self.method_at(
+            site.layer,
+            head,
+            component=site.component,
+            kind=site.kind,
+            branch="cond",
+            sigma=bucket.high if bucket.coordinate == "sigma" else None,
+            progress=None,
+            tokens=tokens if bucket.coordinate == "prefill" else None,
+        )
 
     def check(self, model: Any) -> list[Mismatch]:
         """Where `model` differs from the one this recipe was proven on: class, configuration, weights, dtype.

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from glocal.adapt.records import Site
     from glocal.advise.advice import Advice
     from glocal.advise.recipe import Recipe
     from glocal.advise.search import Rung
@@ -29,20 +28,6 @@ def chosen_rules(advice: Advice) -> Recipe | None:
 def is_chosen(advice: Advice, rung: Rung) -> bool:
     """Whether this rung of the ladder is the one that went to validation."""
     return advice.chosen is not None and (rung.name, rung.budget) == (advice.chosen.name, advice.chosen.budget)
-
-
-def method_of(recipe: Recipe, site: Site, head: int, bucket: Bucket) -> str:
-    """What one head runs in a step range."""
-    return recipe.method_at(
-        site.layer,
-        head,
-        component=site.component,
-        kind=site.kind,
-        branch="cond",
-        sigma=bucket.high if bucket.coordinate == "sigma" else None,
-        progress=None,
-        tokens=1,
-    )
 
 
 def range_words(bucket: Bucket) -> str:

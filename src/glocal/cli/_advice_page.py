@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from glocal.cli._advice_chosen import chosen_rules, kept_share, mean, method_of, range_words
+from glocal.cli._advice_chosen import chosen_rules, kept_share, mean, range_words
 from glocal.cli._advice_rows import rows
 from glocal.cli._advice_tables import kernels, ladder, pairs, pictures, sites
 from glocal.cli._advice_words import left_dense, notice, refuted_by, statement, valid_for
@@ -187,7 +187,7 @@ def _kept(advice: Advice) -> KeptMap | None:
     for site in sites:
         row: list[float | None] = []
         for bucket in buckets:
-            used = [method_of(recipe, site, head, bucket) for head in range(site.heads)]
+            used = [recipe.method_in(site, head, bucket) for head in range(site.heads)]
             shares = [1.0 if name == "dense" else kept_share(advice, recipe, name) for name in used]
             row.append(mean(shares) if set(used) != {"dense"} else None)
         values.append(tuple(row))

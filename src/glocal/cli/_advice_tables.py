@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from glocal.cli._advice_chosen import chosen_rules, is_chosen, layout, method_of, range_words
+from glocal.cli._advice_chosen import chosen_rules, is_chosen, layout, range_words
 from glocal.report import Column, KernelTime, Pair, Picture, Table, matrix_png
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def sites(advice: Advice) -> Table | None:
     for bucket in advice.weights.buckets:
         for site in advice.preflight.sites:
             for head in range(site.heads):
-                name = method_of(recipe, site, head, bucket)
+                name = recipe.method_in(site, head, bucket)
                 found = by_cell.get((f"{site.component}.{site.name}", head, bucket.number, name))
                 share = 0.0 if found is None else _share(advice, bucket.number, found[0]) ** 2
                 total += share

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from glocal.cli._advice_chosen import method_of, range_words
+from glocal.cli._advice_chosen import range_words
 
 if TYPE_CHECKING:
     from glocal.advise.advice import Advice
@@ -45,7 +45,7 @@ def _why_dense(advice: Advice) -> tuple[str, ...]:
         for site in advice.preflight.sites:
             for head in range(site.heads):
                 cells += 1
-                if method_of(recipe, site, head, bucket) == "dense":
+                if recipe.method_in(site, head, bucket) == "dense":
                     dense += 1
                     by_bucket[range_words(bucket)] = by_bucket.get(range_words(bucket), 0) + 1
     lines = [f"{dense} of {cells} (layer, head, step range) cells stay dense: their error outweighs their time."]
